@@ -1,0 +1,13 @@
+"""The layers of PST: tensors in, tensors out. They know torch and timm.layers only."""
+from .attention import FINE_FUSIONS, PyramidSparseAttention
+from .conv_norm import ConvNorm, FusedConvAct
+from .module import PyramidSparseBlock, PyramidSparseTransformer
+
+__all__ = [
+    'FINE_FUSIONS',
+    'ConvNorm',
+    'FusedConvAct',
+    'PyramidSparseAttention',
+    'PyramidSparseBlock',
+    'PyramidSparseTransformer',
+]

@@ -1,0 +1,344 @@
+"""Pyramid sparse attention: coarse cross-level attention, then fine attention over a few selected tokens.
+
+Paper: `Pyramid Sparse Transformer: Enhancing Multi-Scale Feature Fusion with Dynamic Token Selection`
+    - https://arxiv.org/abs/2505.12772
+
+Shapes used throughout: B images, C channels in `heads` heads of d = C / heads; the fine map has N = H * W tokens
+(queries), the upper, coarser map M = h * w tokens (keys). Nothing of size N x M is ever stored.
+"""
+import numbers
+import random
+from typing import Final, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import LayerType, register_notrace_module, use_fused_attn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .conv_norm import ConvNorm
+
+__all__ = ['FINE_FUSIONS', 'PyramidSparseAttention']
+
+FINE_FUSIONS = ('gate', 'joint')
+
+
+def as_topk(value: int, name: str = 'topk') -> int:
+    """Validate a number of selected tokens.
+
+    Raises:
+        ValueError: If the value is negative or not an integer.
+    """
+    # a bool is an Integral, but topk=True is a mistake rather than a count
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+        raise ValueError(f'{name} must be a non-negative integer (0 turns fine attention off), got {value!r}.')
+    return int(value)
+
+
+def as_fine_fusion(value: str) -> str:
+    """Validate the name of a fusion.
+
+    Raises:
+        ValueError: If the fusion is not one of `FINE_FUSIONS`.
+    """
+    if value not in FINE_FUSIONS:
+        raise ValueError(f'fine_fusion must be one of {FINE_FUSIONS}, got {value!r}.')
+    return value
+
+
+def as_probability(value: float, name: str) -> float:
+    """Validate a probability.
+
+    Raises:
+        ValueError: If the value is not a number from 0 to 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0. <= value <= 1.:
+        raise ValueError(f'{name} must be a number from 0 to 1, got {value!r}.')
+    return float(value)
+
+
+def level_ratio(fine_size: Tuple[int, int], coarse_size: Tuple[int, int]) -> int:
+    """How many fine tokens a coarse token spans along each side: 2, or 1 for equal maps.
+
+    Args:
+        fine_size: Height and width of the fine map, in tokens.
+        coarse_size: Height and width of the coarse map, in tokens.
+
+    Returns:
+        1 where the sizes are equal, 2 where each fine side is twice its coarse side, or one less.
+
+    Raises:
+        ValueError: For any other pair of sizes.
+    """
+    H, W = fine_size
+    h, w = coarse_size
+    if not torch.jit.is_scripting():
+        # under export with dynamic sizes a plain == would record that the sizes differ as a condition on the input
+        if statically_known_true(H == h) and statically_known_true(W == w):
+            return 1
+    # a stride 2 stage rounds up, so both 2h and 2h - 1 rows come down to h
+    if (H + 1) // 2 == h and (W + 1) // 2 == w:
+        return 2
+    if H == h and W == w:
+        return 1
+    raise ValueError(
+        f'x is {H}x{W} and upper is {h}x{w}: each side of x must be 2n or 2n - 1 for a side n of upper, '
+        f'or both maps must have the same size.')
+
+
+@register_notrace_module  # sizes decide which tokens exist, so FX keeps the layer whole
+class PyramidSparseAttention(nn.Module):
+    """Attention from a fine map to the coarser map above it, refined on the children of the best coarse tokens.
+
+    Every coarse token owns the 2 x 2 (or, for equal maps, 1 x 1) fine tokens below it. Each head scores the coarse
+    tokens by their mean logit over all queries, keeps the `topk` best and attends to their children as well.
+
+    `fine_fusion` says how the two meet:
+
+    * 'gate' (paper): `g * fine + (1 - g) * coarse`, with g a sigmoid of a linear map of both. The map starts at zero
+      (an even mix), where the published code leaves it at random values that coarse-only training never changes.
+    * 'joint' (ours, no parameters): one softmax over the unselected coarse tokens and the children of the selected
+      ones, each child's logit lowered by the log of how many siblings share its parent (itself included). Children
+      that equal their parent then reproduce coarse attention exactly.
+
+    Training is coarse-only unless `train_topk` is set: the fine branch does not run and the gate takes no gradient.
+    Inference is deterministic, where the published code perturbs the selection there too.
+    """
+    fused_attn: Final[bool]
+    sparse_kv: Final[bool]
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            topk: int = 0,
+            fine_fusion: str = 'gate',
+            train_topk: int = 0,
+            train_fine_prob: float = 1.0,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            dim: Channels of both maps.
+            num_heads: Number of heads, a divisor of `dim`.
+            topk: Coarse tokens selected per image and head at inference, 0 for coarse attention alone.
+            fine_fusion: How coarse and fine attention are combined, 'gate' or 'joint'.
+            train_topk: Coarse tokens selected in training, 0 for coarse-only training.
+            train_fine_prob: Share of the training steps in which the fine branch runs, if `train_topk` is set.
+            norm_layer: Norm of every projection. With anything but a batch norm, the keys and values of the fine
+                branch are projected on the whole map at inference too, as such a norm may depend on it.
+
+        Raises:
+            ValueError: If `dim` is not a multiple of `num_heads`, or an option is out of its range.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        if num_heads < 1 or dim % num_heads != 0:
+            raise ValueError(f'dim must be a multiple of num_heads, got dim={dim} and num_heads={num_heads}.')
+        self.dim = dim
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim ** -0.5
+        self.topk = as_topk(topk)
+        self.fine_fusion = as_fine_fusion(fine_fusion)
+        self.train_topk = as_topk(train_topk, 'train_topk')
+        self.train_fine_prob = as_probability(train_fine_prob, 'train_fine_prob')
+        self.fine_seed = 0
+        self.fine_step = 0
+        self.fused_attn = use_fused_attn()
+
+        conv_kwargs = dict(apply_act=False, norm_layer=norm_layer, **dd)
+        self.q = ConvNorm(dim, dim, 1, **conv_kwargs)
+        self.kv = ConvNorm(dim, 2 * dim, 1, **conv_kwargs)  # per head: d keys, then d values
+        self.proj = ConvNorm(dim, dim, 1, **conv_kwargs)
+        self.pe = ConvNorm(dim, dim, 7, groups=dim, **conv_kwargs)
+        self.gate = nn.Linear(2 * self.head_dim, self.head_dim, **dd)  # shared by all heads
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+        self.gate.requires_grad_(self.train_topk > 0 and self.fine_fusion == 'gate')
+        self.sparse_kv = self.kv.can_fold()
+
+    @torch.jit.ignore
+    def set_topk(self, topk: int, fusion: Optional[str] = None) -> None:
+        """Change the fine attention used at inference; parameters are not touched.
+
+        Args:
+            topk: Coarse tokens selected per image and head, 0 for coarse attention alone.
+            fusion: 'gate' or 'joint', unchanged if None.
+
+        Raises:
+            ValueError: If `topk` is negative or not an integer, or the fusion is unknown.
+        """
+        topk = as_topk(topk)
+        if fusion is not None:
+            self.fine_fusion = as_fine_fusion(fusion)
+        self.topk = topk
+
+    @torch.jit.ignore
+    def set_fine_step(self, seed: int, step: int = 0) -> None:
+        """Place the layer in the sequence of training steps that `draw_fine` walks through.
+
+        Args:
+            seed: Seed of the sequence, the same on all ranks.
+            step: Index of the next training step.
+        """
+        self.fine_seed, self.fine_step = int(seed), int(step)
+
+    @torch.jit.ignore
+    def draw_fine(self) -> bool:
+        """Decide whether the next training step runs the fine branch, with probability `train_fine_prob`.
+
+        The draw depends on (seed, step) of `set_fine_step` alone, not on torch's generators, which differ from rank
+        to rank: all ranks agree without talking to each other, and a resumed run continues the same sequence.
+        """
+        if not self.training or self.train_topk == 0 or self.train_fine_prob <= 0.:
+            return False
+        return self.train_fine_prob >= 1. or self._draw()
+
+    @torch.compiler.disable
+    def _draw(self) -> bool:
+        draw = random.Random(f'{self.fine_seed}:{self.fine_step}').random()
+        self.fine_step += 1
+        return draw < self.train_fine_prob
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, heads * n, H, W) -> (B, heads, H * W, n), contiguous."""
+        return x.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3).contiguous()
+
+    def _attend(
+            self,
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            bias: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """softmax(q k^T / sqrt(d) + bias) v: (B, heads, N, d) queries, (B, heads, S, d) keys, (B, heads, 1, S) bias."""
+        if self.fused_attn:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        logits = (q * self.scale) @ k.transpose(-2, -1)
+        if bias is not None:
+            logits = logits + bias
+        return logits.softmax(dim=-1) @ v
+
+    def _select(self, q: torch.Tensor, k: torch.Tensor, topk: int) -> torch.Tensor:
+        """Indices (B, heads, topk) of the coarse tokens with the highest mean logit over all queries."""
+        q, k = q.detach(), k.detach()
+        # the mean of the logits is the logit of the mean query: s = (mean_n Q_n) K^T / sqrt(d)
+        scores = ((q.mean(dim=2, keepdim=True) * self.scale) @ k.transpose(-2, -1)).squeeze(2)
+        if self.training:
+            scores = scores - torch.empty_like(scores).exponential_().log()  # plus Gumbel noise
+        return scores.topk(topk, dim=-1)[1]
+
+    def _children(
+            self,
+            parents: torch.Tensor,
+            fine_size: Tuple[int, int],
+            coarse_size: Tuple[int, int],
+            ratio: int,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Fine tokens owned by the selected coarse tokens.
+
+        Args:
+            parents: Indices into the coarse map (B, heads, k).
+            fine_size: Height and width of the fine map.
+            coarse_size: Height and width of the coarse map.
+            ratio: Fine tokens per coarse token along each side.
+
+        Returns:
+            Indices into the fine map, and whether such a token exists, both (B, heads, k, ratio ** 2). A token beyond
+            an odd edge does not exist and carries the index of a neighbour that does.
+        """
+        H, W = fine_size
+        offset = torch.arange(ratio * ratio, device=parents.device)
+        row = (parents // coarse_size[1]).unsqueeze(-1) * ratio + offset // ratio
+        col = (parents % coarse_size[1]).unsqueeze(-1) * ratio + offset % ratio
+        exists = (row < H) & (col < W)
+        return row.clamp(max=H - 1) * W + col.clamp(max=W - 1), exists
+
+    def _fine_kv(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Keys and values (B, heads, S, 2d) of the fine tokens at index (B, heads, S)."""
+        B, heads, S = index.shape
+        if self.sparse_kv:
+            if not self.training:
+                # a 1x1 convolution and a batch norm act on each token alone, so only the selected ones are projected
+                weight, bias = self.kv.folded()
+                tokens = x.flatten(2).transpose(1, 2).unsqueeze(1).expand(-1, heads, -1, -1)
+                tokens = tokens.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, self.dim))
+                tokens = tokens.transpose(0, 1).reshape(heads, B * S, self.dim)
+                weight = weight.reshape(heads, 2 * self.head_dim, self.dim).transpose(1, 2)
+                kv = torch.bmm(tokens, weight.to(tokens.dtype)).reshape(heads, B, S, 2 * self.head_dim)
+                return (kv + bias.to(kv.dtype).reshape(heads, 1, 1, -1)).transpose(0, 1)
+        # in training on the whole map, so that batch statistics do not depend on the selection
+        return self._heads(self.kv(x)).gather(2, index.unsqueeze(-1).expand(-1, -1, -1, 2 * self.head_dim))
+
+    def _fine(
+            self,
+            x: torch.Tensor,
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            coarse_size: Tuple[int, int],
+            ratio: int,
+            topk: int,
+    ) -> torch.Tensor:
+        """Coarse and fine attention combined (B, heads, N, d)."""
+        parents = self._select(q, k, min(topk, k.shape[2]))
+        index, exists = self._children(parents, (x.shape[2], x.shape[3]), coarse_size, ratio)
+        fine_k, fine_v = self._fine_kv(x, index.flatten(2)).chunk(2, dim=-1)
+        # log of one over the number of siblings, or -inf for a child that does not exist
+        share = exists.to(q.dtype)
+        share = (share / share.sum(dim=-1, keepdim=True)).log().flatten(2).unsqueeze(2)
+        if self.fine_fusion == 'joint':
+            selected = torch.zeros_like(k[..., 0]).scatter(2, parents, float('-inf')).unsqueeze(2)
+            return self._attend(
+                q,
+                torch.cat([k, fine_k], dim=2),
+                torch.cat([v, fine_v], dim=2),
+                torch.cat([selected, share], dim=3),
+            )
+        coarse = self._attend(q, k, v)
+        missing = torch.zeros_like(share).masked_fill(~exists.flatten(2).unsqueeze(2), float('-inf'))
+        fine = self._attend(q, fine_k.contiguous(), fine_v.contiguous(), missing)
+        gate = self.gate(torch.cat([coarse, fine], dim=-1)).sigmoid()
+        return gate * fine + (1. - gate) * coarse
+
+    def forward(self, x: torch.Tensor, upper: torch.Tensor, fine: Optional[bool] = None) -> torch.Tensor:
+        """
+        Args:
+            x: Fine map (B, C, H, W), the queries.
+            upper: Coarse map (B, C, h, w), the keys and values; H is 2h, 2h - 1 or h, and W accordingly.
+            fine: In training with `train_topk`, whether this step runs the fine branch; None draws it.
+
+        Returns:
+            The attended map (B, C, H, W).
+
+        Raises:
+            ValueError: If the channels or the sizes of the two maps do not fit.
+        """
+        for name, channels in (('x', x.shape[1]), ('upper', upper.shape[1])):
+            if channels != self.dim:
+                raise ValueError(f'{name} has {channels} channels, this attention expects {self.dim}.')
+        H, W = x.shape[2], x.shape[3]
+        h, w = upper.shape[2], upper.shape[3]
+        ratio = level_ratio((H, W), (h, w))
+        topk = self.topk
+        if self.training:
+            topk = 0  # a scripted model trains coarse-only
+            if not torch.jit.is_scripting():
+                topk = self.train_topk if (self.draw_fine() if fine is None else fine) else 0
+
+        q = self._heads(self.q(x))
+        k, v = self._heads(self.kv(upper)).chunk(2, dim=-1)
+        if topk > 0:
+            out = self._fine(x, q, k, v, (h, w), ratio, topk)
+        else:
+            out = self._attend(q, k.contiguous(), v.contiguous())
+        if self.training and self.train_topk > 0:
+            # the gate takes part, with no effect, in steps that do not run it: DDP wants every parameter used
+            out = out + 0. * (self.gate.weight.sum() + self.gate.bias.sum())
+
+        out = out.transpose(2, 3).reshape(x.shape)
+        pe = self.pe(v.transpose(2, 3).reshape(upper.shape))
+        return self.proj(out + F.interpolate(pe, size=(H, W), mode='bilinear', align_corners=False))

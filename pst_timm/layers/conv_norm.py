@@ -1,0 +1,62 @@
+"""Convolution + batch norm that can be folded into one convolution for inference."""
+from typing import Tuple
+
+import torch
+import torch.nn as nn
+from timm.layers import ConvNormAct
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+__all__ = ['ConvNorm', 'FusedConvAct']
+
+
+class FusedConvAct(nn.Module):
+    """A `ConvNorm` whose norm has been folded into the convolution: `act(conv(x))`."""
+
+    def __init__(self, conv: nn.Conv2d, act: nn.Module):
+        super().__init__()
+        self.conv = conv
+        self.act = act
+
+    @property
+    def out_channels(self) -> int:
+        return self.conv.out_channels
+
+    def folded(self) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the convolution, see `ConvNorm.folded`."""
+        bias = self.conv.bias
+        assert bias is not None  # narrows the type for TorchScript, folding always leaves a bias
+        return self.conv.weight, bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.conv(x))
+
+
+class ConvNorm(ConvNormAct):
+    """timm's `ConvNormAct` (same arguments, same state-dict names) that knows how to fold its norm.
+
+    `timm.models.reparameterize_model` finds `fuse()` and puts a `FusedConvAct` in this layer's place.
+    """
+
+    def can_fold(self) -> bool:
+        """Whether the norm is a batch norm with running statistics, a per-channel affine map at inference."""
+        return getattr(self.bn, 'running_var', None) is not None and self.bn.weight is not None
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """The inference form of this layer, or the layer itself where the norm has no running statistics."""
+        if not self.can_fold():
+            return self
+        # the running statistics are folded whatever mode the layer is in, as timm's other fuse() methods do
+        training = self.training
+        conv = fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
+        self.train(training)
+        return FusedConvAct(conv, self.bn.act).train(training)
+
+    def folded(self) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the single convolution that equals conv + norm at inference (activation left out).
+
+        Returns:
+            Weight (out, in / groups, kh, kw) and bias (out,).
+        """
+        scale = self.bn.weight * torch.rsqrt(self.bn.running_var + self.bn.eps)
+        return self.conv.weight * scale.reshape(-1, 1, 1, 1), self.bn.bias - self.bn.running_mean * scale

@@ -1,0 +1,198 @@
+"""PST block and module: two neighbouring levels of a pyramid in, the finer one out."""
+from typing import Optional
+
+import torch
+import torch.nn as nn
+from timm.layers import DropPath, LayerType, register_notrace_function
+
+from .attention import PyramidSparseAttention
+from .conv_norm import ConvNorm
+
+__all__ = ['PyramidSparseBlock', 'PyramidSparseTransformer']
+
+
+@register_notrace_function
+def check_channels(x: torch.Tensor, channels: int, name: str) -> None:
+    """Raise a ValueError unless x is a (B, channels, H, W) map."""
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f'{name} has shape {x.shape}, expected (batch, {channels}, height, width).')
+
+
+class PyramidSparseBlock(nn.Module):
+    """Residual pyramid sparse attention followed by a residual MLP of two 1x1 convolutions (paper, section 3)."""
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            mlp_ratio: float = 2.,
+            topk: int = 0,
+            fine_fusion: str = 'gate',
+            train_topk: int = 0,
+            train_fine_prob: float = 1.0,
+            drop_path: float = 0.,
+            act_layer: LayerType = nn.SiLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            dim: Channels of both maps.
+            num_heads: Number of heads, a divisor of `dim`.
+            mlp_ratio: Hidden channels of the MLP over `dim`.
+            topk: See `PyramidSparseAttention`, as for the next three.
+            fine_fusion: How coarse and fine attention are combined.
+            train_topk: Coarse tokens selected in training.
+            train_fine_prob: Share of the training steps in which the fine branch runs.
+            drop_path: Probability of dropping each residual branch in training.
+            act_layer: Activation of the MLP.
+            norm_layer: Norm of every convolution.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.attn = PyramidSparseAttention(
+            dim,
+            num_heads,
+            topk=topk,
+            fine_fusion=fine_fusion,
+            train_topk=train_topk,
+            train_fine_prob=train_fine_prob,
+            norm_layer=norm_layer,
+            **dd,
+        )
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(
+            ConvNorm(dim, hidden, 1, norm_layer=norm_layer, act_layer=act_layer, **dd),
+            ConvNorm(hidden, dim, 1, norm_layer=norm_layer, apply_act=False, **dd),
+        )
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: torch.Tensor, upper: torch.Tensor, fine: Optional[bool] = None) -> torch.Tensor:
+        """Fine map (B, C, H, W) and coarse map (B, C, h, w) in, fine map out; see `PyramidSparseAttention.forward`."""
+        x = x + self.drop_path1(self.attn(x, upper, fine))
+        x = x + self.drop_path2(self.mlp(x))
+        return x
+
+
+class PyramidSparseTransformer(nn.Module):
+    """Fuses a fine map and the coarser map above it into one map at the fine resolution (paper, section 3).
+
+    Both maps are brought to a hidden width, the fine one passes through `depth` blocks that attend to the coarse one,
+    and a 1x1 convolution reads the block inputs and the outputs of all blocks together.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            upper_chs: int,
+            out_chs: int,
+            depth: int = 1,
+            mlp_ratio: float = 2.,
+            expansion: float = 0.5,
+            head_dim: int = 32,
+            topk: int = 0,
+            fine_fusion: str = 'gate',
+            train_topk: int = 0,
+            train_fine_prob: float = 1.0,
+            drop_path: float = 0.,
+            act_layer: LayerType = nn.SiLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            in_chs: Channels of the fine map.
+            upper_chs: Channels of the coarse map.
+            out_chs: Channels of the output.
+            depth: Number of blocks. 0 leaves the convolutions on the fine map alone: nothing reads the coarse map.
+            mlp_ratio: Hidden channels of each block's MLP over its width.
+            expansion: Width of the blocks over `out_chs`; the width must be a multiple of `head_dim`.
+            head_dim: Channels per head.
+            topk: See `PyramidSparseAttention`, as for the next three.
+            fine_fusion: How coarse and fine attention are combined.
+            train_topk: Coarse tokens selected in training.
+            train_fine_prob: Share of the training steps in which the fine branch runs.
+            drop_path: Probability of dropping each residual branch in training.
+            act_layer: Activation of the convolutions and the MLPs.
+            norm_layer: Norm of every convolution.
+
+        Raises:
+            ValueError: If the width of the blocks is not a multiple of `head_dim`.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        hidden = int(expansion * out_chs)
+        if hidden < 1 or head_dim < 1 or hidden % head_dim != 0:
+            raise ValueError(
+                f'The width of the blocks, expansion * out_chs = {expansion} * {out_chs} = {hidden}, '
+                f'must be a multiple of head_dim={head_dim}.')
+        if depth < 0:
+            raise ValueError(f'depth must not be negative, got {depth}.')
+        self.in_chs = in_chs
+        self.upper_chs = upper_chs
+        self.out_chs = out_chs
+        self.depth = depth
+
+        conv_kwargs = dict(norm_layer=norm_layer, act_layer=act_layer, **dd)
+        self.conv_in = ConvNorm(in_chs, hidden, 1, **conv_kwargs)
+        # without blocks nothing would read it, and an unused parameter stops DDP
+        self.conv_upper = ConvNorm(upper_chs, hidden, 1, **conv_kwargs) if depth > 0 else nn.Identity()
+        self.blocks = nn.ModuleList([
+            PyramidSparseBlock(
+                hidden,
+                hidden // head_dim,
+                mlp_ratio=mlp_ratio,
+                topk=topk,
+                fine_fusion=fine_fusion,
+                train_topk=train_topk,
+                train_fine_prob=train_fine_prob,
+                drop_path=drop_path,
+                **conv_kwargs,
+            )
+            for _ in range(depth)
+        ])
+        self.conv_out = ConvNorm((depth + 1) * hidden, out_chs, 1, **conv_kwargs)
+
+    @torch.jit.ignore
+    def set_topk(self, topk: int, fusion: Optional[str] = None) -> None:
+        """Change the fine attention of every block, see `PyramidSparseAttention.set_topk`."""
+        for block in self.blocks:
+            block.attn.set_topk(topk, fusion)
+
+    @torch.jit.ignore
+    def set_fine_step(self, seed: int, step: int = 0) -> None:
+        """Place every block in the sequence of training steps, see `PyramidSparseAttention.set_fine_step`."""
+        for block in self.blocks:
+            block.attn.set_fine_step(seed, step)
+
+    @torch.jit.ignore
+    def draw_fine(self) -> bool:
+        """Draw for all blocks, which walk through the same sequence; see `PyramidSparseAttention.draw_fine`."""
+        draws = [block.attn.draw_fine() for block in self.blocks]  # a list, as every block has to take its draw
+        return any(draws)
+
+    def forward(self, x: torch.Tensor, upper: torch.Tensor, fine: Optional[bool] = None) -> torch.Tensor:
+        """
+        Args:
+            x: Fine map (B, in_chs, H, W).
+            upper: Coarse map (B, upper_chs, h, w); H is 2h, 2h - 1 or h, and W accordingly.
+            fine: In training with `train_topk`, whether this step runs the fine branch; None draws it.
+
+        Returns:
+            The fused map (B, out_chs, H, W).
+
+        Raises:
+            ValueError: If the channels or the sizes of the two maps do not fit.
+        """
+        check_channels(x, self.in_chs, 'x')
+        check_channels(upper, self.upper_chs, 'upper')
+        x = self.conv_in(x)
+        upper = self.conv_upper(upper)
+        outs = [x]
+        for block in self.blocks:
+            x = block(x, upper, fine)
+            outs.append(x)
+        return self.conv_out(torch.cat(outs, dim=1))

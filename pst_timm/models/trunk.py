@@ -1,0 +1,98 @@
+"""Load the weights of a plain timm ResNet into the trunk of a ResNet-PST."""
+import os
+import re
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models import adapt_input_conv, load_state_dict
+
+__all__ = ['TrunkLoad', 'load_trunk']
+
+TRUNK = re.compile(r'(conv1|bn1|maxpool|layer[1-4])\.')
+# a counter that only a cumulative average would read, absent from some converted checkpoints
+OPTIONAL = '.num_batches_tracked'
+
+
+class TrunkLoad(NamedTuple):
+    """What `load_trunk` did, as state-dict keys."""
+    loaded: List[str]
+    """Keys of the model that were given the source's values."""
+    untouched: List[str]
+    """Keys of the model that kept their values: PST, fusion, head."""
+    ignored: List[str]
+    """Keys of the source that have no place in the model: its classifier."""
+
+
+def _read_source(source: Union[str, os.PathLike, Dict[str, torch.Tensor]]) -> Dict[str, torch.Tensor]:
+    if isinstance(source, dict):
+        # a training checkpoint keeps its weights one level down
+        for key in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
+            if isinstance(source.get(key), dict):
+                return source[key]
+        return source
+    if isinstance(source, os.PathLike) or Path(source).suffix in ('.safetensors', '.pth', '.pt', '.tar', '.bin'):
+        if not Path(source).is_file():
+            raise FileNotFoundError(f'No checkpoint at {source}.')
+        return load_state_dict(os.fspath(source), device='cpu')
+    if not isinstance(source, str):
+        raise TypeError(f'source must be a model name, a file or a state dict, got {type(source).__name__}.')
+    return timm.create_model(source, pretrained=True).state_dict()
+
+
+def load_trunk(model: nn.Module, source: Union[str, os.PathLike, Dict[str, torch.Tensor]]) -> TrunkLoad:
+    """Copy the weights of a ResNet of the same trunk into a ResNet-PST.
+
+    Everything is compared before anything is copied: after an error the model is as it was. A first convolution for
+    another number of input channels is adapted as timm does.
+
+    Args:
+        model: A ResNet-PST, or the feature extractor that `features_only=True` makes of one.
+        source: A timm model name with pretrained weights ('resnet50.a1_in1k'), a .safetensors or .pth file, or a
+            state dict.
+
+    Returns:
+        The keys loaded, left untouched and ignored.
+
+    Raises:
+        ValueError: If the source is not a ResNet of the model's depth and width; names the first layer that differs.
+        FileNotFoundError: If the source is a file that does not exist.
+    """
+    state = {re.sub(r'^(module\.|_orig_mod\.)+', '', k): v for k, v in _read_source(source).items()}
+    net = getattr(model, 'model', model)  # features_only wraps the network under this name
+    target = net.state_dict()
+    wanted = [k for k in target if TRUNK.match(k)]
+    if not wanted:
+        raise ValueError(f'{type(net).__name__} has no ResNet trunk (conv1, bn1, layer1 to layer4) to load into.')
+    stages = {k.split('.')[0] for k in wanted}
+    offered = [k for k in state if TRUNK.match(k) and k.split('.')[0] in stages]
+
+    missing = [k for k in wanted if k not in state and not k.endswith(OPTIONAL)]
+    if missing:
+        raise ValueError(
+            f'The source is not a ResNet of this trunk: the model has {missing[0]}, which the source has not '
+            f'({len(missing)} of {len(wanted)} trunk keys are missing). Use weights of the same depth and block.')
+    surplus = [k for k in offered if k not in target and not k.endswith(OPTIONAL)]
+    if surplus:
+        raise ValueError(
+            f'The source is not a ResNet of this trunk: it has {surplus[0]}, which the model has not '
+            f'({len(surplus)} keys too many). Use weights of the same depth and block.')
+    weights = {k: state[k] for k in wanted if k in state}
+    first = next(k for k in wanted if target[k].ndim == 4)
+    in_chans = target[first].shape[1]
+    if weights[first].shape[1] != in_chans:
+        weights[first] = adapt_input_conv(in_chans, weights[first])
+    for k, v in weights.items():
+        if v.shape != target[k].shape:
+            raise ValueError(
+                f'The source is not a ResNet of this trunk: {k} is {tuple(v.shape)} in the source and '
+                f'{tuple(target[k].shape)} in the model. Use weights of the same width.')
+
+    net.load_state_dict(weights, strict=False)
+    return TrunkLoad(
+        loaded=list(weights),
+        untouched=[k for k in target if k not in weights],
+        ignored=[k for k in state if k not in weights],
+    )
