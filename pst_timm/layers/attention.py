@@ -302,7 +302,7 @@ class PyramidSparseAttention(nn.Module):
         missing = torch.zeros_like(share).masked_fill(~exists.flatten(2).unsqueeze(2), float('-inf'))
         fine = self._attend(q, fine_k.contiguous(), fine_v.contiguous(), missing)
         gate = self.gate(torch.cat([coarse, fine], dim=-1)).sigmoid()
-        return gate * fine + (1. - gate) * coarse
+        return torch.lerp(coarse, fine, gate)  # g * fine + (1 - g) * coarse
 
     def forward(self, x: torch.Tensor, upper: torch.Tensor, fine: Optional[bool] = None) -> torch.Tensor:
         """

@@ -39,7 +39,8 @@ class ConvNorm(ConvNormAct):
 
     def can_fold(self) -> bool:
         """Whether the norm is a batch norm with running statistics, a per-channel affine map at inference."""
-        return getattr(self.bn, 'running_var', None) is not None and self.bn.weight is not None
+        # some norms keep a running variance alone, which they do not use as a batch norm does
+        return getattr(self.bn, 'running_mean', None) is not None and self.bn.weight is not None
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
@@ -59,4 +60,8 @@ class ConvNorm(ConvNormAct):
             Weight (out, in / groups, kh, kw) and bias (out,).
         """
         scale = self.bn.weight * torch.rsqrt(self.bn.running_var + self.bn.eps)
-        return self.conv.weight * scale.reshape(-1, 1, 1, 1), self.bn.bias - self.bn.running_mean * scale
+        mean = self.bn.running_mean
+        conv_bias = self.conv.bias
+        if conv_bias is not None:
+            mean = mean - conv_bias
+        return self.conv.weight * scale.reshape(-1, 1, 1, 1), self.bn.bias - mean * scale

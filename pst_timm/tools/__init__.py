@@ -1,0 +1,1 @@
+"""Commands over the package, one file each: a function first, a flag parser second."""
