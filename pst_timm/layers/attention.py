@@ -205,6 +205,9 @@ class PyramidSparseAttention(nn.Module):
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, heads * n, H, W) -> (B, heads, H * W, n), contiguous."""
+        # taken as a slice, its gradient is laid out anew: on CPU, torch's batch norm misreads the strides that the
+        # gradient of a single image would have here (batch_norm_backward, seen with 2.15)
+        x = x.narrow(1, 0, x.shape[1])
         return x.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3).contiguous()
 
     def _attend(
