@@ -204,11 +204,15 @@ class PyramidSparseAttention(nn.Module):
         return draw < self.train_fine_prob
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, heads * n, H, W) -> (B, heads, H * W, n), contiguous."""
-        # taken as a slice, its gradient is laid out anew: on CPU, torch's batch norm misreads the strides that the
-        # gradient of a single image would have here (batch_norm_backward, seen with 2.15)
-        x = x.narrow(1, 0, x.shape[1])
-        return x.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3).contiguous()
+        """(B, heads * n, H, W) -> (B, heads, H * W, n), a view of token-major memory, which channels_last already is."""
+        # heads laid out one after the other would cost a copy each way, and give the gradient of a single image strides
+        # that batch norm misreads on the CPU (batch_norm_backward, seen with torch 2.15)
+        x = x.permute(0, 2, 3, 1).contiguous()
+        return x.reshape(x.shape[0], -1, self.num_heads, x.shape[3] // self.num_heads).transpose(1, 2)
+
+    def _map(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+        """(B, heads, H * W, d) -> (B, C, H, W), the inverse of `_heads`."""
+        return x.transpose(1, 2).reshape(x.shape[0], size[0], size[1], self.dim).permute(0, 3, 1, 2)
 
     def _attend(
             self,
@@ -265,14 +269,18 @@ class PyramidSparseAttention(nn.Module):
         B, heads, S = index.shape
         if self.sparse_kv:
             if not self.training:
-                # a 1x1 convolution and a batch norm act on each token alone, so only the selected ones are projected
+                # a 1x1 convolution and a batch norm act on each token alone: one small product per head, of the
+                # head's own tokens with the head's own rows of the weight
                 weight, bias = self.kv.folded()
-                tokens = x.flatten(2).transpose(1, 2).unsqueeze(1).expand(-1, heads, -1, -1)
-                tokens = tokens.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, self.dim))
-                tokens = tokens.transpose(0, 1).reshape(heads, B * S, self.dim)
-                weight = weight.reshape(heads, 2 * self.head_dim, self.dim).transpose(1, 2)
-                kv = torch.bmm(tokens, weight.to(tokens.dtype)).reshape(heads, B, S, 2 * self.head_dim)
-                return (kv + bias.to(kv.dtype).reshape(heads, 1, 1, -1)).transpose(0, 1)
+                image = torch.arange(B, device=index.device).reshape(B, 1, 1)
+                rows = (index + image * (x.shape[2] * x.shape[3])).transpose(0, 1).flatten()
+                tokens = x.permute(0, 2, 3, 1).reshape(-1, self.dim).index_select(0, rows)
+                kv = torch.baddbmm(
+                    bias.reshape(heads, 1, 2 * self.head_dim),
+                    tokens.reshape(heads, B * S, self.dim),
+                    weight.reshape(heads, 2 * self.head_dim, self.dim).transpose(1, 2),
+                )
+                return kv.reshape(heads, B, S, 2 * self.head_dim).transpose(0, 1)
         # in training on the whole map, so that batch statistics do not depend on the selection
         return self._heads(self.kv(x)).gather(2, index.unsqueeze(-1).expand(-1, -1, -1, 2 * self.head_dim))
 
@@ -290,20 +298,18 @@ class PyramidSparseAttention(nn.Module):
         parents = self._select(q, k, min(topk, k.shape[2]))
         index, exists = self._children(parents, (x.shape[2], x.shape[3]), coarse_size, ratio)
         fine_k, fine_v = self._fine_kv(x, index.flatten(2)).chunk(2, dim=-1)
-        # log of one over the number of siblings, or -inf for a child that does not exist
-        share = exists.to(q.dtype)
-        share = (share / share.sum(dim=-1, keepdim=True)).log().flatten(2).unsqueeze(2)
         if self.fine_fusion == 'joint':
-            selected = torch.zeros_like(k[..., 0]).scatter(2, parents, float('-inf')).unsqueeze(2)
-            return self._attend(
-                q,
-                torch.cat([k, fine_k], dim=2),
-                torch.cat([v, fine_v], dim=2),
-                torch.cat([selected, share], dim=3),
-            )
+            # log of one over the number of siblings, and -inf for a child that does not exist
+            share = exists.to(q.dtype)
+            share = (share / share.sum(dim=-1, keepdim=True)).log()
+            bias = torch.cat([
+                torch.zeros_like(k[..., 0]).scatter(2, parents, float('-inf')),
+                share.flatten(2),
+            ], dim=2)
+            return self._attend(q, torch.cat([k, fine_k], dim=2), torch.cat([v, fine_v], dim=2), bias.unsqueeze(2))
         coarse = self._attend(q, k, v)
-        missing = torch.zeros_like(share).masked_fill(~exists.flatten(2).unsqueeze(2), float('-inf'))
-        fine = self._attend(q, fine_k.contiguous(), fine_v.contiguous(), missing)
+        missing = torch.zeros_like(exists, dtype=q.dtype).masked_fill(~exists, float('-inf'))
+        fine = self._attend(q, fine_k, fine_v, missing.flatten(2).unsqueeze(2))
         gate = self.gate(torch.cat([coarse, fine], dim=-1)).sigmoid()
         return torch.lerp(coarse, fine, gate)  # g * fine + (1 - g) * coarse
 
@@ -337,11 +343,10 @@ class PyramidSparseAttention(nn.Module):
         if topk > 0:
             out = self._fine(x, q, k, v, (h, w), ratio, topk)
         else:
-            out = self._attend(q, k.contiguous(), v.contiguous())
+            out = self._attend(q, k, v)
         if self.training and self.train_topk > 0:
             # the gate takes part, with no effect, in steps that do not run it: DDP wants every parameter used
             out = out + 0. * (self.gate.weight.sum() + self.gate.bias.sum())
 
-        out = out.transpose(2, 3).reshape(x.shape)
-        pe = self.pe(v.transpose(2, 3).reshape(upper.shape))
-        return self.proj(out + F.interpolate(pe, size=(H, W), mode='bilinear', align_corners=False))
+        pe = F.interpolate(self.pe(self._map(v, (h, w))), size=(H, W), mode='bilinear', align_corners=False)
+        return self.proj(self._map(out, (H, W)) + pe)
