@@ -1,0 +1,28 @@
+"""Models and inputs for the tests of the models."""
+import timm
+import torch
+
+import pst_timm  # noqa: F401, registers the models
+from tests.helpers import randomize
+
+MODELS = timm.list_models('*resnet*_pst')
+TINY = 'test_resnet_pst'
+# odd levels on the way: C4 is 7x5 over a C5 of 4x3
+ODD_SIZE = (105, 75)
+LEVELS = 5
+
+
+def build(name=TINY, random=True, **kwargs):
+    """A model in eval mode, randomised (batch-norm statistics and gate included) unless told otherwise."""
+    model = timm.create_model(name, **kwargs)
+    return (randomize(model) if random else model).eval()
+
+
+def images(size=ODD_SIZE, batch=2, chans=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, chans, *size, generator=generator)
+
+
+def unused(model):
+    """Names of the trainable parameters that have no gradient."""
+    return {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
