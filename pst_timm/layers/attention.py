@@ -204,7 +204,7 @@ class PyramidSparseAttention(nn.Module):
         return draw < self.train_fine_prob
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, heads * n, H, W) -> (B, heads, H * W, n), a view of token-major memory, which channels_last already is."""
+        """(B, heads * n, H, W) -> (B, heads, H * W, n), a view of token-major memory, as channels_last already is."""
         # heads laid out one after the other would cost a copy each way, and give the gradient of a single image strides
         # that batch norm misreads on the CPU (batch_norm_backward, seen with torch 2.15)
         x = x.permute(0, 2, 3, 1).contiguous()

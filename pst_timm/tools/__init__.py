@@ -1,1 +1,1 @@
-"""Commands over the package, one file each: a function first, a flag parser second."""
+"""Commands built on the engine and the models; each file is a function first and a command second."""
