@@ -1,0 +1,187 @@
+"""From a command line, a YAML file or keyword arguments to checked arguments.
+
+A mistake (unknown name, wrong type, value out of range) is an error before any work starts, and names the nearest
+valid spelling.
+"""
+import argparse
+import difflib
+from argparse import Namespace
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
+
+import yaml
+
+from .errors import EngineError
+from .flags import TRAIN_FLAGS, VALIDATE_FLAGS, Flag, FlagGroups
+
+__all__ = ['parse_train_args', 'parse_validate_args', 'read_yaml', 'train_args', 'validate_args', 'write_yaml']
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence that suggests the known names closest to a wrong one, empty if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f' Did you mean {" or ".join(close)}?' if close else ''
+
+
+def _by_key(groups: FlagGroups) -> Dict[str, Flag]:
+    return {flag.key: flag for _, flags in groups for flag in flags}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are `EngineError`s."""
+
+    def error(self, message: str) -> None:
+        raise EngineError(f'{self.prog}: {message}. See {self.prog} --help.')
+
+
+class _Refused(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        raise EngineError(f'{option_string}: {self.const}')
+
+
+def _argparse_type(flag: Flag) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            return flag.parse_one(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f'expected {flag.expected()}, got {text!r}') from None
+    return convert
+
+
+def _build_parser(groups: FlagGroups, prog: str, description: str) -> _Parser:
+    # no abbreviations: an unknown flag is a typo, as an unknown key is
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file with values for the flags below.')
+    for title, flags in groups:
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            if flag.refused:
+                group.add_argument(
+                    *flag.names, action=_Refused, nargs='*', default=argparse.SUPPRESS, const=flag.refused,
+                    help=argparse.SUPPRESS)
+                continue
+            kwargs = flag.argparse_kwargs()
+            if not (flag.is_switch or flag.is_kwargs):
+                kwargs['type'] = _argparse_type(flag)
+            group.add_argument(*flag.names, **kwargs)
+    return parser
+
+
+def read_yaml(path: str, groups: FlagGroups = TRAIN_FLAGS) -> Dict[str, Any]:
+    """Read and check a YAML file of flags.
+
+    Args:
+        path: File with one mapping, keys as in timm's configs (`batch_size`).
+        groups: The flags it may name.
+
+    Returns:
+        Checked values by key.
+
+    Raises:
+        EngineError: If the file cannot be read, or names an unknown key or an unfit value; all of them are listed.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as e:
+        raise EngineError(f'Cannot read the config {path}: {e.strerror}.') from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise EngineError(f'{path} is not valid YAML: {e}') from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise EngineError(f'{path} must hold one mapping of flags to values, such as "epochs: 10".')
+    return _check_values(values, groups, where=f'{path}: ')
+
+
+def _check_values(values: Dict[str, Any], groups: FlagGroups, where: str = '') -> Dict[str, Any]:
+    flags = _by_key(groups)
+    known = [key for key, flag in flags.items() if not flag.refused]
+    checked, problems = {}, []
+    for key, value in values.items():
+        flag = flags.get(key)
+        if flag is None:
+            problems.append(f'{where}unknown key {key!r}.{nearest(str(key), known)}')
+        elif flag.refused:
+            problems.append(f'{where}{key}: {flag.refused}')
+        else:
+            try:
+                checked[key] = flag.parse_yaml(value)
+            except (TypeError, ValueError):
+                problems.append(f'{where}{key} must be {flag.expected()}, got {value!r}.')
+    if problems:
+        raise EngineError('\n'.join(problems))
+    return checked
+
+
+def write_yaml(args: Namespace, path: str) -> None:
+    """Write arguments as a YAML file that `read_yaml` reads and that starts the same run again."""
+    Path(path).write_text(yaml.safe_dump(dict(sorted(vars(args).items())), default_flow_style=False))
+
+
+def _parse(groups: FlagGroups, prog: str, description: str, argv: Optional[Sequence[str]]) -> Namespace:
+    parser = _build_parser(groups, prog, description)
+    config_parser = _Parser(prog=prog, add_help=False, allow_abbrev=False)
+    config_parser.add_argument('-c', '--config', default='')
+    config, rest = config_parser.parse_known_args(argv)
+    if config.config:
+        parser.set_defaults(**read_yaml(config.config, groups))
+    args, unknown = parser.parse_known_args(rest)
+    if unknown:
+        wrong = next((a for a in unknown if a.startswith('-')), unknown[0])
+        names = [n for _, flags in groups for f in flags if not f.refused for n in f.names]
+        raise EngineError(
+            f'{prog}: unknown argument {wrong!r}.{nearest(wrong.split("=")[0], names)} See {prog} --help.')
+    del args.config
+    return _finish(Namespace(**deepcopy(vars(args))))
+
+
+def _from_keywords(groups: FlagGroups, values: Dict[str, Any]) -> Namespace:
+    args = {key: deepcopy(flag.default) for key, flag in _by_key(groups).items() if not flag.refused}
+    args.update(_check_values(values, groups))
+    return _finish(Namespace(**args))
+
+
+def _finish(args: Namespace) -> Namespace:
+    """Check what no flag can check alone."""
+    args.data_dir = args.data_dir or args.data
+    args.data = None
+    problems: List[str] = []
+    for key in ('mean', 'std'):
+        values = getattr(args, key)
+        chans = args.input_size[0] if args.input_size else args.in_chans or 3
+        if values is not None and len(values) not in (1, chans):
+            problems.append(f'--{key} needs 1 or {chans} values (one per channel), got {len(values)}.')
+    for key in ('scale', 'ratio', 'cutmix_minmax'):
+        values = getattr(args, key, None)
+        if values is not None and (len(values) != 2 or values[0] > values[1]):
+            problems.append(f'--{key.replace("_", "-")} needs a smallest and a largest value, got {values}.')
+    if args.torchscript and args.torchcompile:
+        problems.append('--torchscript and --torchcompile exclude each other: choose one.')
+    if args.amp and args.model_dtype not in (None, 'float32'):
+        problems.append(f'--amp needs float32 weights: leave out --model-dtype {args.model_dtype}, or --amp.')
+    if problems:
+        raise EngineError('\n'.join(problems))
+    return args
+
+
+def parse_train_args(argv: Optional[Sequence[str]] = None, prog: str = 'train.py') -> Namespace:
+    """Arguments of a training run from the words of a command line (`sys.argv` if None)."""
+    return _parse(TRAIN_FLAGS, prog, 'Train an image classifier.', argv)
+
+
+def parse_validate_args(argv: Optional[Sequence[str]] = None, prog: str = 'validate.py') -> Namespace:
+    """Arguments of an evaluation from the words of a command line (`sys.argv` if None)."""
+    return _parse(VALIDATE_FLAGS, prog, 'Evaluate image classifiers.', argv)
+
+
+def train_args(**values: Any) -> Namespace:
+    """Arguments of a training run from keyword arguments, checked as those of the command line are."""
+    return _from_keywords(TRAIN_FLAGS, values)
+
+
+def validate_args(**values: Any) -> Namespace:
+    """Arguments of an evaluation from keyword arguments, checked as those of the command line are."""
+    return _from_keywords(VALIDATE_FLAGS, values)

@@ -1,0 +1,75 @@
+"""One pass over a split, and everything `validate` can measure on the way."""
+import logging
+from contextlib import AbstractContextManager
+from typing import Any, Callable, Dict, Optional
+
+import torch
+import torch.nn as nn
+from timm.task import ClassificationEvaluator
+from torch.utils.data import DataLoader
+
+from .data import bad_images
+from .progress import StepTimer, format_metrics, progress_bar
+
+__all__ = ['evaluate']
+
+_logger = logging.getLogger(__name__)
+
+
+@torch.inference_mode()
+def evaluate(
+        model: nn.Module,
+        loader: DataLoader,
+        evaluator: ClassificationEvaluator,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager],
+        *,
+        channels_last: bool = False,
+        tta: int = 0,
+        distributed: bool = False,
+        title: str = 'Validate',
+        show: bool = True,
+        log_interval: int = 50,
+        observe: Optional[Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]] = None,
+) -> Dict[str, float]:
+    """Evaluate a model.
+
+    Args:
+        model: The model, in inference mode.
+        loader: Batches of images (B, C, H, W) and labels (B,).
+        evaluator: What accumulates the metrics, from the task.
+        device: Device of the model.
+        autocast: Context of the forward pass.
+        channels_last: Whether to lay out the images channels last.
+        tta: Consecutive images that are views of one, whose outputs are averaged; 0 for none.
+        distributed: Whether the metrics are those of all processes.
+        title: Name in the bar and the log.
+        show: Whether this process has anything to say.
+        log_interval: Batches between log lines, where there is no bar.
+        observe: Called with images, logits (B, classes) and labels of each batch.
+
+    Returns:
+        Metrics in percent, loss, and images per second of this process.
+    """
+    timer = StepTimer()
+    total = len(loader)
+    for step, (images, target) in enumerate(progress_bar(timer.over(loader), total, title, show)):
+        images, target = images.to(device), target.to(device)
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with autocast():
+            output = model(images)
+        output = output[0] if isinstance(output, (tuple, list)) else output
+        if tta > 1:
+            output = output.unfold(0, tta, tta).mean(dim=2)
+            target = target[::tta]
+        evaluator.update(output, target)
+        if observe is not None:
+            observe(images, output, target)
+        timer.images += images.shape[0]
+        if show and (step + 1) % log_interval == 0:
+            _logger.info(f'{title}: [{step + 1}/{total}] {format_metrics(evaluator.summary())}, {timer}')
+    bad = bad_images(loader)
+    if bad is not None:
+        bad.check(loader.dataset)
+    return dict(evaluator.compute(distributed=distributed), images_per_second=timer.images_per_second)

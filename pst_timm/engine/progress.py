@@ -1,0 +1,160 @@
+"""What a run shows and leaves behind: bars, log lines, summary.csv, curves, TensorBoard and Weights & Biases."""
+import csv
+import logging
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, Mapping
+
+from timm.utils import AverageMeter, trim_summary, update_summary
+from tqdm import tqdm
+
+from .errors import EngineError
+
+__all__ = ['RunLog', 'StepTimer', 'format_metrics', 'plot_summary', 'progress_bar']
+
+_logger = logging.getLogger(__name__)
+
+
+def progress_bar(items: Iterable, total: int, title: str, enabled: bool = True) -> tqdm:
+    """A bar over an iterable that shows nothing where standard error is not a terminal."""
+    return tqdm(items, total=total, desc=title, leave=False, disable=not (enabled and sys.stderr.isatty()))
+
+
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """'loss 0.123, top1 97.50' for a log line."""
+    return ', '.join(f'{k} {v:.3f}' if 'top' not in k else f'{k} {v:.2f}' for k, v in metrics.items())
+
+
+class StepTimer:
+    """Measures how much of the time goes into waiting for data."""
+
+    def __init__(self):
+        self.wait = AverageMeter()
+        self.step = AverageMeter()
+        self.images = 0
+        self.start = time.perf_counter()
+
+    def over(self, batches: Iterable) -> Iterator:
+        """The same batches, with the time until each of them arrives on the books."""
+        asked = time.perf_counter()
+        for batch in batches:
+            got = time.perf_counter()
+            self.wait.update(got - asked)
+            yield batch
+            done = time.perf_counter()
+            self.step.update(done - asked)
+            asked = done
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / max(time.perf_counter() - self.start, 1e-9)
+
+    @property
+    def wait_share(self) -> float:
+        """Share of the time spent waiting for the loader, from 0 to 1."""
+        return self.wait.sum / max(time.perf_counter() - self.start, 1e-9)
+
+    def __str__(self) -> str:
+        text = f'{self.images_per_second:.1f} images/s, {self.wait_share:.0%} of the time waiting for data'
+        return text + (' (the loader is the bottleneck: more --workers)' if self.wait_share > 0.3 else '')
+
+
+class RunLog:
+    """The record of a training run in its folder; every method is for the first process alone."""
+
+    def __init__(self, args: Namespace, folder: Path, start_epoch: int):
+        """
+        Args:
+            args: Arguments of the run.
+            folder: Folder of the run.
+            start_epoch: First epoch; rows of an earlier try from there on are dropped.
+
+        Raises:
+            EngineError: If a logger is asked for that is not installed.
+        """
+        self.folder = folder
+        self.summary = folder / 'summary.csv'
+        trim_summary(str(self.summary), start_epoch)
+        self.tensorboard = _open_tensorboard(folder, start_epoch) if args.log_tensorboard else None
+        self.wandb = _open_wandb(args) if args.log_wandb else None
+
+    def epoch(self, epoch: int, train: Dict[str, float], evaluation: Dict[str, float], lr: float) -> None:
+        """Record the metrics of an epoch and draw the curves anew; `evaluation` is empty where there was none."""
+        # every row has the columns of the header
+        columns = dict(dict.fromkeys(('loss', 'top1', 'top5'), ''), **evaluation)
+        update_summary(epoch, train, columns, str(self.summary), lr=lr, log_wandb=self.wandb is not None)
+        plot_summary(self.summary, self.folder / 'curve.png')
+        if self.tensorboard is not None:
+            for name, values in (('train', train), ('eval', evaluation)):
+                for key, value in values.items():
+                    self.tensorboard.add_scalar(f'{name}/{key}', value, epoch)
+            self.tensorboard.add_scalar('lr', lr, epoch)
+            self.tensorboard.flush()
+
+    def close(self) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _open_tensorboard(folder: Path, start_epoch: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise EngineError('--log-tensorboard needs it: pip install tensorboard, or leave the flag out.') from None
+    return SummaryWriter(str(folder / 'tensorboard'), purge_step=start_epoch or None)
+
+
+def _open_wandb(args: Namespace) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise EngineError('--log-wandb needs it: pip install wandb, or leave the flag out.') from None
+    wandb.init(
+        project=args.wandb_project or args.experiment or None,
+        name=args.experiment or None,
+        config=vars(args),
+        tags=args.wandb_tags,
+        resume='must' if args.wandb_resume_id else None,
+        id=args.wandb_resume_id or None,
+    )
+    return wandb
+
+
+def plot_summary(summary: Path, image: Path) -> bool:
+    """Draw loss and accuracy over the epochs of a summary.csv as a PNG.
+
+    Args:
+        summary: The CSV file that a run writes.
+        image: The file to write.
+
+    Returns:
+        Whether it was drawn; without matplotlib it is not.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        _logger.debug('No curve without matplotlib.')
+        return False
+    with open(summary, newline='') as f:
+        rows = list(csv.DictReader(f))
+    figure = Figure(figsize=(9, 3.6), layout='constrained')
+    for axes, title, keys in zip(
+            figure.subplots(1, 2),
+            ('loss', 'accuracy (%)'),
+            (('train_loss', 'eval_loss'), ('eval_top1', 'eval_top5'))):
+        for key in keys:
+            points = [(float(r['epoch']) + 1, float(r[key])) for r in rows if r.get(key)]
+            if points:
+                axes.plot(*zip(*points), marker='.', label=key.replace('_', ' '))
+                axes.legend()
+        axes.set(title=title, xlabel='epoch')
+        axes.grid(alpha=0.3)
+    temporary = image.with_suffix('.tmp.png')
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(image)
+    return True
+

@@ -1,0 +1,482 @@
+"""Training: `train` runs the epochs, `train_one_epoch` is the step."""
+import copy
+import logging
+import math
+from argparse import Namespace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+from timm.data import resolve_data_config
+from timm.models import safe_model_name
+from timm.task import TrainingTask, evaluation_sample_limit
+from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn, is_primary, random_seed, unwrap_model
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from . import setup
+from .args import write_yaml
+from .checkpoint import AtomicSaver, Position, find_newest, gather_position, resume
+from .data import TrainData, bad_images, create_train_data
+from .errors import EngineError, Interrupted
+from .evaluate import evaluate
+from .progress import RunLog, StepTimer, format_metrics, progress_bar
+from .seeding import restore_rng, seed_epoch
+from .signals import StopSignals
+from .transfer import Frozen, apply_transfer
+
+__all__ = ['TrainResult', 'train']
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainResult:
+    """What a finished training run leaves."""
+    output_dir: Optional[Path]
+    """Folder of the run, None in all processes but the first."""
+    best_metric: Optional[float]
+    """Best value of --eval-metric."""
+    best_epoch: Optional[int]
+    history: List[Dict[str, float]] = field(default_factory=list)
+    """Metrics of the epochs that this call trained."""
+
+    @property
+    def best_checkpoint(self) -> Optional[Path]:
+        """Checkpoint of the best epoch, or of the last one if there was no validation."""
+        if self.output_dir is None:
+            return None
+        return self.output_dir / ('last.pth.tar' if self.best_epoch is None else 'model_best.pth.tar')
+
+
+@dataclass
+class Run:
+    """The parts of a training run, made by `prepare`."""
+    args: Namespace
+    device: torch.device
+    task: TrainingTask
+    frozen: Frozen
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    num_epochs: int
+    data: TrainData
+    autocast: Callable[[], AbstractContextManager]
+    loss_scaler: Optional[NativeScaler]
+    output_dir: Path
+    saver: Optional[AtomicSaver]
+    log: Optional[RunLog]
+    start: Position
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return math.ceil(len(self.data.train) / self.args.grad_accum_steps)
+
+    @property
+    def lr(self) -> float:
+        """Mean learning rate over the parameter groups."""
+        return sum(g['lr'] for g in self.optimizer.param_groups) / len(self.optimizer.param_groups)
+
+
+def train(args: Namespace) -> TrainResult:
+    """Train a model.
+
+    Args:
+        args: From `parse_train_args` or `train_args`; not changed.
+
+    Raises:
+        EngineError: If anything the user can mend is wrong; the message says what.
+        Interrupted: If the process was asked to stop; a recovery checkpoint has been written.
+    """
+    run = prepare(copy.deepcopy(args))
+    result = TrainResult(run.output_dir if is_primary(run.args) else None, None, None)
+    if run.saver is not None:
+        result.best_metric, result.best_epoch = run.saver.best_metric, run.saver.best_epoch
+    try:
+        with StopSignals(run.args.distributed) as stop:
+            for epoch in range(run.start.epoch, run.num_epochs):
+                train_metrics = train_one_epoch(run, epoch, stop)
+                if run.args.distributed and run.args.dist_bn:
+                    distribute_bn(
+                        run.task.get_trainable_module(), run.args.world_size, run.args.dist_bn == 'reduce')
+                last = epoch + 1 == run.num_epochs
+                due = run.data.evaluation is not None and ((epoch + 1) % run.args.val_interval == 0 or last)
+                eval_metrics = validate_epoch(run) if due else {}
+                lr = run.lr
+                if run.scheduler is not None:
+                    run.scheduler.step(epoch + 1, eval_metrics.get(run.args.eval_metric))
+                finish_epoch(run, epoch, train_metrics, eval_metrics, lr, result)
+                if not last and stop.agreed():
+                    raise Interrupted(
+                        f'Stopped after epoch {epoch}, as asked: start again with --resume auto to go on.')
+    finally:
+        if run.log is not None:
+            run.log.close()
+        if run.args.distributed and dist.is_initialized():
+            dist.destroy_process_group()
+    if result.best_metric is not None:
+        _logger.info(f'Best {run.args.eval_metric}: {result.best_metric:.3f} (epoch {result.best_epoch}).')
+    return result
+
+
+def train_one_epoch(run: Run, epoch: int, stop: StopSignals) -> Dict[str, float]:
+    """Train for an epoch, or for the rest of one that was interrupted; returns its mean loss."""
+    args, task, loader = run.args, run.task, run.data.train
+    start_epoch(run, epoch)
+    skip = run.start.step if epoch == run.start.epoch else 0
+    total, accum = len(loader), args.grad_accum_steps
+    timer = StepTimer()
+    bar = progress_bar(timer.over(loader), total, f'Epoch {epoch}', is_primary(args))
+    watch = LossWatch(run, epoch, total, timer, bar)
+
+    run.optimizer.zero_grad()
+    for step, (images, target) in enumerate(bar):
+        if step < skip:
+            if step + 1 == skip:
+                restore_rng(run.start.rng[args.rank])
+            continue
+        images, target = to_device(run, images, target)
+        group = step // accum
+        group_size = min(accum, total - group * accum)  # the last group may be smaller
+        update = step + 1 == group * accum + group_size
+        with nullcontext() if update else task.no_sync():
+            with run.autocast():
+                loss = task(images, target)['loss']
+            backward(run, loss / group_size, update)
+        watch.add(step, loss, images.shape[0])
+        if not update:
+            continue
+
+        run.optimizer.zero_grad()
+        updates = epoch * run.updates_per_epoch + group + 1
+        task.update_ema(step=updates)
+        if run.scheduler is not None:
+            run.scheduler.step_update(updates)
+        if args.synchronize_step and run.device.type != 'cpu':
+            torch.accelerator.synchronize()
+        if (group + 1) % args.log_interval == 0 or step + 1 == total:
+            watch.report(step, images)
+        if step + 1 < total:
+            after_update(run, Position(epoch, step + 1), group + 1, stop, watch)
+    return dict(loss=watch.mean())
+
+
+def start_epoch(run: Run, epoch: int) -> None:
+    """Put everything that depends on the epoch, and on nothing else, into its place."""
+    args, loader = run.args, run.data.train
+    seed_epoch(args.seed, epoch, args.rank)
+    for part in (loader.dataset, loader.sampler):
+        if hasattr(part, 'set_epoch'):
+            part.set_epoch(epoch)
+    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+        for mixup in (loader, run.data.mixup_fn):
+            if mixup is not None:
+                mixup.mixup_enabled = False
+    run.task.train()
+    run.frozen.rest()
+    model = unwrap_model(run.task.get_eval_model())
+    if hasattr(model, 'set_fine_step'):
+        # draws that all ranks share, at a place that a resumed run finds again
+        model.set_fine_step(args.seed, epoch * len(loader) + (run.start.step if epoch == run.start.epoch else 0))
+
+
+def to_device(run: Run, images: torch.Tensor, target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels where, and as, the model wants them."""
+    images, target = images.to(run.device), target.to(run.device)
+    if run.args.no_prefetcher:  # otherwise the loader has done this
+        images = images.to(setup.resolve_dtype(run.args))
+        if run.data.mixup_fn is not None:
+            images, target = run.data.mixup_fn(images, target)
+    if run.args.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images, target
+
+
+def backward(run: Run, loss: torch.Tensor, update: bool) -> None:
+    """Add the gradients of a loss to those there are; with `update`, clip them and step the optimizer."""
+    args = run.args
+    second_order = getattr(run.optimizer, 'is_second_order', False)
+    clip = None
+    if args.clip_grad is not None:
+        clip = dict(value=args.clip_grad, mode=args.clip_mode)
+    parameters = list(run.task.get_clip_parameters(exclude_head=args.clip_mode == 'agc')) if clip else None
+    if run.loss_scaler is not None:
+        run.loss_scaler(
+            loss, run.optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=parameters,
+            create_graph=second_order, need_update=update)
+        return
+    loss.backward(create_graph=second_order)
+    if update:
+        if clip:
+            dispatch_clip_grad(parameters, **clip)
+        run.optimizer.step()
+
+
+class LossWatch:
+    """Follows the loss of an epoch without waiting for the device at every step."""
+
+    def __init__(self, run: Run, epoch: int, total: int, timer: StepTimer, bar: tqdm):
+        self.run, self.epoch, self.total, self.timer, self.bar = run, epoch, total, timer, bar
+        self.sum = torch.zeros((), device=run.device)
+        self.last = self.sum
+        self.first_bad = torch.full((), -1, device=run.device)
+        self.lr_at: Dict[int, float] = {}
+        self.count = 0
+
+    def add(self, step: int, loss: torch.Tensor, size: int) -> None:
+        """Take in the loss of a step."""
+        self.last = loss.detach().float()
+        self.sum += self.last * size
+        self.count += size
+        self.timer.images += size
+        self.first_bad = torch.where((self.first_bad < 0) & ~self.last.isfinite(), step, self.first_bad)
+        self.lr_at[step] = self.run.lr
+
+    def check(self) -> None:
+        """Raise an EngineError if a loss was NaN or infinite."""
+        step = int(self.first_bad)
+        if step >= 0:
+            good = find_newest(self.run.output_dir) if self.run.output_dir is not None else None
+            raise EngineError(
+                f'The loss became NaN or infinite in epoch {self.epoch}, step {step}, at a learning rate of '
+                f'{self.lr_at[step]:.3g}. The last good checkpoint is {good or "none"}. Try a smaller --lr, '
+                f'--clip-grad, more --warmup-epochs, or --amp-dtype bfloat16.')
+        self.lr_at.clear()
+
+    def report(self, step: int, images: torch.Tensor) -> None:
+        """Show the state: in the bar where there is one, else as a line of the log."""
+        self.check()
+        args, timer = self.run.args, self.timer
+        if not is_primary(args):
+            return
+        mean = self.sum.item() / self.count
+        if self.bar.disable:
+            _logger.info(
+                f'Train: {self.epoch} [{step + 1:>4d}/{self.total} ({(step + 1) / self.total:>4.0%})]  '
+                f'Loss: {self.last.item():.4f} ({mean:.4f})  '
+                f'Time: {timer.step.avg:.3f}s, {timer.images_per_second * args.world_size:.1f}/s  '
+                f'LR: {self.run.lr:.3e}  Data: {timer.wait.avg:.3f}s, {timer.wait_share:.0%}')
+        else:
+            self.bar.set_postfix_str(
+                f'loss {mean:.3f}, {timer.images_per_second * args.world_size:.0f} images/s, '
+                f'data {timer.wait_share:.0%}')
+        if args.save_images:
+            save_image(images, self.run.output_dir / f'train-batch-{self.epoch}-{step}.jpg', normalize=True)
+
+    def mean(self) -> float:
+        """Mean loss over the images of all processes."""
+        totals = torch.stack([self.sum, torch.full_like(self.sum, self.count)])
+        if self.run.args.distributed:
+            dist.all_reduce(totals)
+        loss_sum, count = totals.tolist()
+        return loss_sum / max(count, 1)
+
+
+def after_update(run: Run, position: Position, updates: int, stop: StopSignals, watch: LossWatch) -> None:
+    """Write a recovery checkpoint if it is time for one, or if the run has to stop here."""
+    # agreeing costs a round trip between the processes, so they ask now and then
+    stopping = (not stop.distributed or updates % 10 == 0) and stop.agreed()
+    due = run.args.recovery_interval and updates % run.args.recovery_interval == 0
+    if stopping or due:
+        watch.check()
+        save_recovery(run, position)
+    if stopping:
+        raise Interrupted(
+            f'Stopped after step {position.step} of epoch {position.epoch}, as asked. The state is saved: start '
+            f'again with --resume auto (or --resume and the recovery checkpoint) to go on.')
+
+
+def save_recovery(run: Run, position: Position) -> None:
+    """Write a checkpoint in the middle of an epoch; all ranks call it."""
+    position = gather_position(position.epoch, position.step, run.args.distributed)
+    if run.saver is not None:
+        run.saver.save_step(position)
+
+
+def validate_epoch(run: Run) -> Dict[str, float]:
+    """Evaluate the model, and its moving average, whose metrics then count."""
+    args, loader = run.args, run.data.evaluation
+    metrics: Dict[str, float] = {}
+    for title, ema in (('Validate', False), ('Validate (EMA)', True)):
+        if ema and (not run.task.has_ema() or args.model_ema_force_cpu):
+            continue
+        model = run.task.get_eval_model(ema=ema)
+        # evaluation needs no gradients, and so none of DDP
+        model = model.module if isinstance(model, DistributedDataParallel) else model
+        model.eval()
+        metrics = evaluate(
+            model,
+            loader,
+            run.task.create_evaluator(max_samples=evaluation_sample_limit(loader)),
+            run.device,
+            run.autocast,
+            channels_last=args.channels_last,
+            tta=args.tta,
+            distributed=args.distributed,
+            title=title,
+            show=is_primary(args),
+            log_interval=args.log_interval,
+        )
+        _logger.info(f'{title}: {format_metrics(metrics)}')
+    metrics.pop('images_per_second')
+    return metrics
+
+
+def finish_epoch(
+        run: Run,
+        epoch: int,
+        train_metrics: Dict[str, float],
+        eval_metrics: Dict[str, float],
+        lr: float,
+        result: TrainResult,
+) -> None:
+    """Record the epoch, then save it: a kill in between repeats the epoch, and its record."""
+    result.history.append(dict(train_metrics, **{f'eval_{k}': v for k, v in eval_metrics.items()}))
+    if (bad := bad_images(run.data.train)) is not None:
+        bad.check(run.data.train.dataset)
+        if bad.count:
+            _logger.warning(f'{bad.count} unreadable image(s) skipped so far.')
+    if run.log is not None:
+        try:
+            run.log.epoch(epoch, train_metrics, eval_metrics, lr)
+        except OSError as e:
+            raise EngineError(
+                f'Cannot write the log to {run.output_dir}: {e}. The last checkpoint there is intact: make room, and '
+                f'start again with --resume auto.') from e
+    if run.saver is not None:
+        result.best_metric, result.best_epoch = run.saver.save_epoch(epoch, eval_metrics.get(run.args.eval_metric))
+
+
+def prepare(args: Namespace) -> Run:
+    """Make every part of a training run; what is wrong with the arguments or the data shows here."""
+    given = copy.deepcopy(args)
+    setup.import_modules(args.device_modules)
+    device = setup.init_device(args)
+    dtype = setup.resolve_dtype(args)
+    if not is_primary(args):
+        logging.getLogger().setLevel(logging.WARNING)
+    random_seed(args.seed, args.rank)
+
+    explicit_classes = args.num_classes is not None
+    model = setup.create_train_model(args)
+    frozen = apply_transfer(args, model)
+    data_config = resolve_data_config(vars(args), model=model)
+    data = create_train_data(args, data_config, explicit_classes, dtype)
+
+    model.to(device=device, dtype=dtype, memory_format=torch.channels_last if args.channels_last else None)
+    if args.sync_bn and args.distributed:
+        model = setup.sync_batchnorm(model, device)
+    if args.torchscript:
+        model = setup.script(model)
+    task = setup.create_task(args, model, device, dtype)
+    args.lr = setup.resolve_lr(args)
+    optimizer = setup.optimizer_for(args, task.get_trainable_module())
+    loss_scaler = setup.loss_scaler_for(args, device)
+    if args.model_ema and (is_primary(args) or not args.model_ema_force_cpu):
+        task.setup_ema(
+            decay=args.model_ema_decay,
+            use_warmup=args.model_ema_warmup,
+            device=torch.device('cpu') if args.model_ema_force_cpu else None,
+        )
+
+    folder = run_folder(args, given, data_config)
+    start, checkpoint = resume_run(args, folder, task, optimizer, loss_scaler)
+    saver = log = None
+    if folder is not None:
+        saver = AtomicSaver(
+            task, folder, optimizer=optimizer, args=args, amp_scaler=loss_scaler, max_history=args.checkpoint_hist,
+            decreasing=args.eval_metric == 'loss')
+        if checkpoint is not None and checkpoint.parent.resolve() == folder.resolve():
+            saver.load_state_dict_from_checkpoint(str(checkpoint))
+        log = RunLog(args, folder, start.epoch)
+
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+    if args.distributed:
+        task.prepare_distributed(
+            device_ids=[device] if device.type == 'cuda' else None, broadcast_buffers=not args.no_ddp_bb)
+
+    updates_per_epoch = math.ceil(len(data.train) / args.grad_accum_steps)
+    scheduler, num_epochs = setup.schedule_for(args, optimizer, updates_per_epoch)
+    run = Run(
+        args=args,
+        device=device,
+        task=task,
+        frozen=frozen,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        num_epochs=num_epochs,
+        data=data,
+        autocast=setup.autocast_for(args, device),
+        loss_scaler=loss_scaler,
+        output_dir=folder,
+        saver=saver,
+        log=log,
+        start=start,
+    )
+    place_schedule(run)
+    params = sum(p.numel() for p in model.parameters())
+    _logger.info(
+        f'{safe_model_name(args.model)}: {params:,} parameters, {args.num_classes} classes, input '
+        f'{"x".join(map(str, data_config["input_size"]))}, on {device} x {args.world_size}, learning rate '
+        f'{args.lr:.3g}, epochs {start.epoch} to {num_epochs}' + (f', in {folder}' if folder else ''))
+    return run
+
+
+def place_schedule(run: Run) -> None:
+    """Move the schedule to where the run starts."""
+    if run.scheduler is None or run.start[:2] == (0, 0):
+        return
+    run.scheduler.step(run.start.epoch)
+    run.scheduler.step_update(
+        run.start.epoch * run.updates_per_epoch + run.start.step // run.args.grad_accum_steps)
+
+
+def run_folder(args: Namespace, given: Namespace, data_config: Dict[str, Any]) -> Optional[Path]:
+    """Make the folder of the run, with args.yaml in it; None in all processes but the first."""
+    if args.resume == 'auto' and not args.experiment:
+        raise EngineError('--resume auto needs --experiment, to know which run to go on with.')
+    if not is_primary(args):
+        return None
+    name = args.experiment or '-'.join([
+        datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(data_config['input_size'][-1])])
+    folder = Path(args.output or 'output/train') / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_yaml(given, str(folder / 'args.yaml'))
+    except OSError as e:
+        raise EngineError(f'Cannot write to {folder} ({e.strerror}): choose another --output.') from e
+    return folder
+
+
+def resume_run(
+        args: Namespace,
+        folder: Optional[Path],
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        loss_scaler: Optional[NativeScaler],
+) -> Tuple[Position, Optional[Path]]:
+    """Load the checkpoint that --resume names or finds; returns where to go on, and the checkpoint."""
+    path = Path(args.resume) if args.resume and args.resume != 'auto' else None
+    if args.resume == 'auto':
+        found = [find_newest(folder) if folder is not None else None]
+        if args.distributed:
+            dist.broadcast_object_list(found)
+        path = found[0]
+        _logger.info(f'Going on from {path}.' if path else 'No checkpoint to resume, starting afresh.')
+    position = Position()
+    if path is not None:
+        keep = not args.no_resume_opt
+        position = resume(path, task, optimizer if keep else None, loss_scaler if keep else None)
+        if position.rng is not None and len(position.rng) != args.world_size:
+            raise EngineError(
+                f'{path} was written in the middle of an epoch by {len(position.rng)} processes and this run has '
+                f'{args.world_size}: use as many, or resume the last epoch checkpoint.')
+    if args.start_epoch is not None:
+        position = Position(args.start_epoch)
+    return position, path

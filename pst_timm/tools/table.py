@@ -1,0 +1,46 @@
+"""Plain text tables, and the table of this package's models."""
+from typing import Any, Dict, List, Mapping, Sequence
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import pst_timm  # registers the models  # noqa: F401
+
+__all__ = ['format_table', 'model_rows']
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as aligned text; columns in the order in which they first appear."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[str(c) for c in columns]] + [[str(row.get(c, '')) for c in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ['  '.join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
+    return '\n'.join([lines[0], '  '.join('-' * width for width in widths), *lines[1:]])
+
+
+def count_gmacs(model: torch.nn.Module, input_size: Sequence[int]) -> float:
+    """Multiply-accumulates of one image (channels, height, width) in billions."""
+    device = next(model.parameters()).device
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(torch.zeros(1, *input_size, device=device))
+    return counter.get_total_flops() / 2e9
+
+
+def model_rows() -> List[Dict[str, Any]]:
+    """One row per model of this package: parameters at 1000 classes, GMACs, input size, published weights."""
+    rows = []
+    for name in timm.list_models('*resnet*_pst'):
+        # no memory is touched, only shapes are followed
+        with torch.device('meta'):
+            model = timm.create_model(name)
+        size = model.default_cfg['input_size']
+        tags = [m.split('.', 1)[1] for m in timm.list_pretrained(f'{name}.*')]
+        rows.append(dict(
+            model=name,
+            parameters=f'{sum(p.numel() for p in model.parameters()):,}',
+            GMACs=f'{count_gmacs(model, size):.3f}',
+            input=size[-1],
+            weights=', '.join(tags) or 'not yet trained',
+        ))
+    return rows
