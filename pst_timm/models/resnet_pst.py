@@ -31,16 +31,9 @@ from timm.models import (
 from timm.models._features import feature_take_indices  # timm exports it from here alone
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from pst_timm.layers import ConvNorm, PyramidSparseTransformer
+from pst_timm.layers import Concat, ConvNorm, PyramidSparseTransformer
 
 __all__ = ['ResNetPST']
-
-
-class Concat(nn.Module):
-    """Channel concatenation as a module, so that feature hooks and FX can name its output."""
-
-    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.cat([a, b], dim=1)
 
 
 class ResNetPST(ResNet):
@@ -135,6 +128,7 @@ class ResNetPST(ResNet):
         self.pst_cat = Concat()
         self.fuse_down = ConvNorm(
             pst_width + c4['num_chs'], pst_width, 3, stride=c5['reduction'] // c4['reduction'], **conv_kwargs)
+        self.merge_cat = Concat()
         self.fuse_merge = ConvNorm(pst_width + c5['num_chs'], pst_width, 1, **conv_kwargs)
         self.feature_info[3] = dict(c4, num_chs=pst_width + c4['num_chs'], module='pst_cat')
         self.feature_info[4] = dict(c5, num_chs=pst_width, module='fuse_merge')
@@ -260,11 +254,13 @@ class ResNetPST(ResNet):
         if last >= 3:
             c4 = self._stage(self.layer3, x)
             c5 = self._stage(self.layer4, c4)
-            x = self._fuse_c4(c4, c5)
+            p_c4 = self.pst_cat(self._pst(c4, c5), c4)
+            # a reparameterized model does without the concatenation itself
+            x = torch.cat(p_c4, dim=1) if 3 in take_indices and isinstance(p_c4, tuple) else p_c4
             if 3 in take_indices:
                 intermediates.append(x)
             if last >= 4:
-                x = self._fuse_c5(x, c5)
+                x = self.fuse_merge(self.merge_cat(self.fuse_down(p_c4), c5))
                 if 4 in take_indices:
                     intermediates.append(x)
 
@@ -314,21 +310,20 @@ class ResNetPST(ResNet):
     def _stage(self, stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
 
-    def _fuse_c4(self, c4: torch.Tensor, c5: torch.Tensor) -> torch.Tensor:
-        """[P ; C4]"""
+    def _pst(self, c4: torch.Tensor, c5: torch.Tensor) -> torch.Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
             # drawn outside, so that the recomputation repeats the step it belongs to
-            p = checkpoint(self.pst, c4, c5, self.pst.draw_fine())
-        else:
-            p = self.pst(c4, c5)
-        return self.pst_cat(p, c4)
-
-    def _fuse_c5(self, x: torch.Tensor, c5: torch.Tensor) -> torch.Tensor:
-        """F, from [P ; C4] and C5"""
-        return self.fuse_merge(torch.cat([self.fuse_down(x), c5], dim=1))
+            return checkpoint(self.pst, c4, c5, self.pst.draw_fine())
+        return self.pst(c4, c5)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, in_chans, H, W) to the fused map F (B, num_features, H / 32, W / 32)."""
+        """Images (B, in_chans, H, W) to the fused map F (B, num_features, H / 32, W / 32).
+
+        A model pruned to a lower level gives that level.
+        """
+        if not torch.jit.is_scripting():
+            if self.last_level < 4:
+                return self.forward_intermediates(x, [self.last_level], stop_early=True, intermediates_only=True)[0]
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq([self.layer1, self.layer2], x, flatten=True)
@@ -338,7 +333,8 @@ class ResNetPST(ResNet):
             x = self.layer2(self.layer1(x))
             c4 = self.layer3(x)
             c5 = self.layer4(c4)
-        return self._fuse_c5(self._fuse_c4(c4, c5), c5)
+        p_c4 = self.pst_cat(self._pst(c4, c5), c4)
+        return self.fuse_merge(self.merge_cat(self.fuse_down(p_c4), c5))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Fused map F to logits (B, num_classes), or to what the classifier reads if `pre_logits`."""
