@@ -76,14 +76,17 @@ def test_joint_never_trains_the_gate():
 @pytest.mark.parametrize('batch', [1, 2])
 @pytest.mark.parametrize('num_heads', [1, 2])
 @pytest.mark.parametrize('train_topk', [0, 100])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @fusions
-def test_gradients_equal_finite_differences(fusion, train_topk, num_heads, batch, fused):
+def test_gradients_equal_finite_differences(fusion, memory_format, train_topk, num_heads, batch, fused):
     # all tokens are selected, so that noise has no say, and the statistics are fixed
     layer = build_attention(4, num_heads, train_topk=train_topk, fine_fusion=fusion, fused=fused).train()
     for m in (layer.q, layer.kv, layer.proj, layer.pe):
         m.bn.eval()
-    x, upper = build_maps(batch, 4, sizes=((3, 4), (2, 2)))
-    assert torch.autograd.gradcheck(lambda x, upper: layer(x, upper), (x.requires_grad_(), upper.requires_grad_()))
+    layer = layer.to(memory_format=memory_format)
+    maps = [t.contiguous(memory_format=memory_format).requires_grad_()
+            for t in build_maps(batch, 4, sizes=((3, 4), (2, 2)))]
+    assert torch.autograd.gradcheck(lambda x, upper: layer(x, upper), maps)
 
 
 def test_a_step_with_the_branch_off_gives_the_gate_a_zero_gradient():
