@@ -1,13 +1,16 @@
 """The layers of PST: tensors in, tensors out. They know torch and timm.layers only."""
 from .attention import FINE_FUSIONS, PyramidSparseAttention
-from .conv_norm import ConvNorm, FusedConvAct
+from .conv_norm import Concat, ConvNorm, FusedConvAct, Pair, SplitConvAct
 from .module import PyramidSparseBlock, PyramidSparseTransformer
 
 __all__ = [
     'FINE_FUSIONS',
+    'Concat',
     'ConvNorm',
     'FusedConvAct',
+    'Pair',
     'PyramidSparseAttention',
     'PyramidSparseBlock',
     'PyramidSparseTransformer',
+    'SplitConvAct',
 ]

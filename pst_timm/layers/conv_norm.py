@@ -1,4 +1,4 @@
-"""Convolution + batch norm that can be folded into one convolution for inference."""
+"""Convolution + batch norm, on one map or on two concatenated, and their folded forms for inference."""
 from typing import Tuple
 
 import torch
@@ -6,7 +6,7 @@ import torch.nn as nn
 from timm.layers import ConvNormAct
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = ['ConvNorm', 'FusedConvAct']
+__all__ = ['Concat', 'ConvNorm', 'FusedConvAct', 'Pair', 'SplitConvAct']
 
 
 class FusedConvAct(nn.Module):
@@ -65,3 +65,45 @@ class ConvNorm(ConvNormAct):
         if conv_bias is not None:
             mean = mean - conv_bias
         return self.conv.weight * scale.reshape(-1, 1, 1, 1), self.bn.bias - mean * scale
+
+
+class Concat(nn.Module):
+    """Channel concatenation as a module, so that feature hooks and FX can name its output."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.cat([a, b], dim=1)
+
+
+class Pair(nn.Module):
+    """Takes the place of a `Concat` in front of a `SplitConvAct`."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        return a, b
+
+
+class SplitConvAct(nn.Module):
+    """A `FusedConvAct` over two maps that need not be concatenated: conv([a ; b]) = conv_a(a) + conv_b(b)."""
+
+    def __init__(self, fused: FusedConvAct, in_channels_a: int):
+        """
+        Args:
+            fused: The convolution to split.
+            in_channels_a: Channels of the first map.
+        """
+        super().__init__()
+        conv = fused.conv
+        self.conv_a = self._part(conv, 0, in_channels_a)
+        self.conv_b = self._part(conv, in_channels_a, conv.in_channels)
+        self.conv_b.bias = conv.bias
+        self.act = fused.act
+
+    @staticmethod
+    def _part(conv: nn.Conv2d, start: int, end: int) -> nn.Conv2d:
+        part = nn.Conv2d(
+            end - start, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, bias=False,
+            device='meta')
+        part.weight = nn.Parameter(conv.weight.detach()[:, start:end].clone())
+        return part
+
+    def forward(self, x: Tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return self.act(self.conv_a(x[0]) + self.conv_b(x[1]))

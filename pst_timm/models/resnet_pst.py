@@ -255,8 +255,8 @@ class ResNetPST(ResNet):
             c4 = self._stage(self.layer3, x)
             c5 = self._stage(self.layer4, c4)
             p_c4 = self.pst_cat(self._pst(c4, c5), c4)
-            # a reparameterized model does without the concatenation itself
-            x = torch.cat(p_c4, dim=1) if 3 in take_indices and isinstance(p_c4, tuple) else p_c4
+            # a reparameterized model goes on without the concatenation, so that it is made only where it is asked for
+            x = torch.cat(p_c4, dim=1) if isinstance(p_c4, tuple) and (last == 3 or 3 in take_indices) else p_c4
             if 3 in take_indices:
                 intermediates.append(x)
             if last >= 4:
@@ -290,9 +290,9 @@ class ResNetPST(ResNet):
         take_indices, max_index = feature_take_indices(5, indices)
         drop = []
         if max_index < 4:
-            drop += ['fuse_down', 'fuse_merge']
+            drop += ['fuse_down', 'merge_cat', 'fuse_merge']
         if max_index < 3:
-            drop += ['layer3', 'layer4', 'pst']
+            drop += ['layer3', 'layer4', 'pst', 'pst_cat']
         if max_index < 2:
             drop += ['layer2']
         if max_index < 1:

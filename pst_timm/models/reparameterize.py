@@ -1,0 +1,79 @@
+"""The fast form of a model for inference, derived from the readable one."""
+from collections import Counter
+from copy import deepcopy
+
+import torch.fx
+import torch.nn as nn
+from timm.layers import get_notrace_functions, get_notrace_modules
+from timm.models import reparameterize_model
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.feature_extraction import NodePathTracer
+
+from pst_timm.layers import FusedConvAct, Pair, SplitConvAct
+
+from .resnet_pst import ResNetPST
+
+__all__ = ['reparameterize']
+
+
+def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Fold a convolutional model for inference.
+
+    What `timm.models.reparameterize_model` does, and beyond it: batch norms of the trunk are folded into their
+    convolutions too, and a ResNet-PST convolves the two halves of its concatenations apart instead of copying them
+    together. A plain timm ResNet is folded in the same way, which makes it a fair baseline. The answers are the same
+    but for rounding; `set_topk`, `features_only`, scripting, tracing, compilation and export still work.
+
+    Args:
+        model: Any timm model that torch.fx can trace.
+        inplace: Change the model itself rather than a copy.
+
+    Returns:
+        The folded model, in eval mode.
+
+    Raises:
+        ValueError: If the model cannot be traced.
+    """
+    if not inplace:
+        model = deepcopy(model)
+    model = reparameterize_model(model.eval(), inplace=True)
+    _fold_batch_norms(model)
+    for module in model.modules():
+        if isinstance(module, ResNetPST):
+            _split_concatenations(module)
+    return model
+
+
+def _fold_batch_norms(model: nn.Module) -> None:
+    """Fold each batch norm that follows a convolution, and it alone, in the traced graph."""
+    tracer = NodePathTracer(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions())
+    try:
+        graph = tracer.trace(model)
+    except (torch.fx.proxy.TraceError, RuntimeError, TypeError) as e:
+        raise ValueError(
+            f'{type(model).__name__} cannot be traced, so its batch norms cannot be folded: {e}. '
+            f'timm.models.reparameterize_model folds what the model itself offers.') from e
+    calls = Counter(node.target for node in graph.nodes if node.op == 'call_module')
+    modules = dict(model.named_modules())
+    for node in graph.nodes:
+        if node.op != 'call_module' or not isinstance(modules[node.target], nn.BatchNorm2d):
+            continue
+        norm, source = modules[node.target], node.args[0]
+        if norm.running_var is None or source.op != 'call_module' or len(source.users) > 1:
+            continue
+        conv = modules[source.target]
+        # a subclass may do more than convolve with its weight
+        if type(conv) is not nn.Conv2d or calls[source.target] > 1 or calls[node.target] > 1:
+            continue
+        model.set_submodule(source.target, fuse_conv_bn_eval(conv, norm))
+        # timm's norms may carry an activation
+        model.set_submodule(node.target, getattr(norm, 'act', nn.Identity()))
+
+
+def _split_concatenations(model: ResNetPST) -> None:
+    """Give `fuse_down` and `fuse_merge` a convolution for each of their two inputs."""
+    for concat, conv in (('pst_cat', 'fuse_down'), ('merge_cat', 'fuse_merge')):
+        fused = getattr(model, conv)
+        if isinstance(fused, FusedConvAct):  # a pruned model has none
+            setattr(model, concat, Pair())
+            setattr(model, conv, SplitConvAct(fused, model.pst.out_chs))
