@@ -259,8 +259,10 @@ class PyramidSparseAttention(nn.Module):
         """
         H, W = fine_size
         offset = torch.arange(ratio * ratio, device=parents.device)
-        row = (parents // coarse_size[1]).unsqueeze(-1) * ratio + offset // ratio
-        col = (parents % coarse_size[1]).unsqueeze(-1) * ratio + offset % ratio
+        i = parents // coarse_size[1]
+        j = parents - i * coarse_size[1]  # a remainder by a dynamic size has no ONNX translation
+        row = i.unsqueeze(-1) * ratio + offset // ratio
+        col = j.unsqueeze(-1) * ratio + offset % ratio
         exists = (row < H) & (col < W)
         return row.clamp(max=H - 1) * W + col.clamp(max=W - 1), exists
 
