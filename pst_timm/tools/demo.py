@@ -73,38 +73,52 @@ def export(checkpoint: Path, model_args: Dict[str, Any], folder: Path, class_nam
     save_for_hf(model, str(folder), model_config=dict(label_names=list(class_names)), safe_serialization=True)
 
 
-def classify(model: torch.nn.Module, image: Path, class_names: Sequence[str]) -> Tuple[str, float]:
+def classify(model: torch.nn.Module, image: Path) -> Tuple[str, float]:
     """Label and probability of an image.
 
     Args:
-        model: A timm model in inference mode.
+        model: A model as `export` wrote it, in inference mode; it knows the names of its classes.
         image: The image file.
-        class_names: Names of the classes in the order of the outputs.
     """
     transform = create_transform(**resolve_data_config(model=model))
     with torch.inference_mode():
         probabilities = model(transform(Image.open(image).convert('RGB'))[None]).softmax(dim=-1)[0]
     best = int(probabilities.argmax())
-    return class_names[best], probabilities[best].item()
+    return model.pretrained_cfg['label_names'][best], probabilities[best].item()
 
 
-def validate_settings(checkpoint: Path) -> List[Dict[str, Any]]:
-    """Evaluate a checkpoint coarse and with fine attention, both fusions; one row of results each."""
-    common = [
-        '--data-dir', 'output/digits', '--model', 'resnet18_pst', '--num-classes', '10', '--img-size', '64',
-        '--crop-pct', '1.0', '--workers', '1', '--checkpoint', str(checkpoint), '--device-modules', 'pst_timm',
+def validate_settings(args: argparse.Namespace, checkpoint: Path) -> List[Dict[str, Any]]:
+    """Evaluate a checkpoint coarse and with fine attention, both fusions; one row of results each.
+
+    Args:
+        args: Arguments that the checkpoint was trained with.
+        checkpoint: The checkpoint.
+    """
+    words = [
+        '--data-dir', args.data_dir, '--model', args.model, '--num-classes', str(args.num_classes),
+        '--img-size', str(args.img_size), '--crop-pct', str(args.crop_pct), '--workers', str(args.workers),
+        '--checkpoint', str(checkpoint), '--device-modules', *args.device_modules,
     ]
-    settings = [('coarse', [])]
-    settings += [(f'fine, topk={TOPK}, {f}', [f'topk={TOPK}', f'fine_fusion={f}']) for f in ('gate', 'joint')]
     rows = []
-    for name, kwargs in settings:
-        [results] = validate(parse_validate_args(common + (['--model-kwargs', *kwargs] if kwargs else [])))
+    for name, kwargs in (
+            ('coarse', []),
+            (f'fine, topk={TOPK}, gate', [f'topk={TOPK}', 'fine_fusion=gate']),
+            (f'fine, topk={TOPK}, joint', [f'topk={TOPK}', 'fine_fusion=joint']),
+    ):
+        command = words + (['--model-kwargs', *kwargs] if kwargs else [])
+        announce('validate.py', command)
+        [results] = validate(parse_validate_args(command))
         rows.append(dict(attention=name, top1=results['top1'], top5=results['top5'], loss=results['loss']))
     return rows
 
 
+def announce(script: str, words: Sequence[str]) -> None:
+    """Print the command that does by hand what the demo does next."""
+    print(f'\n$ python {script} {" ".join(words)}', flush=True)
+
+
 def run_demo(extra: Sequence[str] = ()) -> float:
-    """Run the demo in the current folder, which must be the repository's; prints the table and returns the top-1.
+    """Run the demo; writes to `output/` in the current folder, prints the table and returns the top-1.
 
     Args:
         extra: Further flags for the training, such as `--epochs 1`.
@@ -114,23 +128,25 @@ def run_demo(extra: Sequence[str] = ()) -> float:
     sizes = write_digits(data)
     print(f'Digits: {sizes[0]} training and {sizes[1]} validation images in {data}.')
 
-    args = parse_train_args(
-        ['--config', str(CONFIG), '--output', str(output.parent), '--experiment', output.name, *extra])
+    command = ['--config', str(CONFIG), '--output', str(output.parent), '--experiment', output.name, *extra]
+    announce('train.py', command)
+    args = parse_train_args(command)
     trained = time.perf_counter()
     result = train(args)
     trained = time.perf_counter() - trained
 
-    rows = validate_settings(result.best_checkpoint)
+    rows = validate_settings(args, result.best_checkpoint)
 
-    names = [str(i) for i in range(10)]
-    folder = output / 'resnet18_pst_digits'
-    model_args = dict(
-        model_name=args.model, num_classes=10,
-        pretrained_cfg_overlay=dict(input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0))
-    export(result.best_checkpoint, model_args, folder, names)
+    folder = output / f'{args.model}_digits'
+    pretrained_cfg = dict(input_size=(3, args.img_size, args.img_size), pool_size=None, crop_pct=args.crop_pct)
+    export(
+        result.best_checkpoint,
+        dict(model_name=args.model, num_classes=args.num_classes, pretrained_cfg_overlay=pretrained_cfg),
+        folder,
+        [str(i) for i in range(10)])
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     image = sorted(data.glob('validation/7/*.png'))[0]
-    label, probability = classify(model, image, names)
+    label, probability = classify(model, image)
 
     print(f'\n{image} is a {label} (probability {probability:.3f}).\n')
     print(format_table(rows))
@@ -141,7 +157,8 @@ def run_demo(extra: Sequence[str] = ()) -> float:
         dict(what='all together', result=f'{time.perf_counter() - began:.0f} s'),
         dict(what='curve', result=output / 'curve.png'),
         dict(what='checkpoint', result=result.best_checkpoint),
-        dict(what='for timm', result=f"timm.create_model('local-dir:{folder}', pretrained=True)"),
+        dict(what='weights', result=folder / 'model.safetensors'),
+        dict(what='load them', result=f"timm.create_model('local-dir:{folder}', pretrained=True)"),
     ]))
     return rows[0]['top1']
 

@@ -1,0 +1,148 @@
+"""Flags are timm's, and a mistake is named before any work starts."""
+import csv
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pst_timm.engine import EngineError, parse_train_args, parse_validate_args, train_args
+from pst_timm.engine.args import read_yaml, write_yaml
+from pst_timm.engine.flags import TRAIN_FLAGS, VALIDATE_FLAGS
+
+HERE = Path(__file__).parent
+CONFIGS = sorted((HERE.parents[1] / 'configs').glob('**/*.yaml'))
+TYPES = {'int': int, 'float': float, 'str': str, 'utils.ParseKwargs': dict, 'ParseKwargs': dict}
+# the differences from timm that docs/training.md lists
+OUR_DEFAULTS = {'device': None}
+
+
+def timm_flags(name):
+    with open(HERE / f'timm_{name}_flags.tsv', newline='') as f:
+        return list(csv.DictReader(f, delimiter='\t'))
+
+
+def key_of(row):
+    name = next((n for n in row['flags'].split() if n.startswith('--')), row['flags'].split()[0])
+    return name.lstrip('-').replace('-', '_')
+
+
+def our_flags(groups):
+    return {f.key: f for _, flags in groups for f in flags}
+
+
+@pytest.mark.parametrize('name,groups', [('train', TRAIN_FLAGS), ('validate', VALIDATE_FLAGS)])
+def test_flags_are_those_of_timm(name, groups):
+    ours = our_flags(groups)
+    rows = [r for r in timm_flags(name) if key_of(r) != 'config']
+    assert len(rows) > 50
+    for row in rows:
+        flag = ours[key_of(row)]
+        assert set(flag.names) == set(row['flags'].split()), row
+        if flag.refused:
+            continue
+        kind = bool if 'store_true' in row['action'] else TYPES.get(row['type'] or row['action'], str)
+        assert flag.type is kind, row
+        assert str(flag.nargs or '') == row['nargs'].strip("'"), row
+        default = False if kind is bool else eval(row['default'] or 'None')
+        assert flag.default == OUR_DEFAULTS.get(flag.key, default), row
+
+
+@pytest.mark.parametrize('name,groups', [('train', TRAIN_FLAGS), ('validate', VALIDATE_FLAGS)])
+def test_refused_flags_are_refused_with_a_sentence(name, groups):
+    parse = parse_train_args if name == 'train' else parse_validate_args
+    refused = [f for f in our_flags(groups).values() if f.refused]
+    assert {'fuser', 'naflex_loader'} <= {f.key for f in refused}
+    for flag in refused:
+        for option in flag.names:
+            with pytest.raises(EngineError, match=f'{option}: .*(not part|gone)'):
+                parse([option] + ([] if flag.is_switch else ['1']))
+
+
+@pytest.mark.parametrize('config', CONFIGS, ids=lambda p: p.name)
+def test_configs_are_accepted_and_name_only_keys_of_timm(config):
+    parse_train_args(['--config', str(config)])
+    values = yaml.safe_load(config.read_text())
+    assert set(values) <= {key_of(r) for r in timm_flags('train')}
+    assert values['device_modules'] == ['pst_timm']
+
+
+def write(tmp_path, text):
+    path = tmp_path / 'config.yaml'
+    path.write_text(text)
+    return str(path)
+
+
+def test_yaml_sets_and_flags_override(tmp_path):
+    path = write(tmp_path, 'lr: 1e-3\nepochs: 7\nmodel_kwargs: {topk: 8}\nscale: [0.5, 1.0]\namp: true\nmean: 0.5\n')
+    args = parse_train_args(['-c', path, '--epochs', '9'])
+    assert (args.lr, args.epochs, args.model_kwargs) == (1e-3, 9, {'topk': 8})
+    assert (args.scale, args.amp, args.mean) == ([0.5, 1.0], True, [0.5])
+    assert not hasattr(args, 'config')
+
+
+@pytest.mark.parametrize('text,message', [
+    ('epoch: 7', r"config.yaml: unknown key 'epoch'. Did you mean epochs"),
+    ('epochs: seven', r"config.yaml: epochs must be an integer, at least 1, got 'seven'"),
+    ('epochs: 1.5', r'epochs must be an integer'),
+    ('epochs: true', r'epochs must be an integer'),
+    ('epochs: 0', r'epochs must be an integer, at least 1, got 0'),
+    ('epochs:', r'epochs must be an integer'),
+    ('amp: 1', r'amp must be true or false'),
+    ('lr: fast', r'lr must be a number'),
+    ('lr: .nan', r'lr must be a number'),
+    ('hflip: 2', r'hflip must be a number from 0.0 to 1.0, got 2'),
+    ('opt: 5', r'opt must be a text'),
+    ('input_size: [3, 224]', r'input_size must be a list of 3 values'),
+    ('mean: []', r'mean must be a list'),
+    ('model_kwargs: topk', r'model_kwargs must be key=value pairs'),
+    ('mixup_mode: half', r"mixup_mode must be one of 'batch'"),
+    ('naflex_loader: true', r'naflex_loader: NaFlex'),
+    ('- epochs', r'must hold one mapping'),
+    ('a: [', r'not valid YAML'),
+    ('scale: [1.0, 0.5]', r'smallest and a largest'),
+    ('{amp: true, model_dtype: bfloat16}', r'float32 weights'),
+])
+def test_mistakes_in_yaml_are_named(tmp_path, text, message):
+    with pytest.raises(EngineError, match=message):
+        parse_train_args(['--config', write(tmp_path, text)])
+
+
+def test_all_mistakes_of_a_file_are_listed(tmp_path):
+    with pytest.raises(EngineError) as e:
+        read_yaml(write(tmp_path, 'epoch: 7\nhflip: 2\n'))
+    assert 'epochs' in str(e.value) and 'hflip' in str(e.value)
+
+
+@pytest.mark.parametrize('words,message', [
+    (['--epoch', '3'], r"unknown argument '--epoch'. Did you mean --epochs"),
+    (['--epochs', 'x'], r"argument --epochs: expected an integer, at least 1, got 'x'"),
+    (['--epochs', '0'], r'at least 1'),
+    (['--clip-mode', 'half'], r"one of 'norm'"),
+    (['--config', 'nowhere.yaml'], r'Cannot read the config nowhere.yaml'),
+    (['--torchscript', '--torchcompile'], r'exclude each other'),
+    (['--mean', '0.5', '0.5'], r'needs 1 or 3 values'),
+])
+def test_mistakes_on_the_command_line_are_named(words, message):
+    with pytest.raises(EngineError, match=message):
+        parse_train_args(words)
+
+
+def test_keyword_arguments_are_checked_alike():
+    assert train_args(epochs=3).epochs == 3
+    assert train_args(epochs=3) == parse_train_args(['--epochs', '3'])
+    with pytest.raises(EngineError, match='Did you mean epochs'):
+        train_args(epoch=3)
+
+
+def test_arguments_survive_a_round_trip_through_yaml(tmp_path):
+    args = parse_train_args([
+        'some/data', '--model-kwargs', 'topk=8', 'fine_fusion=joint', '--mean', '0.5', '--torchcompile', '--amp'])
+    assert args.torchcompile == 'inductor' and args.data_dir == 'some/data'
+    write_yaml(args, str(tmp_path / 'args.yaml'))
+    assert parse_train_args(['--config', str(tmp_path / 'args.yaml')]) == args
+
+
+def test_defaults_are_not_shared_between_runs():
+    parse_train_args([]).model_kwargs['topk'] = 8
+    train_args().scale.append(3.)
+    assert parse_train_args([]).model_kwargs == {} and train_args().scale == [0.08, 1.0]
