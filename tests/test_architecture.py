@@ -1,0 +1,130 @@
+"""The plan of the house: who may import whom, what an import costs, and the promises of the package's files."""
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pst_timm
+from pst_timm.layers import ConvNorm
+from tests.models.helpers import MODELS, build
+
+PACKAGE = Path(pst_timm.__file__).parent
+# what each room may know of the others; a room's own modules always
+ROOMS = {
+    'layers': set(),
+    'models': {'layers'},
+    'engine': {'models', 'layers'},
+    'hub': {'models', 'layers'},
+    'tools': {'engine', 'hub', 'models', 'layers'},
+    'cli': {'tools', 'engine', 'hub', 'models', 'layers'},
+}
+TRAINING_ONLY = ('matplotlib', 'sklearn', 'pst_timm.engine', 'pst_timm.hub', 'pst_timm.tools', 'pst_timm.cli')
+
+
+def sources():
+    return sorted(PACKAGE.rglob('*.py'))
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+
+
+def imports(path):
+    """(module, name) pairs of everything that a file imports, with relative imports resolved."""
+    package = ['pst_timm', *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else []
+            module = '.'.join([*base, *([node.module] if node.module else [])])
+            yield from ((module, alias.name) for alias in node.names)
+
+
+def own_imports(path):
+    for module, name in imports(path):
+        if module.split('.')[0] == 'pst_timm':
+            yield module, name
+
+
+@pytest.mark.parametrize('path', sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+class TestImports:
+
+    def test_knowledge_flows_one_way(self, path):
+        if path.parent == PACKAGE and room(path) in ('__init__', 'version', '__main__'):
+            pytest.skip('the front door')
+        assert room(path) in ROOMS, 'a new room needs its place in the plan'
+        allowed = ROOMS[room(path)] | {room(path)}
+        for module, name in own_imports(path):
+            parts = module.split('.')
+            target = parts[1] if len(parts) > 1 else name
+            if target not in ROOMS:
+                target = 'models'  # the front door gives what the models give
+            assert target in allowed, f'{path.name} imports {module} ({name})'
+
+    def test_no_private_name_of_another_file_is_imported(self, path):
+        for module, name in own_imports(path):
+            private = [part for part in (*module.split('.'), name or '') if part.startswith('_')]
+            assert not [part for part in private if not part.startswith('__')], f'{module}.{name}'
+
+    def test_the_engine_names_no_model_of_ours(self, path):
+        if room(path) != 'engine':
+            pytest.skip('another room')
+        known = {name for module, name in own_imports(path)}
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant):
+                known.add(node.value)
+            elif isinstance(node, (ast.Name, ast.Attribute)):
+                known.add(node.id if isinstance(node, ast.Name) else node.attr)
+        assert not known & {'ResNetPST', *MODELS}
+
+
+def test_layers_know_torch_and_timms_layers_only():
+    for path in (PACKAGE / 'layers').glob('*.py'):
+        for module, _ in imports(path):
+            top = module.split('.')[0]
+            assert top in {'torch', 'pst_timm', *sys.stdlib_module_names} or module == 'timm.layers', module
+
+
+def run(code):
+    """What a fresh interpreter prints."""
+    result = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    return result.stdout.strip()
+
+
+def test_import_is_light_and_registers_the_models():
+    assert run(
+        'import sys, timm\n'
+        'before = set(timm.list_models())\n'
+        'import pst_timm\n'
+        f'print([name for name in {TRAINING_ONLY!r} if name in sys.modules])\n'
+        'print(*sorted(set(timm.list_models()) - before))'
+    ).splitlines() == ['[]', ' '.join(sorted(MODELS))]
+
+
+def test_all_names_exist():
+    for path in sources():
+        if path.name == '__init__.py':
+            module = importlib.import_module('.'.join(['pst_timm', *path.relative_to(PACKAGE).parts[:-1]]))
+            assert not [name for name in getattr(module, '__all__', []) if not hasattr(module, name)], module
+
+
+def test_the_package_is_typed():
+    assert (PACKAGE / 'py.typed').is_file()
+
+
+def test_every_pair_of_the_neck_is_a_conv_and_a_norm():
+    """Checkpoints know these pairs as `.conv` and `.bn`."""
+    model = build(pst_depth=2)
+    block = ['attn.q', 'attn.kv', 'attn.pe', 'attn.proj', 'mlp.0', 'mlp.1']
+    expected = {'pst.conv_in', 'pst.conv_upper', 'pst.conv_out', 'fuse_down', 'fuse_merge', 'conv_head'}
+    expected |= {f'pst.blocks.{i}.{name}' for i in range(2) for name in block}
+    pairs = {name: m for name, m in model.named_modules() if isinstance(m, ConvNorm)}
+    assert set(pairs) == expected
+    for pair in pairs.values():
+        names = {name for name, _ in pair.named_parameters()}
+        assert names == {'conv.weight', 'bn.weight', 'bn.bias'}
