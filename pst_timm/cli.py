@@ -13,6 +13,8 @@ commands:
   list       the models of this package
   train      train a model (pst-timm train --help)
   validate   evaluate models (pst-timm validate --help)
+  benchmark  measure models and the attention on this machine (pst-timm benchmark --help)
+  export     write a model for deployment (pst-timm export --help)
 """
 
 
@@ -75,6 +77,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return train_main(words[1:], 'pst-timm train')
     if command == 'validate':
         return validate_main(words[1:], 'pst-timm validate')
+    if command == 'benchmark':
+        from pst_timm.tools.benchmark import main as benchmark_main
+        return benchmark_main(words[1:])
+    if command == 'export':
+        from pst_timm.tools.export import main as export_main
+        return export_main(words[1:])
     print(f'pst-timm: unknown command {command!r}.\n{USAGE}', end='', file=sys.stderr)
     return 2
 

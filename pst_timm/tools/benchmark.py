@@ -1,21 +1,164 @@
-"""Measure pyramid sparse attention against the plain formula: latency in turn, and peak memory.
+"""Measure the models against their plain ResNet twins, and the attention against the plain formula.
 
-The plain formula is written here from the equations, with the N x M logits stored, as a yardstick for
-`pst_timm.layers.PyramidSparseAttention`. Times on a shared machine are noise; read the ratios, whose two sides are
-measured in turn.
+Times on a shared machine are noise: every figure is a median of rounds in which both sides run in turn, and is shown as
+the ratio of the two. The plain formula is written here from the equations, with its N x M logits stored.
 """
 import argparse
+import csv
+import difflib
+import json
 import statistics
-import time
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
+import timm
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
+from pst_timm import reparameterize
 from pst_timm.layers import PyramidSparseAttention
 
-__all__ = ['benchmark_layers', 'main', 'peak_memory', 'plain_attention']
+from .measure import EnergyMeter, count_activations, median_ratio, peak_memory, percentile, time_in_turn
+from .table import count_gmacs, format_table
+
+__all__ = ['Setting', 'benchmark_figures', 'benchmark_layers', 'benchmark_models', 'main', 'plain_attention']
+
+Row = Dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How models are built and run for a measurement, the same for both sides of a ratio."""
+    device: torch.device = field(default_factory=lambda: torch.device('cpu'))
+    batch_size: int = 8
+    img_size: int = 224
+    dtype: torch.dtype = torch.float32
+    reparam: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    train: bool = False
+    topk: int = 0
+    """For the PST models alone, as is the fusion."""
+    fine_fusion: str = 'gate'
+    repeats: int = 20
+
+    def describe(self) -> str:
+        """One line for the head of a table."""
+        flags = [f for f in ('reparam', 'compile', 'channels_last', 'train') if getattr(self, f)]
+        dtype = str(self.dtype).removeprefix('torch.')
+        return (
+            f'torch {torch.__version__}, {device_name(self.device)}, batch {self.batch_size}, {self.img_size} px, '
+            f'{dtype}, {", ".join(flags) or "eager"}, medians of {self.repeats} rounds')
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's name, or the number of CPU threads."""
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'
+
+
+def plain_twin(name: str) -> str:
+    """The timm ResNet that a PST model extends: its name without `_pst`.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    twin = name.removesuffix('_pst')
+    if twin == name or not timm.is_model(twin):
+        raise ValueError(f'{name} has no plain twin; name one baseline for each model with --baselines.')
+    return twin
+
+
+def build(name: str, setting: Setting) -> nn.Module:
+    """Create a model, folded, cast and compiled as the setting says; random weights."""
+    kwargs = dict(topk=setting.topk, fine_fusion=setting.fine_fusion) if name.endswith('_pst') else {}
+    model = timm.create_model(name, **kwargs).to(setting.device)
+    model = model.train() if setting.train else model.eval()
+    if setting.reparam:
+        model = reparameterize(model, inplace=True)
+    model = model.to(dtype=setting.dtype)
+    if setting.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model
+
+
+def make_call(model: nn.Module, setting: Setting) -> Callable[[], object]:
+    """One inference, or one training step (forward, loss, backward, SGD), of a batch of random images."""
+    x = torch.randn(setting.batch_size, 3, setting.img_size, setting.img_size)
+    x = x.to(setting.device, setting.dtype)
+    if setting.channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    runner = torch.compile(model) if setting.compile else model
+    if not setting.train:
+        def infer():
+            with torch.inference_mode():
+                return runner(x)
+        return infer
+
+    target = torch.randint(model.num_classes, (setting.batch_size,), device=setting.device)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
+
+    def step():
+        optimizer.zero_grad()
+        F.cross_entropy(runner(x), target).backward()
+        optimizer.step()
+    return step
+
+
+def benchmark_models(
+        pairs: Sequence[Tuple[str, str]],
+        setting: Setting,
+        accuracy: Optional[Mapping[str, float]] = None,
+        progress: bool = True,
+) -> List[Row]:
+    """Measure each model in turn with its baseline.
+
+    Args:
+        pairs: (model, baseline) names.
+        setting: How both are built and run.
+        accuracy: Top-1 by model name, where known.
+        progress: Show a bar.
+
+    Returns:
+        Two rows for each pair, baseline first: parameters (M), GMACs, activations (M) of one image, peak memory (MiB),
+        latency of a batch (p50, p90, ms), images/s, and the model's ratios to the baseline in latency and in MACs.
+    """
+    rows = []
+    bar = tqdm(total=len(pairs) * (setting.repeats + 2), disable=None if progress else True, desc='benchmark')
+    meter = EnergyMeter(setting.device)
+    for name, baseline in pairs:
+        bar.set_postfix_str(name)
+        models = {n: build(n, setting) for n in (baseline, name)}
+        calls = {n: make_call(m, setting) for n, m in models.items()}
+        times = time_in_turn(calls, setting.repeats, tick=bar.update)
+        size = (3, setting.img_size, setting.img_size)
+        gmacs = {}
+        for n, model in models.items():
+            image = torch.zeros(1, *size, device=setting.device, dtype=setting.dtype)
+            energy = meter.joules(calls[n], setting.repeats)
+            peak = peak_memory(calls[n], setting.device)
+            gmacs[n] = count_gmacs(model, size)
+            p50 = percentile(times[n], 50)
+            rows.append({
+                'model': n,
+                'params_m': sum(p.numel() for p in model.parameters()) / 1e6,
+                'gmacs': gmacs[n],
+                'acts_m': count_activations(lambda: model(image)) / 1e6,  # noqa: B023  (called at once)
+                'peak_mib': peak / 2 ** 20,
+                'p50_ms': p50 * 1e3,
+                'p90_ms': percentile(times[n], 90) * 1e3,
+                'img_per_s': setting.batch_size / p50,
+                'joules_per_img': None if energy is None else energy / setting.batch_size,
+                'latency_ratio': median_ratio(times[n], times[baseline]) if n != baseline else None,
+                'macs_ratio': gmacs[n] / gmacs[baseline] if n != baseline else None,
+                'top1': (accuracy or {}).get(n),
+            })
+    bar.close()
+    # columns that nothing on this machine could fill only widen the table
+    return [{k: v for k, v in row.items() if any(r[k] is not None for r in rows)} for row in rows]
 
 
 def plain_attention(layer: PyramidSparseAttention, x: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
@@ -52,125 +195,232 @@ def plain_attention(layer: PyramidSparseAttention, x: torch.Tensor, upper: torch
     return layer.proj(out + F.interpolate(pe, size=(H, W), mode='bilinear', align_corners=False))
 
 
-def peak_memory(fn: Callable[[], object], device: torch.device) -> int:
-    """Largest amount of memory, in bytes, that a call holds beyond what was allocated before it."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        fn()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        fn()
-    held = peak = 0
-    # every allocation and release of the CPU allocator, kernels' own scratch space included
-    for event in sorted(prof.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == '[memory]':
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
-def time_in_turn(fns: Dict[str, Callable[[], object]], repeats: int, device: torch.device) -> Dict[str, List[float]]:
-    """Wall seconds of each function, called in turn (A B A B ...) `repeats` times after one warm-up each."""
-    times = {name: [] for name in fns}
-    for i in range(repeats + 1):
-        for name, fn in fns.items():
-            start = time.perf_counter()
-            fn()
-            if device.type == 'cuda':
-                torch.cuda.synchronize(device)
-            if i > 0:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
 @torch.inference_mode()
 def benchmark_layers(
         sizes: Sequence[int] = (14, 40, 80, 160),
-        topks: Sequence[int] = (0, 8),
-        batch_size: int = 2,
+        settings: Sequence[Tuple[int, str]] = ((0, 'gate'), (8, 'gate'), (8, 'joint')),
         dim: int = 128,
-        repeats: int = 10,
+        setting: Setting = Setting(batch_size=2, repeats=10),
         max_plain_bytes: int = 6 * 2 ** 30,
-        device: Optional[torch.device] = None,
-) -> List[Dict[str, object]]:
+        progress: bool = True,
+) -> List[Row]:
     """Time and measure the attention alone, size x size queries over half that size, beside the plain formula.
 
     Args:
         sizes: Sides of the fine map, even, in tokens.
-        topks: Selected coarse tokens; 0 is coarse attention.
-        batch_size: Images.
+        settings: (topk, fusion) pairs. The plain formula always fuses by 'gate'.
         dim: Channels, in heads of 32.
-        repeats: Timed calls of each.
+        setting: Device, batch size, repeats, and whether layers are folded and channels_last, for both sides.
         max_plain_bytes: The plain formula is left out where its logits alone would take more.
-        device: Where to run.
+        progress: Show a bar.
 
     Returns:
-        A row for each size, topk and fusion: medians in milliseconds, peak memory in MiB, and the median of the
-        paired ratios plain / ours (None where the plain formula was left out).
+        A row for each size and setting: medians in milliseconds, peak memory in MiB, and the median of the paired
+        ratios plain / ours (None where the plain formula was left out).
     """
-    device = torch.device(device or 'cpu')
     rows = []
+    bar = tqdm(
+        total=len(sizes) * len(settings) * (setting.repeats + 2), disable=None if progress else True, desc='layers')
+    memory_format = torch.channels_last if setting.channels_last else torch.contiguous_format
     for size in sizes:
-        layer = PyramidSparseAttention(dim, dim // 32, device=device).eval()
-        x = torch.randn(batch_size, dim, size, size, device=device)
-        upper = torch.randn(batch_size, dim, size // 2, size // 2, device=device)
-        with_plain = batch_size * layer.num_heads * size ** 4 // 4 * 4 <= max_plain_bytes
-        for topk, fusion in _settings(topks):
+        layer = PyramidSparseAttention(dim, dim // 32, device=setting.device).eval()
+        if setting.reparam:
+            layer = timm.models.reparameterize_model(layer, inplace=True)
+        layer = layer.to(memory_format=memory_format)
+        x, upper = (
+            torch.randn(setting.batch_size, dim, s, s, device=setting.device).to(memory_format=memory_format)
+            for s in (size, size // 2))
+        with_plain = setting.batch_size * layer.num_heads * size ** 4 // 4 * 4 <= max_plain_bytes
+        for topk, fusion in settings:
             layer.set_topk(topk, fusion)
-            fns = {'ours': lambda: layer(x, upper)}  # noqa: B023  (called before the loop goes on)
+            calls = {'ours': lambda: layer(x, upper)}  # noqa: B023  (called before the loop goes on)
             if with_plain:
-                fns['plain'] = lambda: plain_attention(layer, x, upper)  # noqa: B023
-            times = time_in_turn(fns, repeats, device)
-            memory = {name: peak_memory(fn, device) for name, fn in fns.items()}
+                calls['plain'] = lambda: plain_attention(layer, x, upper)  # noqa: B023
+            times = time_in_turn(calls, setting.repeats, tick=bar.update)
+            memory = {name: peak_memory(call, setting.device) / 2 ** 20 for name, call in calls.items()}
             rows.append({
                 'size': size,
                 'topk': topk,
-                'fusion': fusion if topk else '-',
+                'fusion': fusion if topk else None,
                 'ours_ms': statistics.median(times['ours']) * 1e3,
                 'plain_ms': statistics.median(times['plain']) * 1e3 if with_plain else None,
-                'speedup': statistics.median(
-                    p / o for p, o in zip(times['plain'], times['ours'])) if with_plain else None,
-                'ours_mib': memory['ours'] / 2 ** 20,
-                'plain_mib': memory['plain'] / 2 ** 20 if with_plain else None,
+                'speedup': median_ratio(times['plain'], times['ours']) if with_plain else None,
+                'ours_mib': memory['ours'],
+                'plain_mib': memory.get('plain'),
             })
+    bar.close()
     return rows
 
 
-def _settings(topks: Sequence[int]) -> List[Tuple[int, str]]:
-    return [(k, fusion) for k in topks for fusion in (('gate', 'joint') if k else ('gate',))]
+def benchmark_figures(setting: Setting, progress: bool = True) -> List[Row]:
+    """The project's headline figures on this machine, each a ratio of medians measured in turn.
+
+    Args:
+        setting: Device, dtype and repeats; batch size, folding and layout are those the targets are stated for.
+        progress: Show bars.
+
+    Returns:
+        A row for each figure: its name, the target, the measured value and whether it is met.
+    """
+    setting = replace(setting, batch_size=8, img_size=224, reparam=True, channels_last=True, train=False, topk=0)
+    rows: List[Row] = []
+
+    def add(figure: str, target: float, value: float, at_least: bool = False) -> None:
+        met = value >= target if at_least else value <= target
+        rows.append({
+            'figure': figure,
+            'target': f'{">=" if at_least else "<="} {target:g}',
+            'measured': value,
+            'met': 'yes' if met else 'no',
+        })
+
+    coarse_and_fine = ((0, 'gate'), (8, 'gate'))
+    detection = benchmark_layers(
+        (80,), coarse_and_fine, setting=replace(setting, batch_size=2), progress=progress)
+    small = benchmark_layers((14,), ((8, 'gate'), (8, 'joint')), setting=setting, progress=progress)
+    growth = benchmark_layers(
+        (40, 160), ((8, 'gate'),), setting=replace(setting, batch_size=2, repeats=1), max_plain_bytes=0,
+        progress=progress)
+    for row in detection:
+        kind = f'k = {row["topk"]}' if row['topk'] else 'coarse'
+        add(f'attention 80x80 over 40x40, {kind}: times faster than the plain formula', 4, row['speedup'], True)
+    for row in small:
+        add(f'attention 14x14 over 7x7, k = 8 {row["fusion"]}: times faster than the plain formula', 2,
+            row['speedup'], True)
+    add('attention, peak memory from 40x40 to 160x160: times', 18, growth[1]['ours_mib'] / growth[0]['ours_mib'])
+    for name, target in (('resnet50_pst', 1.07), ('resnet18_pst', 1.09), ('resnet101_pst', 1.09)):
+        row = benchmark_models([(name, plain_twin(name))], setting, progress=progress)[1]
+        add(f'{name} over {plain_twin(name)}: latency (MACs: {row["macs_ratio"]:.3f})', target, row['latency_ratio'])
+    add('resnet50_pst, k = 8 joint over coarse: latency', 1.02, _fine_over_coarse(setting))
+    step = replace(setting, reparam=False, train=True)
+    row = benchmark_models([('resnet50_pst', 'resnet50')], step, progress=progress)[1]
+    add('resnet50_pst over resnet50: training step', 1.08, row['latency_ratio'])
+    return rows
 
 
-def format_table(rows: Sequence[Dict[str, object]]) -> str:
-    """Rows of equal keys as a table of aligned columns."""
+def _fine_over_coarse(setting: Setting) -> float:
+    fine = make_call(build('resnet50_pst', replace(setting, topk=8, fine_fusion='joint')), setting)
+    coarse = make_call(build('resnet50_pst', setting), setting)
+    times = time_in_turn({'coarse': coarse, 'fine': fine}, setting.repeats)
+    return median_ratio(times['fine'], times['coarse'])
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy where it is known for all models, else GMACs, against latency."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    key, label = ('top1', 'top-1 (%)') if all(r.get('top1') is not None for r in rows) else ('gmacs', 'GMACs')
+    figure = Figure(figsize=(6.4, 4.4), layout='constrained')
+    axes = figure.subplots()
+    for row in rows:
+        pst = row.get('latency_ratio') is not None
+        axes.scatter(row['p50_ms'], row[key], color='tab:blue' if pst else 'tab:gray', zorder=3)
+        axes.annotate(row['model'], (row['p50_ms'], row[key]), xytext=(5, -3 if pst else 5), fontsize=8,
+                      textcoords='offset points', va='top' if pst else 'bottom')
+    axes.set(xlabel='latency of a batch, median (ms)', ylabel=label)
+    axes.margins(0.15)
+    axes.grid(alpha=0.3)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _rounded(rows: Sequence[Row]) -> List[Row]:
     def cell(value):
-        return '-' if value is None else f'{value:.2f}' if isinstance(value, float) else str(value)
-
-    lines = [list(rows[0])] + [[cell(v) for v in row.values()] for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return '\n'.join('  '.join(c.rjust(w) for c, w in zip(line, widths)) for line in lines)
+        return '-' if value is None else f'{value:.3f}' if isinstance(value, float) else value
+    return [{k: cell(v) for k, v in row.items()} for row in rows]
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """`python -m pst_timm.tools.benchmark`: print the table of `benchmark_layers`."""
+def _write(rows: Sequence[Row], setting: Setting, folder: Path, name: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f'{name}.csv', 'w', newline='') as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / f'{name}.json').write_text(json.dumps({'setting': setting.describe(), 'rows': rows}, indent=2) + '\n')
+
+
+def _read_accuracy(path: str) -> Dict[str, float]:
+    with open(path, newline='') as f:
+        return {row['model']: float(row['top1']) for row in csv.DictReader(f)}
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description='Pyramid sparse attention against the plain formula with its N x M logits: time and peak memory.')
-    parser.add_argument('--sizes', type=int, nargs='+', default=[14, 40, 80, 160], help='sides of the fine map')
-    parser.add_argument('--topk', type=int, nargs='+', default=[0, 8], help='selected coarse tokens')
-    parser.add_argument('-b', '--batch-size', type=int, default=2)
-    parser.add_argument('--dim', type=int, default=128, help='channels, in heads of 32')
-    parser.add_argument('--repeats', type=int, default=10, help='timed calls of each')
-    parser.add_argument('--device', default='cpu')
+        prog='pst-timm benchmark',
+        description='Measure models in turn with their plain ResNet twins. Without models: the headline figures.')
+    parser.add_argument('models', nargs='*', help='PST models, for example resnet50_pst')
+    parser.add_argument('--baselines', nargs='+', help='one for each model (default: its plain ResNet)')
+    parser.add_argument('--layers', action='store_true', help='measure the attention alone against the plain formula')
+    parser.add_argument('--sizes', type=int, nargs='+', default=[14, 40, 80, 160], help='fine maps of --layers')
+    parser.add_argument('--device', help='cpu, cuda, ... (default: the best present)')
+    parser.add_argument('-b', '--batch-size', type=int, help='images (default: 8; 2 with --layers)')
+    parser.add_argument('--img-size', type=int, default=224)
+    parser.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'), default='float32')
+    parser.add_argument('--topk', type=int, help='selected tokens (default: 0; 0 and 8 with --layers)')
+    parser.add_argument('--fine-fusion', choices=('gate', 'joint'), default='gate')
+    parser.add_argument('--reparam', action='store_true', help='fold with pst_timm.reparameterize')
+    parser.add_argument('--compile', action='store_true', help='torch.compile both sides')
+    parser.add_argument('--channels-last', action='store_true')
+    parser.add_argument('--train', action='store_true', help='time a training step')
+    parser.add_argument('--repeats', type=int, default=20, help='timed rounds')
+    parser.add_argument('--results-file', help='CSV with columns model and top1, as validate.py writes it')
+    parser.add_argument('--output', type=Path, help='folder for CSV, JSON and PNG')
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """`pst-timm benchmark`; returns the exit code."""
+    parser = _parser()
     args = parser.parse_args(argv)
+    for name in (*args.models, *(args.baselines or ())):
+        if not timm.is_model(name):
+            near = difflib.get_close_matches(name, timm.list_models(), 3)
+            parser.error(f'unknown model {name!r}' + (f'; did you mean {", ".join(near)}?' if near else ''))
+    if args.baselines and len(args.baselines) != len(args.models):
+        parser.error(f'{len(args.models)} models but {len(args.baselines)} --baselines; give one for each')
     if any(s < 2 or s % 2 for s in args.sizes):
         parser.error(f'--sizes must be even and at least 2, got {args.sizes}')
-    rows = benchmark_layers(args.sizes, args.topk, args.batch_size, args.dim, args.repeats, device=args.device)
-    print(f'torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, batch {args.batch_size}, '
-          f'{args.dim} channels; medians of {args.repeats}, speedup = median of paired ratios plain / ours')
-    print(format_table(rows))
+    if args.reparam and args.train:
+        parser.error('--reparam folds batch norms away, which --train needs')
+    if args.repeats < 1 or (args.batch_size or 1) < 1:
+        parser.error('--repeats and --batch-size must be at least 1')
+    device = args.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else 'cpu')
+    setting = Setting(
+        device=torch.device(device),
+        batch_size=args.batch_size or (2 if args.layers else 8),
+        img_size=args.img_size,
+        dtype=getattr(torch, args.dtype),
+        reparam=args.reparam,
+        compile=args.compile,
+        channels_last=args.channels_last,
+        train=args.train,
+        topk=args.topk or 0,
+        fine_fusion=args.fine_fusion,
+        repeats=args.repeats,
+    )
+    if args.layers:
+        topks = [args.topk] if args.topk is not None else [0, 8]
+        settings = [(k, fusion) for k in topks for fusion in (('gate', 'joint') if k else ('gate',))]
+        rows, name = benchmark_layers(args.sizes, settings, setting=setting), 'layers'
+    elif args.models:
+        try:
+            pairs = list(zip(args.models, args.baselines or [plain_twin(m) for m in args.models]))
+        except ValueError as e:
+            parser.error(str(e))
+        accuracy = _read_accuracy(args.results_file) if args.results_file else None
+        rows, name = benchmark_models(pairs, setting, accuracy), 'benchmark'
+    else:
+        rows, name = benchmark_figures(setting), 'figures'
+        setting = replace(setting, reparam=True, channels_last=True)
+    print(setting.describe())
+    print(format_table(_rounded(rows)))
+    if args.output:
+        _write(rows, setting, args.output, name)
+        if name == 'benchmark':
+            plot(rows, args.output / 'benchmark.png')
+        print(f'Written to {args.output}/')
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

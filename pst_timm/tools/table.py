@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pst_timm  # registers the models  # noqa: F401
 
-__all__ = ['format_table', 'model_rows']
+__all__ = ['count_gmacs', 'format_table', 'model_rows']
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -21,9 +21,9 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def count_gmacs(model: torch.nn.Module, input_size: Sequence[int]) -> float:
     """Multiply-accumulates of one image (channels, height, width) in billions."""
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(torch.zeros(1, *input_size, device=device))
+        model.eval()(torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype))
     return counter.get_total_flops() / 2e9
 
 
