@@ -10,6 +10,7 @@ from timm.layers import set_layer_config
 from timm.models import reparameterize_model
 from torchvision.models.feature_extraction import create_feature_extractor as torchvision_extractor
 
+import pst_timm
 from pst_timm.layers import FINE_FUSIONS
 from tests.helpers import relative_error
 from tests.models.helpers import MODELS, TINY, build, images
@@ -192,68 +193,91 @@ def export(model):
     )
 
 
+def has_batch_norm(module):
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+
+
+@pytest.mark.parametrize('fold', [reparameterize_model, pst_timm.reparameterize], ids=['timm', 'pst_timm'])
 class TestReparameterize:
+    """timm's folding of the neck and the head, and the package's own, which folds the trunk as well."""
 
     @attentions
     @pytest.mark.parametrize('name', MODELS)
-    def test_every_model(self, name, kwargs):
+    def test_every_model(self, fold, name, kwargs):
         model = build(name, num_classes=5, **kwargs)
-        folded = reparameterize_model(model)
+        folded = fold(model)
         assert_equals_eager(folded, model, sizes=[(97, 64)], batches=(2,), tolerance=1e-4)
-        for part in (folded.pst, folded.fuse_down, folded.fuse_merge, folded.conv_head):
-            assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in part.modules())
-        assert all(p.requires_grad for p in model.parameters() if p.ndim == 4), 'the source stays as it was'
+        assert not any(has_batch_norm(part) for part in (
+            folded.pst, folded.fuse_down, folded.fuse_merge, folded.conv_head))
+        if fold is pst_timm.reparameterize:
+            assert not has_batch_norm(folded)
 
-    @pytest.mark.parametrize('output_stride', [8, 16])
-    def test_dilated(self, output_stride):
-        model = build(output_stride=output_stride, topk=3)
-        assert_equals_eager(reparameterize_model(model), model, tolerance=1e-4)
+    @pytest.mark.parametrize('kwargs', [
+        dict(output_stride=8, topk=3),
+        dict(output_stride=16, topk=3, fine_fusion='joint'),
+        dict(pst_depth=0),
+        dict(pst_depth=2, topk=3),
+        dict(num_classes=0, global_pool=''),
+        dict(norm_layer='groupnorm1', topk=3),
+    ], ids=str)
+    def test_options(self, fold, kwargs):
+        model = build(**kwargs)
+        assert_equals_eager(fold(model), model, tolerance=1e-4)
 
-    def test_float64_agrees_to_rounding(self):
+    def test_float64_agrees_to_rounding(self, fold):
         model = build(topk=3, num_classes=5).double()
         x = images().double()
-        assert relative_error(reparameterize_model(model)(x), model(x)) < 1e-12
+        assert relative_error(fold(model)(x), model(x)) < 1e-12
 
-    def test_the_source_is_left_alone_unless_inplace(self):
+    def test_the_source_is_left_alone_unless_inplace(self, fold):
         model = build()
         expected, names = model(images()), list(model.state_dict())
-        reparameterize_model(model)
+        fold(model)
         assert list(model.state_dict()) == names and torch.equal(model(images()), expected)
-        assert reparameterize_model(model, inplace=True) is model
+        assert fold(model, inplace=True) is model
         assert list(model.state_dict()) != names
 
     @pytest.mark.parametrize('fusion', FINE_FUSIONS)
-    def test_topk_can_still_be_set(self, fusion):
+    def test_topk_can_still_be_set(self, fold, fusion):
         model = build(num_classes=5)
-        folded = reparameterize_model(model)
+        folded = fold(model)
         for topk in (3, 0, 10 ** 6):
             model.set_topk(topk, fusion=fusion)
             folded.set_topk(topk, fusion=fusion)
             assert_equals_eager(folded, model, batches=(2,), tolerance=1e-4)
 
-    def test_features(self):
-        features = build(features_only=True, topk=3)
-        for a, b in zip(reparameterize_model(features)(images()), features(images())):
+    @pytest.mark.parametrize('out_indices', [(0, 1, 2, 3, 4), (3,), (1, 2)])
+    def test_features(self, fold, out_indices):
+        features = build(features_only=True, out_indices=out_indices, topk=3)
+        for a, b in zip(fold(features)(images()), features(images())):
             assert relative_error(a, b) < 1e-4
-
-    def test_depth_0(self):
-        model = build(pst_depth=0)
-        assert_equals_eager(reparameterize_model(model), model, tolerance=1e-4)
 
     @scripting
     @pytest.mark.filterwarnings('ignore:.*torch.jit.*')
     @attentions
-    def test_then_script(self, kwargs):
+    def test_then_script(self, fold, kwargs):
         model = build(num_classes=5, **kwargs)
-        assert_equals_eager(torch.jit.script(reparameterize_model(model)), model, tolerance=1e-4)
+        assert_equals_eager(torch.jit.script(fold(model)), model, tolerance=1e-4)
 
     @attentions
-    def test_then_export(self, kwargs):
+    def test_then_export(self, fold, kwargs):
         model = build(num_classes=5, **kwargs)
-        assert_equals_eager(export(reparameterize_model(model)).module(), model, tolerance=1e-4)
+        assert_equals_eager(export(fold(model)).module(), model, tolerance=1e-4)
 
-    def test_half_precision_after_folding(self):
+    def test_half_precision_after_folding(self, fold):
         model = build(num_classes=5, topk=10 ** 6)
-        half = reparameterize_model(model).bfloat16()
-        y = half(images().bfloat16())
+        y = fold(model).bfloat16()(images().bfloat16())
         assert y.dtype == torch.bfloat16 and relative_error(y, model(images())) < 0.05
+
+    def test_a_plain_resnet(self, fold):
+        model = build('test_resnet')
+        assert_equals_eager(fold(model), model, tolerance=1e-4)
+
+
+def test_a_model_that_cannot_be_traced_is_an_error():
+    class Untraceable(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ValueError, match='Untraceable'):
+        pst_timm.reparameterize(Untraceable())
