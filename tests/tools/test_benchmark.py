@@ -1,0 +1,149 @@
+"""What the benchmark measures is what it says; no test looks at a time."""
+import csv
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from pst_timm.layers import PyramidSparseAttention
+from pst_timm.tools.benchmark import (
+    Setting,
+    benchmark_layers,
+    benchmark_models,
+    build,
+    main,
+    make_call,
+    plain_attention,
+    plain_twin,
+)
+from pst_timm.tools.measure import (
+    EnergyMeter,
+    count_activations,
+    median_ratio,
+    peak_memory,
+    percentile,
+    time_in_turn,
+)
+from tests.helpers import randomize, relative_error
+
+CPU = torch.device('cpu')
+
+
+@pytest.mark.parametrize('topk', [0, 3, 1000])
+@torch.no_grad()
+def test_plain_formula_computes_the_same(topk):
+    layer = randomize(PyramidSparseAttention(64, 2, topk=topk)).eval()
+    x, upper = torch.randn(2, 64, 12, 8), torch.randn(2, 64, 6, 4)
+    assert relative_error(layer(x, upper), plain_attention(layer, x, upper)) < 1e-5
+
+
+def test_attention_memory_grows_linearly_and_the_plain_formula_does_not():
+    rows = benchmark_layers((16, 32, 64), ((8, 'gate'), (8, 'joint')), setting=Setting(repeats=1), progress=False)
+    for fusion in ('gate', 'joint'):
+        ours, plain = ([r[key] for r in rows if r['fusion'] == fusion] for key in ('ours_mib', 'plain_mib'))
+        # four times the queries
+        assert ours[2] / ours[1] < 4.5
+        assert plain[2] / plain[1] > 10
+
+
+def test_plain_formula_is_left_out_where_it_would_not_fit():
+    row, = benchmark_layers(
+        (16,), ((0, 'gate'),), setting=Setting(repeats=1), max_plain_bytes=16, progress=False)
+    assert row['plain_ms'] is None and row['speedup'] is None and row['ours_ms'] > 0
+
+
+def test_calls_run_in_turn():
+    order = []
+    times = time_in_turn({'a': lambda: order.append('a'), 'b': lambda: order.append('b')}, repeats=3, warmup=1)
+    assert order == ['a', 'b'] * 4
+    assert len(times['a']) == len(times['b']) == 3
+    assert median_ratio([2., 9., 4.], [1., 3., 4.]) == 2.
+    assert percentile([1., 2., 3.], 50) == 2. and percentile([0., 10.], 90) == pytest.approx(9.)
+
+
+def test_peak_memory_counts_what_a_call_holds():
+    size = 2 ** 20
+    one = peak_memory(lambda: torch.empty(size), CPU)
+    two = peak_memory(lambda: [torch.empty(size), torch.empty(size)], CPU)
+    assert one == 4 * size and two == 8 * size
+
+
+def test_activations_of_known_layers():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5))
+    assert count_activations(lambda: net(torch.zeros(1, 3, 4, 4))) == 8 * 16 + 5
+
+
+def test_energy_is_read_where_there_is_a_counter(tmp_path):
+    assert EnergyMeter(CPU, tmp_path).joules(lambda: None, 1) is None
+    zone = tmp_path / 'intel-rapl:0'
+    zone.mkdir()
+    counter = zone / 'energy_uj'
+    counter.write_text('1000000')
+
+    def call():
+        counter.write_text(str(int(counter.read_text()) + 3_000_000))
+
+    assert EnergyMeter(CPU, tmp_path).joules(call, 2) == pytest.approx(3.)
+
+
+@pytest.mark.parametrize('train', [False, True])
+def test_rows_of_a_pair(train):
+    setting = Setting(batch_size=2, img_size=64, repeats=2, train=train, channels_last=True)
+    plain, pst = benchmark_models([('test_resnet_pst', 'test_resnet')], setting, progress=False)
+    assert (plain['model'], pst['model']) == ('test_resnet', 'test_resnet_pst')
+    assert plain['latency_ratio'] is None and pst['latency_ratio'] > 0
+    assert pst['macs_ratio'] == pytest.approx(pst['gmacs'] / plain['gmacs']) and pst['macs_ratio'] > 1
+    assert pst['params_m'] == pytest.approx(0.692456)
+    assert 'top1' not in pst and pst['peak_mib'] > 0
+
+
+def test_settings_reach_the_model():
+    setting = Setting(batch_size=1, img_size=64, reparam=True, channels_last=True, dtype=torch.bfloat16, topk=3)
+    model = build('test_resnet_pst', setting)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert model.pst.blocks[0].attn.topk == 3 and model.fc.weight.dtype == torch.bfloat16
+    assert model.layer4[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert make_call(model, setting)().shape == (1, 1000)
+
+
+def test_a_training_step_trains():
+    setting = Setting(batch_size=2, img_size=64, train=True)
+    model = build('test_resnet_pst', setting)
+    before = model.fc.weight.detach().clone()
+    make_call(model, setting)()
+    assert not torch.equal(model.fc.weight, before)
+
+
+def test_command_writes_csv_json_and_picture(tmp_path, capsys):
+    accuracy = tmp_path / 'results.csv'
+    accuracy.write_text('model,top1\ntest_resnet_pst,97.5\n')
+    assert main([
+        'test_resnet_pst', '-b', '1', '--img-size', '64', '--repeats', '1', '--device', 'cpu', '--reparam',
+        '--results-file', str(accuracy), '--output', str(tmp_path / 'out')]) == 0
+    assert 'latency_ratio' in capsys.readouterr().out
+    with open(tmp_path / 'out' / 'benchmark.csv', newline='') as f:
+        assert [row['top1'] for row in csv.DictReader(f)] == ['', '97.5']
+    assert len(json.loads((tmp_path / 'out' / 'benchmark.json').read_text())['rows']) == 2
+    assert (tmp_path / 'out' / 'benchmark.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['resnt50_pst'], 'did you mean resnet50_pst'),
+    (['resnet50_pst', '--baselines', 'resnet50', 'resnet18'], 'give one for each'),
+    (['resnet50'], 'has no plain twin'),
+    (['--layers', '--sizes', '15'], 'must be even'),
+    (['resnet50_pst', '--reparam', '--train'], '--train needs'),
+    (['resnet50_pst', '--repeats', '0'], 'at least 1'),
+])
+def test_mistakes_are_explained(argv, message, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(argv)
+    assert e.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_twins():
+    assert plain_twin('resnet101_pst') == 'resnet101'
+    with pytest.raises(ValueError, match='no plain twin'):
+        plain_twin('resnet50')
