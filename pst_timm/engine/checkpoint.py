@@ -5,17 +5,16 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 import torch
-import torch.distributed as dist
+from timm.models import load_state_dict
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
 
 from .errors import EngineError
-from .seeding import capture_rng
 
-__all__ = ['AtomicSaver', 'Position', 'check_checkpoint', 'find_newest', 'resume']
+__all__ = ['AtomicSaver', 'Position', 'check_checkpoint', 'find_newest', 'read_weights', 'resume']
 
 _logger = logging.getLogger(__name__)
 
@@ -24,8 +23,6 @@ class Position(NamedTuple):
     """How far a run has come: this many batches into this epoch."""
     epoch: int = 0
     step: int = 0
-    rng: Optional[List[Dict[str, Any]]] = None
-    """Random state of each rank at this place, None at the start of an epoch."""
 
 
 class _TaskState:
@@ -87,16 +84,6 @@ class AtomicSaver(CheckpointSaver):
                 f'or mend the permissions, and start again with --resume auto.') from e
 
 
-def gather_position(epoch: int, step: int, distributed: bool) -> Position:
-    """The position with the random state of every rank; all ranks must call it."""
-    state = capture_rng()
-    states = [state]
-    if distributed:
-        states = [None] * dist.get_world_size()
-        dist.all_gather_object(states, state)
-    return Position(epoch, step, states)
-
-
 def check_checkpoint(path: Path) -> None:
     """Make sure that a training checkpoint is whole and holds nothing but data.
 
@@ -105,8 +92,6 @@ def check_checkpoint(path: Path) -> None:
     """
     if not path.is_file():
         raise EngineError(f'There is no checkpoint {path}.')
-    if path.suffix == '.safetensors':
-        return
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -123,6 +108,26 @@ def check_checkpoint(path: Path) -> None:
             f'could run code: {e}') from None
     except Exception as e:  # whatever a damaged pickle may raise
         raise EngineError(f'The checkpoint {path} cannot be read ({e}): use an earlier one.') from None
+
+
+def read_weights(path: str, use_ema: bool = True) -> Dict[str, torch.Tensor]:
+    """The weights in a .safetensors file, a checkpoint, or a plain file of weights; no code in it is run.
+
+    Args:
+        path: The file.
+        use_ema: Whether to take the moving average, if there is one.
+
+    Raises:
+        EngineError: If the file is missing, damaged, or holds more than data.
+    """
+    if not Path(path).is_file():
+        raise EngineError(f'There is no checkpoint {path}.')
+    try:
+        return load_state_dict(path, use_ema=use_ema)
+    except Exception as e:  # whatever a damaged or malicious file may raise
+        raise EngineError(
+            f'{path} is refused: it is damaged, or holds more than tensors and plain values, so that loading it could '
+            f'run code ({e}). Use another file, or turn a file you trust into .safetensors.') from None
 
 
 def read_position(path: Path) -> Position:
@@ -146,7 +151,7 @@ def find_newest(folder: Path) -> Optional[Path]:
         except EngineError as e:
             _logger.warning(f'{e} Looking further.')
             continue
-        place = read_position(path)[:2]
+        place = read_position(path)
         if best is None or place > best_place:
             best, best_place = path, place
     return best

@@ -152,6 +152,7 @@ def plot_summary(summary: Path, image: Path) -> bool:
                 axes.plot(*zip(*points), marker='.', label=key.replace('_', ' '))
                 axes.legend()
         axes.set(title=title, xlabel='epoch')
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     temporary = image.with_suffix('.tmp.png')
     figure.savefig(temporary, dpi=120)

@@ -1,41 +1,48 @@
-"""Random state as a function of (seed, epoch, rank), and as a value that a checkpoint can hold."""
+"""Random state as a function of (seed, rank, epoch, step): nothing depends on what happened before."""
 import random
-from typing import Any, Dict
+from typing import Any, Iterable, Iterator
 
 import numpy as np
 import torch
 
-__all__ = ['capture_rng', 'restore_rng', 'seed_epoch']
+__all__ = ['seed_model', 'seeded_batches']
+
+DATA, MODEL = 0, 1
 
 
-def seed_epoch(seed: int, epoch: int, rank: int) -> None:
-    """Set all generators of this process; no epoch depends on what happened before it."""
-    words = np.random.SeedSequence([seed, epoch, rank]).generate_state(2, np.uint64)
-    torch.manual_seed(int(words[0]))
-    random.seed(int(words[1]))
-    np.random.seed(int(words[1]) % 2 ** 32)
+def _seed(*words: int) -> None:
+    state = np.random.SeedSequence(words).generate_state(2, np.uint64)
+    torch.manual_seed(int(state[0]))
+    random.seed(int(state[1]))
+    np.random.seed(int(state[1]) % 2 ** 32)
 
 
-def capture_rng() -> Dict[str, Any]:
-    """The state of all generators, made of tensors, numbers and lists alone."""
-    kind, keys, *rest = np.random.get_state()
-    version, words, gauss = random.getstate()
-    state = dict(
-        torch=torch.get_rng_state(),
-        numpy=[kind, torch.from_numpy(keys.astype(np.int64)), *rest],
-        python=[version, torch.tensor(words), gauss],
-    )
-    if torch.cuda.is_available():
-        state['cuda'] = torch.cuda.get_rng_state()
-    return state
+def seed_model(seed: int, rank: int, epoch: int, step: int) -> None:
+    """Set all generators of this process for a forward pass.
+
+    Args:
+        seed: Seed of the run.
+        rank: Rank of this process.
+        epoch: Epoch.
+        step: Batch within the epoch.
+    """
+    _seed(seed, rank, epoch, step, MODEL)
 
 
-def restore_rng(state: Dict[str, Any]) -> None:
-    """Set the generators to what `capture_rng` returned."""
-    torch.set_rng_state(state['torch'])
-    kind, keys, *rest = state['numpy']
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    version, words, gauss = state['python']
-    random.setstate((version, tuple(words.tolist()), gauss))
-    if 'cuda' in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state['cuda'])
+def seeded_batches(batches: Iterable, seed: int, rank: int, epoch: int) -> Iterator[Any]:
+    """The same batches, each fetched from a random state of its own.
+
+    A resumed epoch thus skips batches without repeating what the model drew between them. The first state also gives
+    the loader its order and its workers their seeds.
+    """
+    iterator = None
+    step = 0
+    while True:
+        _seed(seed, rank, epoch, step, DATA)
+        iterator = iter(batches) if iterator is None else iterator
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        yield batch
+        step += 1

@@ -11,7 +11,6 @@ import timm
 import torch
 import torch.nn as nn
 from timm.layers import convert_sync_batchnorm, set_fast_norm
-from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
@@ -25,6 +24,7 @@ from timm.task import (
 from timm.utils import NativeScaler, init_distributed_device
 
 from .args import nearest
+from .checkpoint import read_weights
 from .errors import EngineError
 
 __all__ = [
@@ -166,14 +166,9 @@ def load_initial_checkpoint(model: nn.Module, path: str) -> None:
     """Load weights; a classifier for another number of classes keeps its fresh weights.
 
     Raises:
-        EngineError: If the file is missing or not data alone, or if anything else does not fit.
+        EngineError: If the file is missing or no data alone, or if anything else does not fit.
     """
-    try:
-        state = load_state_dict(path)
-    except FileNotFoundError:
-        raise EngineError(f'--initial-checkpoint: there is no {path}.') from None
-    except Exception as e:  # a damaged or malicious file may raise anything
-        raise EngineError(f'--initial-checkpoint: {path} is not a checkpoint of plain weights: {e}') from e
+    state = read_weights(path)
     own = model.state_dict()
     head = {n for n, m in model.named_modules() if m is model.get_classifier()}
     fresh = [k for k in state if k.rpartition('.')[0] in head and k in own and own[k].shape != state[k].shape]

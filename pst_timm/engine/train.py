@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from . import setup
 from .args import write_yaml
-from .checkpoint import AtomicSaver, Position, find_newest, gather_position, resume
+from .checkpoint import AtomicSaver, Position, find_newest, resume
 from .data import TrainData, bad_images, create_train_data
 from .errors import EngineError, Interrupted
 from .evaluate import evaluate
 from .progress import RunLog, StepTimer, format_metrics, progress_bar
-from .seeding import restore_rng, seed_epoch
+from .seeding import seed_model, seeded_batches
 from .signals import StopSignals
 from .transfer import Frozen, apply_transfer
 
@@ -130,15 +130,15 @@ def train_one_epoch(run: Run, epoch: int, stop: StopSignals) -> Dict[str, float]
     skip = run.start.step if epoch == run.start.epoch else 0
     total, accum = len(loader), args.grad_accum_steps
     timer = StepTimer()
-    bar = progress_bar(timer.over(loader), total, f'Epoch {epoch}', is_primary(args))
+    batches = timer.over(seeded_batches(loader, args.seed, args.rank, epoch))
+    bar = progress_bar(batches, total, f'Epoch {epoch}', is_primary(args))
     watch = LossWatch(run, epoch, total, timer, bar)
 
     run.optimizer.zero_grad()
     for step, (images, target) in enumerate(bar):
         if step < skip:
-            if step + 1 == skip:
-                restore_rng(run.start.rng[args.rank])
             continue
+        seed_model(args.seed, args.rank, epoch, step)
         images, target = to_device(run, images, target)
         group = step // accum
         group_size = min(accum, total - group * accum)  # the last group may be smaller
@@ -168,7 +168,6 @@ def train_one_epoch(run: Run, epoch: int, stop: StopSignals) -> Dict[str, float]
 def start_epoch(run: Run, epoch: int) -> None:
     """Put everything that depends on the epoch, and on nothing else, into its place."""
     args, loader = run.args, run.data.train
-    seed_epoch(args.seed, epoch, args.rank)
     for part in (loader.dataset, loader.sampler):
         if hasattr(part, 'set_epoch'):
             part.set_epoch(epoch)
@@ -200,10 +199,7 @@ def backward(run: Run, loss: torch.Tensor, update: bool) -> None:
     """Add the gradients of a loss to those there are; with `update`, clip them and step the optimizer."""
     args = run.args
     second_order = getattr(run.optimizer, 'is_second_order', False)
-    clip = None
-    if args.clip_grad is not None:
-        clip = dict(value=args.clip_grad, mode=args.clip_mode)
-    parameters = list(run.task.get_clip_parameters(exclude_head=args.clip_mode == 'agc')) if clip else None
+    parameters = run.task.get_clip_parameters(exclude_head=args.clip_mode == 'agc')
     if run.loss_scaler is not None:
         run.loss_scaler(
             loss, run.optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=parameters,
@@ -211,8 +207,8 @@ def backward(run: Run, loss: torch.Tensor, update: bool) -> None:
         return
     loss.backward(create_graph=second_order)
     if update:
-        if clip:
-            dispatch_clip_grad(parameters, **clip)
+        if args.clip_grad is not None:
+            dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
         run.optimizer.step()
 
 
@@ -283,18 +279,12 @@ def after_update(run: Run, position: Position, updates: int, stop: StopSignals, 
     due = run.args.recovery_interval and updates % run.args.recovery_interval == 0
     if stopping or due:
         watch.check()
-        save_recovery(run, position)
+        if run.saver is not None:
+            run.saver.save_step(position)
     if stopping:
         raise Interrupted(
             f'Stopped after step {position.step} of epoch {position.epoch}, as asked. The state is saved: start '
             f'again with --resume auto (or --resume and the recovery checkpoint) to go on.')
-
-
-def save_recovery(run: Run, position: Position) -> None:
-    """Write a checkpoint in the middle of an epoch; all ranks call it."""
-    position = gather_position(position.epoch, position.step, run.args.distributed)
-    if run.saver is not None:
-        run.saver.save_step(position)
 
 
 def validate_epoch(run: Run) -> Dict[str, float]:
@@ -430,7 +420,7 @@ def prepare(args: Namespace) -> Run:
 
 def place_schedule(run: Run) -> None:
     """Move the schedule to where the run starts."""
-    if run.scheduler is None or run.start[:2] == (0, 0):
+    if run.scheduler is None or run.start == (0, 0):
         return
     run.scheduler.step(run.start.epoch)
     run.scheduler.step_update(
@@ -473,10 +463,6 @@ def resume_run(
     if path is not None:
         keep = not args.no_resume_opt
         position = resume(path, task, optimizer if keep else None, loss_scaler if keep else None)
-        if position.rng is not None and len(position.rng) != args.world_size:
-            raise EngineError(
-                f'{path} was written in the middle of an epoch by {len(position.rng)} processes and this run has '
-                f'{args.world_size}: use as many, or resume the last epoch checkpoint.')
     if args.start_epoch is not None:
         position = Position(args.start_epoch)
     return position, path

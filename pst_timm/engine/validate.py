@@ -12,12 +12,11 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.layers import apply_test_time_pool
-from timm.models import load_checkpoint
 from timm.task import ClassificationEvaluator
 from timm.utils import check_batch_size_retry, decay_batch_step, random_seed, reparameterize_model
 
 from . import setup
-from .checkpoint import check_checkpoint
+from .checkpoint import read_weights
 from .data import check_classes, create_eval_dataset, create_eval_loader
 from .errors import EngineError
 from .evaluate import evaluate
@@ -92,9 +91,9 @@ def _load_model(args: Namespace) -> nn.Module:
     args.pretrained = args.pretrained or not args.checkpoint
     model = setup.build_model(args)
     if args.checkpoint:
-        check_checkpoint(Path(args.checkpoint))
+        weights = read_weights(args.checkpoint, args.use_ema)
         try:
-            load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
+            model.load_state_dict(weights)
         except RuntimeError as e:
             raise EngineError(
                 f'{args.checkpoint} does not fit {args.model} with {args.num_classes} classes: {e} '

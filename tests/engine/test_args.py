@@ -146,3 +146,14 @@ def test_defaults_are_not_shared_between_runs():
     parse_train_args([]).model_kwargs['topk'] = 8
     train_args().scale.append(3.)
     assert parse_train_args([]).model_kwargs == {} and train_args().scale == [0.08, 1.0]
+
+
+@pytest.mark.parametrize('recipe', ['paper', 'a2'])
+def test_recipes_differ_in_nothing_but_the_model(recipe):
+    values = [
+        yaml.safe_load((HERE.parents[1] / 'configs' / f'{model}_{recipe}.yaml').read_text())
+        for model in ('resnet18_pst', 'resnet26_pst', 'resnet50_pst', 'resnet101_pst')]
+    assert [v.pop('model') for v in values] == ['resnet18_pst', 'resnet26_pst', 'resnet50_pst', 'resnet101_pst']
+    assert all(v == values[0] for v in values)
+    world = 8
+    assert values[0]['batch_size'] * world == {'paper': 256, 'a2': 2048}[recipe]
