@@ -2,7 +2,7 @@
 import logging
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 import torch
 from PIL import Image
@@ -30,12 +30,11 @@ class BadImages:
         """
         self.limit = limit
         self.seen = torch.zeros(size, dtype=torch.uint8).share_memory_()
+        self.named: Set[int] = set()
 
-    def add(self, index: int, name: str, reason: str) -> None:
-        """Note that an image is broken, once."""
-        if not self.seen[index]:
-            self.seen[index] = 1
-            _logger.warning(f'Skipping unreadable image {name}: {reason}')
+    def add(self, index: int) -> None:
+        """Note that an image is broken."""
+        self.seen[index] = 1
 
     @property
     def count(self) -> int:
@@ -44,10 +43,22 @@ class BadImages:
     def check(self, dataset: Dataset) -> None:
         """Raise an EngineError if there are more broken images than the limit."""
         if self.count > self.limit:
-            names = [dataset.filename(i, absolute=True) for i in self.seen.nonzero().flatten()[:5].tolist()]
+            names = [dataset.filename(i, absolute=True) for i in self._indices()[:5]]
             raise EngineError(
                 f'{self.count} images could not be read, more than the {self.limit} of --max-bad-images; '
                 f'the first: {", ".join(names)}. Mend or remove them, or raise the limit.')
+
+    def report(self, dataset: Dataset) -> None:
+        """Name the broken images in the log, each of them once, and check the limit."""
+        for i in self._indices():
+            if i not in self.named:
+                self.named.add(i)
+                _logger.warning(
+                    f'Skipped an unreadable image: {dataset.filename(i, absolute=True)} ({len(self.named)} so far).')
+        self.check(dataset)
+
+    def _indices(self) -> List[int]:
+        return self.seen.nonzero().flatten().tolist()
 
 
 class CheckedImageDataset(ImageDataset):
@@ -76,11 +87,11 @@ class CheckedImageDataset(ImageDataset):
                 image = Image.open(image)
                 image = image.convert(self.input_img_mode or image.mode)
                 break
-            except BROKEN_IMAGE as e:
-                self.bad_images.add(i, self.filename(i), str(e))
+            except BROKEN_IMAGE:
+                self.bad_images.add(i)
                 self.bad_images.check(self)
         else:
-            raise EngineError('None of the images could be read.')
+            raise EngineError('Not one of the images could be read.')
         target = -1 if target is None else target
         if self.target_transform is not None:
             target = self.target_transform(target)
@@ -312,6 +323,21 @@ def create_eval_loader(
         distributed=distributed,
         **_loader_kwargs(args, data_config, dtype),
     )
+
+
+def checked_batches(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a loader, with the errors of its workers in plain words."""
+    try:
+        yield from loader
+    except EngineError:
+        report_bad_images(loader)  # the same complaint, without the worker's traceback
+        raise
+
+
+def report_bad_images(loader: DataLoader) -> None:
+    """Name the images behind a loader that could not be read; raise an EngineError if they are too many."""
+    if (bad := bad_images(loader)) is not None:
+        bad.report(loader.dataset)
 
 
 def bad_images(loader: DataLoader) -> Optional[BadImages]:

@@ -8,7 +8,7 @@ import torch.nn as nn
 from timm.task import ClassificationEvaluator
 from torch.utils.data import DataLoader
 
-from .data import bad_images
+from .data import checked_batches, report_bad_images
 from .progress import StepTimer, format_metrics, progress_bar
 
 __all__ = ['evaluate']
@@ -53,7 +53,7 @@ def evaluate(
     """
     timer = StepTimer()
     total = len(loader)
-    for step, (images, target) in enumerate(progress_bar(timer.over(loader), total, title, show)):
+    for step, (images, target) in enumerate(progress_bar(timer.over(checked_batches(loader)), total, title, show)):
         images, target = images.to(device), target.to(device)
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -69,7 +69,5 @@ def evaluate(
         timer.images += images.shape[0]
         if show and (step + 1) % log_interval == 0:
             _logger.info(f'{title}: [{step + 1}/{total}] {format_metrics(evaluator.summary())}, {timer}')
-    bad = bad_images(loader)
-    if bad is not None:
-        bad.check(loader.dataset)
+    report_bad_images(loader)
     return dict(evaluator.compute(distributed=distributed), images_per_second=timer.images_per_second)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from . import setup
 from .args import write_yaml
 from .checkpoint import AtomicSaver, Position, find_newest, resume
-from .data import TrainData, bad_images, create_train_data
+from .data import TrainData, checked_batches, create_train_data, report_bad_images
 from .errors import EngineError, Interrupted
 from .evaluate import evaluate
 from .progress import RunLog, StepTimer, format_metrics, progress_bar
@@ -130,7 +130,7 @@ def train_one_epoch(run: Run, epoch: int, stop: StopSignals) -> Dict[str, float]
     skip = run.start.step if epoch == run.start.epoch else 0
     total, accum = len(loader), args.grad_accum_steps
     timer = StepTimer()
-    batches = timer.over(seeded_batches(loader, args.seed, args.rank, epoch))
+    batches = timer.over(seeded_batches(checked_batches(loader), args.seed, args.rank, epoch))
     bar = progress_bar(batches, total, f'Epoch {epoch}', is_primary(args))
     watch = LossWatch(run, epoch, total, timer, bar)
 
@@ -246,6 +246,7 @@ class LossWatch:
     def report(self, step: int, images: torch.Tensor) -> None:
         """Show the state: in the bar where there is one, else as a line of the log."""
         self.check()
+        report_bad_images(self.run.data.train)
         args, timer = self.run.args, self.timer
         if not is_primary(args):
             return
@@ -326,10 +327,6 @@ def finish_epoch(
 ) -> None:
     """Record the epoch, then save it: a kill in between repeats the epoch, and its record."""
     result.history.append(dict(train_metrics, **{f'eval_{k}': v for k, v in eval_metrics.items()}))
-    if (bad := bad_images(run.data.train)) is not None:
-        bad.check(run.data.train.dataset)
-        if bad.count:
-            _logger.warning(f'{bad.count} unreadable image(s) skipped so far.')
     if run.log is not None:
         try:
             run.log.epoch(epoch, train_metrics, eval_metrics, lr)
