@@ -149,14 +149,13 @@ def create_train_model(args: Namespace) -> nn.Module:
         bn_eps=args.bn_eps,
         pretrained_cfg_overlay=overlay,
     )
-    with torch.no_grad():
-        head = model.get_classifier() if args.head_init_scale is not None or args.head_init_bias is not None else None
-        if args.head_init_scale is not None:
-            head.weight.mul_(args.head_init_scale)
-        if args.head_init_bias is not None:
-            head.bias.fill_(args.head_init_bias)
     if args.initial_checkpoint:
         load_initial_checkpoint(model, args.initial_checkpoint)
+    with torch.no_grad():
+        if args.head_init_scale is not None:
+            model.get_classifier().weight.mul_(args.head_init_scale)
+        if args.head_init_bias is not None:
+            model.get_classifier().bias.fill_(args.head_init_bias)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model

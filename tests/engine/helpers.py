@@ -15,7 +15,7 @@ from pst_timm.engine import train_args, validate_args
 ROOT = Path(__file__).resolve().parents[2]
 
 TINY = dict(
-    model='test_resnet_pst', num_classes=3, img_size=32, batch_size=8, workers=0, device='cpu', epochs=2, opt='sgd',
+    model='test_resnet_pst', num_classes=3, img_size=48, batch_size=8, workers=0, device='cpu', epochs=2, opt='sgd',
     lr=0.05, warmup_epochs=0, hflip=0., color_jitter=0., smoothing=0., log_interval=1, device_modules=['pst_timm'])
 
 

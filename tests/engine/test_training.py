@@ -1,0 +1,303 @@
+"""Every flag that should change training does, in a way that can be seen."""
+import copy
+
+import pytest
+import timm
+import torch
+from timm.models import load_checkpoint
+
+from pst_timm.engine import EngineError, train
+from pst_timm.engine.train import prepare
+
+from .helpers import assert_same_weights, load_weights, tiny_train_args
+
+
+def last_weights(result, key='state_dict'):
+    return load_weights(result.output_dir / 'last.pth.tar', key)
+
+
+def assert_close(after, expected):
+    far = {k: (after[k].float() - v.float()).abs().max().item() for k, v in expected.items()}
+    assert max(far.values()) < 1e-3, max(far.items(), key=lambda item: item[1])
+
+
+def changed(before, after):
+    """Names of the weights that differ."""
+    return {k for k in before if not torch.equal(before[k], after[k])}
+
+
+@pytest.fixture(scope='module')
+def start(images, tmp_path_factory):
+    """A checkpoint to start from, and the arguments of a run of one epoch from it."""
+    output = tmp_path_factory.mktemp('start')
+    path = train(tiny_train_args(images, output, epochs=1, experiment='start')).output_dir / 'last.pth.tar'
+    return path, load_weights(path)
+
+
+@pytest.fixture
+def run(images, start, tmp_path):
+    """Train an epoch from the common start with some flags changed; each call in a folder of its own."""
+    calls = []
+
+    def call(**values):
+        calls.append(values)
+        return train(tiny_train_args(
+            images, tmp_path / str(len(calls)), **{'epochs': 1, 'initial_checkpoint': str(start[0]), **values}))
+
+    return call
+
+
+def test_training_learns_and_is_reproducible(images, tmp_path):
+    results = [train(tiny_train_args(images, tmp_path / name, epochs=3, lr=0.02)) for name in 'ab']
+    losses = [row['loss'] for row in results[0].history]
+    assert losses[-1] < 0.8 * losses[0]
+    assert results[0].history == results[1].history
+    assert_same_weights(*map(last_weights, results))
+    other = train(tiny_train_args(images, tmp_path / 'c', epochs=3, lr=0.02, seed=1))
+    assert other.history != results[0].history
+
+
+def test_arguments_are_left_as_they_were(images, tmp_path):
+    args = tiny_train_args(images, tmp_path, epochs=1, lr=None)
+    before = copy.deepcopy(args)
+    train(args)
+    assert args == before
+
+
+def test_any_timm_model_trains(images, tmp_path):
+    for model in ('test_resnet', 'test_vit'):
+        kwargs = dict(img_size=32, patch_size=8) if model == 'test_vit' else {}
+        result = train(tiny_train_args(images, tmp_path / model, model=model, epochs=1, model_kwargs=kwargs))
+        assert result.history[0]['loss'] > 0
+
+
+def test_accumulated_batches_are_one_large_batch(run):
+    # a norm of each image alone does not see how the batch is cut
+    alone = dict(model_kwargs=dict(norm_layer='groupnorm1'), initial_checkpoint='', sched='none', no_aug=True)
+    small = last_weights(run(batch_size=4, grad_accum_steps=4, **alone))
+    large = last_weights(run(batch_size=16, **alone))
+    once = last_weights(run(batch_size=4, **alone))
+    assert_close(small, large)
+    assert max((small[k] - once[k]).abs().max() for k in small) > 0.01
+
+
+def test_the_last_group_of_batches_may_be_smaller(run):
+    # 48 images in batches of 8 are groups of 4 and 2 batches
+    result = run(grad_accum_steps=4, sched='none', model_ema=True, model_ema_decay=0.5)
+    ema, weights = last_weights(result, 'state_dict_ema'), last_weights(result)
+    assert changed(ema, weights)
+
+
+def test_moving_average_follows_slowly(run, start):
+    result = run(model_ema=True, model_ema_decay=0.99)
+    weights, ema = last_weights(result), last_weights(result, 'state_dict_ema')
+    key = 'fc.weight'
+    # the first update copies the weights, the others hardly count
+    assert 0 < (ema[key] - start[1][key]).norm() < 0.5 * (weights[key] - start[1][key]).norm()
+    forced = run(model_ema=True, model_ema_force_cpu=True, model_ema_decay=0.99)
+    assert_same_weights(last_weights(forced, 'state_dict_ema'), ema)
+
+
+@pytest.mark.parametrize('values,still', [
+    (dict(freeze=['stem', 'layer1']), ('conv1', 'bn1', 'layer1')),
+    (dict(freeze=['layer4.0', 'pst.blocks']), ('layer4.0', 'pst.blocks')),
+    (dict(freeze_trunk=True), ('conv1', 'bn1', 'layer1', 'layer2', 'layer3', 'layer4')),
+])
+def test_frozen_parts_stay_bitwise_and_the_rest_moves(run, start, values, still):
+    after = last_weights(run(weight_decay=0.1, **values))
+    moved = changed(start[1], after)
+    assert not [k for k in moved if k.startswith(still)]
+    rest = [k for k in after if not k.startswith(still) and not k.startswith('pst.blocks.0.attn.gate')]
+    # batch norms that train move their statistics too
+    assert moved == set(rest)
+
+
+def test_linear_probe_moves_the_classifier_alone(run, start):
+    assert changed(start[1], last_weights(run(linear_probe=True))) == {'fc.weight', 'fc.bias'}
+
+
+def test_freezing_mistakes_are_named(images, tmp_path):
+    with pytest.raises(EngineError, match=r'--freeze layer5: the model has no such module. Did you mean layer'):
+        train(tiny_train_args(images, tmp_path, freeze=['layer5']))
+    everything = [n for n, _ in timm.create_model('test_resnet_pst', num_classes=3).named_children()]
+    with pytest.raises(EngineError, match='Nothing is left to train'):
+        train(tiny_train_args(images, tmp_path, freeze=everything))
+
+
+def test_trunk_warm_start(images, tmp_path):
+    source = timm.create_model('test_resnet_pst', num_classes=3)
+    trunk = {k: v + 1 for k, v in source.state_dict().items() if k.startswith(('conv1', 'bn1', 'layer'))}
+    torch.save(trunk, tmp_path / 'trunk.pth')
+    result = train(tiny_train_args(
+        images, tmp_path, epochs=1, trunk_checkpoint=str(tmp_path / 'trunk.pth'), freeze_trunk=True))
+    after = last_weights(result)
+    assert all(torch.equal(after[k], v) for k, v in trunk.items())
+    with pytest.raises(EngineError, match=r'--trunk-checkpoint resnet50.pth: No checkpoint'):
+        train(tiny_train_args(images, tmp_path, trunk_checkpoint='resnet50.pth'))
+    torch.save(timm.create_model('test_resnet').state_dict(), tmp_path / 'other.pth')
+    with pytest.raises(EngineError, match=r'--trunk-checkpoint .*other.pth: The source is not a ResNet of this trunk'):
+        train(tiny_train_args(images, tmp_path, trunk_checkpoint=str(tmp_path / 'other.pth')))
+
+
+def test_a_new_class_count_starts_the_classifier_anew(images, start, tmp_path, caplog):
+    run = prepare(tiny_train_args(
+        images, tmp_path, num_classes=3, initial_checkpoint=str(start[0])))
+    assert_same_weights(run.task.get_eval_model().state_dict(), start[1])
+    with pytest.raises(EngineError, match='use --num-classes 3'):
+        prepare(tiny_train_args(images, tmp_path, num_classes=4, initial_checkpoint=str(start[0])))
+    args = tiny_train_args(images, tmp_path, initial_checkpoint=str(start[0]))
+    args.num_classes = None
+    state = prepare(args).task.get_eval_model().state_dict()
+    assert state['fc.weight'].shape[0] == 1000
+    assert torch.equal(state['conv_head.conv.weight'], start[1]['conv_head.conv.weight'])
+
+
+def test_initial_checkpoint_of_another_model_is_refused(images, start, tmp_path):
+    with pytest.raises(EngineError, match='is of another model'):
+        train(tiny_train_args(images, tmp_path, model='test_resnet', initial_checkpoint=str(start[0])))
+    with pytest.raises(EngineError, match=r'There is no checkpoint nowhere.pth'):
+        train(tiny_train_args(images, tmp_path, initial_checkpoint='nowhere.pth'))
+
+
+def test_layer_decay_orders_the_learning_rates(images, tmp_path):
+    run = prepare(tiny_train_args(images, tmp_path, layer_decay=0.5))
+    names = {id(p): n for n, p in run.task.get_eval_model().named_parameters()}
+    scale = {names[id(p)]: g['lr_scale'] for g in run.optimizer.param_groups for p in g['params']}
+    order = ['conv1.0.weight', 'layer2.0.conv1.weight', 'layer4.0.conv1.weight', 'pst.conv_in.conv.weight', 'fc.weight']
+    values = [scale[n] for n in order]
+    assert values == sorted(values) and len(set(values)) == len(order) and values[-1] == 1.
+
+
+def test_learning_rate_follows_the_global_batch(images, tmp_path):
+    def lr(**values):
+        run = prepare(tiny_train_args(images, tmp_path, lr=None, lr_base=0.1, lr_base_size=16, sched='none', **values))
+        return run.lr
+
+    assert lr(batch_size=8) == pytest.approx(0.05)
+    assert lr(batch_size=8, grad_accum_steps=2) == pytest.approx(0.1)
+    assert lr(batch_size=4, opt='adamw') == pytest.approx(0.05)
+    assert lr(batch_size=4, opt='adamw', lr_base_scale='linear') == pytest.approx(0.025)
+
+
+@pytest.fixture
+def teacher(images, tmp_path, monkeypatch):
+    """A registered model with 'published' weights, in a file."""
+    state = train(tiny_train_args(images, tmp_path / 'teacher', model='test_resnet', epochs=2)).output_dir
+    model = timm.create_model('test_resnet', num_classes=3)
+    load_checkpoint(model, str(state / 'last.pth.tar'))
+
+    def entrypoint(pretrained=False, **kwargs):
+        assert pretrained
+        return copy.deepcopy(model)
+
+    entrypoint.__name__ = 'test_teacher'
+    entrypoint.__module__ = 'timm.models.resnet'
+    monkeypatch.setattr('timm.task.distillation.create_model', lambda model_name, **kwargs: entrypoint(pretrained=True))
+    monkeypatch.setattr('timm.is_model', lambda name: True)
+    return 'test_teacher'
+
+
+@pytest.mark.parametrize('kind', ['logit', 'feature'])
+def test_distillation_pulls_towards_the_teacher(run, teacher, kind):
+    plain = last_weights(run())
+    weight = dict(kd_model_name=teacher, kd_distill_type=kind)
+    nothing = last_weights(run(**weight, distill_loss_weight=0.))
+    assert {k for k in changed(plain, nothing) if not k.startswith('projection')} == set() or kind == 'feature'
+    taught = last_weights(run(**weight, distill_loss_weight=1.))
+    assert changed(nothing, taught)
+
+
+def test_token_distillation_needs_a_model_with_a_token(run, teacher):
+    with pytest.raises(EngineError, match='distilled_training'):
+        run(kd_model_name=teacher, kd_distill_type='token')
+
+
+def test_unknown_teachers_are_named(run):
+    with pytest.raises(EngineError, match=r"Unknown model 'resnet5o'"):
+        run(kd_model_name='resnet5o')
+    with pytest.raises(EngineError, match='Cannot distil from test_resnet_pst'):
+        run(kd_model_name='test_resnet_pst')  # no weights are published
+
+
+FLAGS = [
+    dict(clip_grad=0.01), dict(clip_grad=0.01, clip_mode='agc'), dict(clip_grad=1e-4, clip_mode='value'),
+    dict(bce_loss=True), dict(smoothing=0.2), dict(mixup=0.5), dict(cutmix=1.), dict(mixup=0.5, no_prefetcher=True),
+    dict(reprob=1.), dict(hflip=1.), dict(scale=[0.2, 0.4]), dict(drop=0.5), dict(drop_path=0.5), dict(opt='adamw'),
+    dict(momentum=0.5), dict(weight_decay=0.5), dict(sched_on_updates=True), dict(aa='rand-m9-n2'),
+    dict(channels_last=True), dict(amp=True, amp_dtype='bfloat16'), dict(head_init_scale=0.), dict(no_aug=True),
+    dict(layer_decay=0.5), dict(model_kwargs=dict(train_topk=1)), dict(opt_kwargs=dict(nesterov=False)),
+    dict(lr=0.001), dict(train_interpolation='bicubic', scale=[0.5, 0.6]), dict(model_dtype='bfloat16'),
+]
+
+
+@pytest.fixture(scope='module')
+def plain(images, start, tmp_path_factory):
+    output = tmp_path_factory.mktemp('plain')
+    return last_weights(train(tiny_train_args(images, output, epochs=1, initial_checkpoint=str(start[0]))))
+
+
+@pytest.mark.parametrize('values', FLAGS, ids=lambda v: ','.join(v))
+def test_flags_change_training(run, plain, values):
+    after = last_weights(run(**values))
+    assert changed(plain, after)
+    assert all(w.isfinite().all() for w in after.values() if w.is_floating_point())
+
+
+@pytest.mark.parametrize('values', [
+    dict(grad_checkpointing=True), dict(log_interval=3), dict(recovery_interval=2), dict(seed=42),
+    dict(mixup=0.5, mixup_off_epoch=0, mixup_prob=0., smoothing=0.), dict(validation_batch_size=3),
+], ids=lambda v: ','.join(v))
+def test_flags_that_only_concern_the_how_change_little(run, plain, values):
+    after = last_weights(run(**values))
+    # recomputed activations pass the batch norms' statistics twice
+    assert_close(after, {k: v for k, v in plain.items() if 'running' not in k and 'tracked' not in k})
+
+
+def test_mixup_goes_off(run, images, start, tmp_path):
+    values = dict(mixup=0.5, epochs=2)
+    on, off = run(**values), run(**values, mixup_off_epoch=1)
+    assert on.history[0] == off.history[0] and on.history[1] != off.history[1]
+
+
+def test_validation_interval_and_metric(run, tmp_path):
+    result = run(epochs=3, val_interval=2, eval_metric='loss', checkpoint_hist=1)
+    assert ['eval_loss' in row for row in result.history] == [False, True, True]
+    best = min((row['eval_loss'], i) for i, row in enumerate(result.history) if 'eval_loss' in row)
+    assert (result.best_metric, result.best_epoch) == best
+    assert len(list(result.output_dir.glob('checkpoint-*'))) == 1
+    rows = (result.output_dir / 'summary.csv').read_text().splitlines()
+    assert len({len(r.split(',')) for r in rows}) == 1
+
+
+def test_tensorboard_and_images_are_written(run):
+    pytest.importorskip('tensorboard')
+    result = run(log_tensorboard=True, save_images=True)
+    assert list((result.output_dir / 'tensorboard').glob('events*'))
+    assert list(result.output_dir.glob('train-batch-*.jpg'))
+
+
+def test_wandb_is_told(run, monkeypatch):
+    import sys
+    import types
+
+    told = []
+    fake = types.SimpleNamespace(
+        init=lambda **kwargs: told.append(kwargs), log=lambda row: told.append(row), finish=lambda: told.append('end'))
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
+    monkeypatch.setattr('timm.utils.summary.wandb', fake, raising=False)
+    run(log_wandb=True, wandb_project='zoo', wandb_tags=['a'])
+    assert told[0]['project'] == 'zoo' and told[0]['tags'] == ['a']
+    assert told[1]['epoch'] == 0 and 'eval_top1' in told[1] and told[-1] == 'end'
+
+
+def test_missing_loggers_are_an_error(run, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(EngineError, match='pip install wandb'):
+        run(log_wandb=True)
+
+
+def test_compiled_training(run, plain):
+    after = last_weights(run(torchcompile='eager', model_ema=True))
+    assert_close(after, plain)
