@@ -106,4 +106,4 @@ class SplitConvAct(nn.Module):
         return part
 
     def forward(self, x: Tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return self.act(self.conv_a(x[0]) + self.conv_b(x[1]))
+        return self.act(self.conv_a(x[0]).add_(self.conv_b(x[1])))

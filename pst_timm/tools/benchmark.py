@@ -7,6 +7,7 @@ import argparse
 import csv
 import difflib
 import json
+import re
 import statistics
 import sys
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from pst_timm import reparameterize
@@ -25,9 +27,19 @@ from pst_timm.layers import PyramidSparseAttention
 from .measure import EnergyMeter, count_activations, median_ratio, peak_memory, percentile, time_in_turn
 from .table import count_gmacs, format_table
 
-__all__ = ['Setting', 'benchmark_figures', 'benchmark_layers', 'benchmark_models', 'main', 'plain_attention']
+__all__ = [
+    'Setting',
+    'benchmark_figures',
+    'benchmark_layers',
+    'benchmark_models',
+    'benchmark_parts',
+    'main',
+    'plain_attention',
+]
 
 Row = Dict[str, Any]
+PARTS = re.compile(
+    r'layer\d|pst|pst\.conv_\w+|pst\.blocks\.\d+\.(mlp|attn|attn\.\w+)|fuse_\w+|conv_head|global_pool|fc')
 
 
 @dataclass(frozen=True)
@@ -159,6 +171,46 @@ def benchmark_models(
     bar.close()
     # columns that nothing on this machine could fill only widen the table
     return [{k: v for k, v in row.items() if any(r[k] is not None for r in rows)} for row in rows]
+
+
+@torch.inference_mode()
+def benchmark_parts(name: str, setting: Setting, progress: bool = True) -> List[Row]:
+    """Where the time of a PST model goes: each part alone, on the inputs it has in the whole model.
+
+    Args:
+        name: A model of this package.
+        setting: How it is built and run; `train` and `compile` are left out of account.
+        progress: Show a bar.
+
+    Returns:
+        A row for each part: median milliseconds, share of the whole model's, GMACs of the batch and GMACs a second.
+    """
+    model = build(name, replace(setting, train=False))
+    wanted = {'whole model': model}
+    wanted.update({n: m for n, m in model.named_modules() if PARTS.fullmatch(n)})
+    inputs: Dict[str, Tuple[Any, ...]] = {}
+    hooks = [
+        m.register_forward_pre_hook(lambda _, args, n=n: inputs.setdefault(n, args))
+        for n, m in wanted.items()]
+    make_call(model, setting)()
+    for hook in hooks:
+        hook.remove()
+    calls = {n: (lambda n=n: wanted[n](*inputs[n])) for n in inputs}
+    macs = {}
+    for n, call in calls.items():
+        with FlopCounterMode(display=False) as counter:
+            call()
+        macs[n] = counter.get_total_flops() / 2e9
+    with tqdm(total=setting.repeats + 2, disable=None if progress else True, desc=name) as bar:
+        times = time_in_turn(calls, setting.repeats, tick=bar.update)
+    whole = statistics.median(times['whole model'])
+    return [{
+        'part': n,
+        'ms': statistics.median(t) * 1e3,
+        'share': statistics.median(t) / whole,
+        'gmacs': macs[n],
+        'gmacs_per_s': macs[n] / statistics.median(t),
+    } for n, t in times.items()]
 
 
 def plain_attention(layer: PyramidSparseAttention, x: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
@@ -351,6 +403,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('models', nargs='*', help='PST models, for example resnet50_pst')
     parser.add_argument('--baselines', nargs='+', help='one for each model (default: its plain ResNet)')
     parser.add_argument('--layers', action='store_true', help='measure the attention alone against the plain formula')
+    parser.add_argument('--parts', action='store_true', help='show where the time of the models goes')
     parser.add_argument('--sizes', type=int, nargs='+', default=[14, 40, 80, 160], help='fine maps of --layers')
     parser.add_argument('--device', help='cpu, cuda, ... (default: the best present)')
     parser.add_argument('-b', '--batch-size', type=int, help='images (default: 8; 2 with --layers)')
@@ -380,6 +433,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error(f'{len(args.models)} models but {len(args.baselines)} --baselines; give one for each')
     if any(s < 2 or s % 2 for s in args.sizes):
         parser.error(f'--sizes must be even and at least 2, got {args.sizes}')
+    if args.parts and not args.models:
+        parser.error('--parts needs the models to take apart')
     if args.reparam and args.train:
         parser.error('--reparam folds batch norms away, which --train needs')
     if args.repeats < 1 or (args.batch_size or 1) < 1:
@@ -402,6 +457,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         topks = [args.topk] if args.topk is not None else [0, 8]
         settings = [(k, fusion) for k in topks for fusion in (('gate', 'joint') if k else ('gate',))]
         rows, name = benchmark_layers(args.sizes, settings, setting=setting), 'layers'
+    elif args.parts:
+        rows = [dict(model=m, **row) for m in args.models for row in benchmark_parts(m, setting)]
+        name = 'parts'
     elif args.models:
         try:
             pairs = list(zip(args.models, args.baselines or [plain_twin(m) for m in args.models]))

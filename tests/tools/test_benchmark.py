@@ -11,6 +11,7 @@ from pst_timm.tools.benchmark import (
     Setting,
     benchmark_layers,
     benchmark_models,
+    benchmark_parts,
     build,
     main,
     make_call,
@@ -98,6 +99,17 @@ def test_rows_of_a_pair(train):
     assert 'top1' not in pst and pst['peak_mib'] > 0
 
 
+def test_parts_add_up():
+    rows = {r['part']: r for r in benchmark_parts(
+        'test_resnet_pst', Setting(batch_size=1, img_size=64, repeats=1, reparam=True), progress=False)}
+    top = ['layer1', 'layer2', 'layer3', 'layer4', 'pst', 'fuse_down', 'fuse_merge', 'conv_head', 'fc']
+    stem = 1 - sum(rows[part]['gmacs'] for part in top) / rows['whole model']['gmacs']
+    assert 0 < stem < 0.6  # all but the stem is listed
+    assert rows['pst.blocks.0.attn.q']['gmacs'] == pytest.approx(32 * 32 * 16 / 1e9)
+    assert rows['pst.blocks.0.attn']['gmacs'] > sum(
+        rows[f'pst.blocks.0.attn.{part}']['gmacs'] for part in ('q', 'kv', 'pe', 'proj'))
+
+
 def test_settings_reach_the_model():
     setting = Setting(batch_size=1, img_size=64, reparam=True, channels_last=True, dtype=torch.bfloat16, topk=3)
     model = build('test_resnet_pst', setting)
@@ -132,6 +144,7 @@ def test_command_writes_csv_json_and_picture(tmp_path, capsys):
     (['resnt50_pst'], 'did you mean resnet50_pst'),
     (['resnet50_pst', '--baselines', 'resnet50', 'resnet18'], 'give one for each'),
     (['resnet50'], 'has no plain twin'),
+    (['--parts'], 'needs the models'),
     (['--layers', '--sizes', '15'], 'must be even'),
     (['resnet50_pst', '--reparam', '--train'], '--train needs'),
     (['resnet50_pst', '--repeats', '0'], 'at least 1'),
