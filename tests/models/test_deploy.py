@@ -135,7 +135,7 @@ class TestCompile:
     @pytest.mark.parametrize('output_stride', [8, 16, 32])
     @attentions
     def test_generated_code_of_all(self, output_stride, kwargs):
-        assert_compiled_equals_eager('inductor', SIZES, output_stride=output_stride, **kwargs)
+        assert_compiled_equals_eager('inductor', SIZES[:2], output_stride=output_stride, **kwargs)
 
     @pytest.mark.parametrize('kwargs', [
         *(dict(**kwargs, output_stride=stride) for kwargs in ATTENTION for stride in (16, 32)),
