@@ -1,0 +1,66 @@
+"""Two processes train what one would."""
+import subprocess
+import sys
+
+import pytest
+
+from pst_timm.engine import train
+from pst_timm.engine.args import write_yaml
+
+from .helpers import ROOT, load_weights, script_env, tiny_train_args, write_images
+
+# a norm of each image alone stands in for frozen statistics: torch has no SyncBatchNorm for the CPU
+ALONE = dict(norm_layer='groupnorm1')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """As many images as the global batch, so that the order in which they are dealt does not matter."""
+    return write_images(tmp_path_factory.mktemp('ddp'), {'train': 8, 'validation': 3})
+
+
+def torchrun(args, folder, processes=2):
+    write_yaml(args, folder / 'config.yaml')
+    return subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}',
+         str(ROOT / 'train.py'), '--config', str(folder / 'config.yaml')],
+        env=script_env(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize('model_kwargs', [{}, dict(train_topk=2, train_fine_prob=0.5)], ids=['coarse', 'train_topk'])
+def test_two_processes_equal_one(data, tmp_path, model_kwargs):
+    values = dict(
+        epochs=4, sched='none', lr=0.02, no_aug=True, model_ema=True, model_ema_decay=0.5,
+        model_kwargs=dict(ALONE, **model_kwargs))
+    (tmp_path / 'two').mkdir()
+    done = torchrun(tiny_train_args(data, tmp_path / 'two', batch_size=12, **values), tmp_path / 'two')
+    assert done.returncode == 0, done.stderr
+    one = train(tiny_train_args(data, tmp_path / 'one', batch_size=24, **values))
+    two = load_weights(tmp_path / 'two' / 'run' / 'last.pth.tar')
+    weights = load_weights(one.output_dir / 'last.pth.tar')
+    assert weights.keys() == two.keys()
+    if not model_kwargs:  # the noise of the selection differs from rank to rank
+        far = max((weights[k] - two[k]).abs().max().item() for k in weights)
+        assert far < 1e-4, far
+    gate = 'pst.blocks.0.attn.gate.weight'
+    assert bool(two[gate].any()) == bool(model_kwargs)
+    # nobody had to look for unused parameters, or found any
+    assert 'unused' not in done.stderr
+    # one log, one summary, from the first process
+    assert done.stderr.count('Train: 3 [   1/1') == 1
+    rows = (tmp_path / 'two' / 'run' / 'summary.csv').read_text().splitlines()
+    mine = (one.output_dir / 'summary.csv').read_text().splitlines()
+    assert len(rows) == len(mine) == 5
+    if not model_kwargs:
+        for a, b in zip(rows[1:], mine[1:]):
+            assert [float(x) for x in a.split(',')] == pytest.approx([float(x) for x in b.split(',')], abs=2e-3)
+
+
+def test_batch_norm_repeated_augmentation_and_resume(data, tmp_path):
+    (tmp_path / 'run').mkdir()
+    values = dict(batch_size=4, aug_repeats=3., log_interval=2)
+    done = torchrun(tiny_train_args(data, tmp_path, epochs=1, **values), tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = torchrun(tiny_train_args(data, tmp_path, epochs=2, resume='auto', **values), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'Train: 0' not in done.stderr and 'Train: 1' in done.stderr
