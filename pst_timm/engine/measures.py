@@ -190,7 +190,7 @@ class SweepMeasure(Measure):
         """One row of results per setting."""
         rows = []
         for (k, fusion), evaluator in self.settings.items():
-            metrics = {name: round(value, 4) for name, value in evaluator.compute().items()}
+            metrics = {n: round(v, 6 if n == 'loss' else 4) for n, v in evaluator.compute().items()}
             rows.append(dict(
                 topk=k, fine_fusion=fusion if k else 'coarse', **metrics,
                 top1_err=round(100 - metrics['top1'], 4), top5_err=round(100 - metrics['top5'], 4)))

@@ -7,7 +7,7 @@ import torch
 from timm.models import load_checkpoint
 
 from pst_timm.engine import EngineError, train
-from pst_timm.engine.train import prepare
+from pst_timm.engine.training import prepare
 
 from .helpers import assert_same_weights, load_weights, tiny_train_args
 

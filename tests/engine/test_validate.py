@@ -1,0 +1,204 @@
+"""What validate measures, against the plain formulas."""
+import csv
+import json
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from timm.data import create_dataset, create_loader
+
+from pst_timm.cli import validate_main
+from pst_timm.engine import EngineError, train, validate, validation
+from pst_timm.engine.measures import ClassMeasure, RealLabelsMeasure, calibration_error, fit_temperature
+
+from .helpers import load_weights, tiny_train_args, tiny_validate_args
+
+
+@pytest.fixture(scope='module')
+def folder(images, tmp_path_factory):
+    """Folder of a run of two epochs."""
+    return train(tiny_train_args(images, tmp_path_factory.mktemp('validate'), epochs=2, lr=0.01)).output_dir
+
+
+@pytest.fixture(scope='module')
+def truth(images, folder):
+    """Logits and labels of the validation images by the plain way, coarse and with fine attention."""
+    model = timm.create_model('test_resnet_pst', num_classes=3).eval()
+    model.load_state_dict(load_weights(folder / 'last.pth.tar'))
+    loader = create_loader(
+        create_dataset('', root=str(images), split='validation'), (3, 48, 48), 32, use_prefetcher=False,
+        num_workers=0, device=torch.device('cpu'), interpolation='bicubic', crop_pct=0.95)
+    [(x, y)] = list(loader)
+    logits = {}
+    with torch.inference_mode():
+        for k, fusion in ((0, 'gate'), (2, 'gate'), (2, 'joint')):
+            model.set_topk(k, fusion)
+            logits[k, fusion] = model(x)
+    return logits, y
+
+
+def expected(logits, target):
+    return dict(
+        top1=100 * (logits.argmax(-1) == target).float().mean().item(), loss=F.cross_entropy(logits, target).item())
+
+
+def run(images, folder, **values):
+    return validate(tiny_validate_args(images, **{'checkpoint': str(folder / 'last.pth.tar'), **values}))
+
+
+def test_accuracy_and_loss(images, folder, truth):
+    logits, target = truth
+    [results] = run(images, folder)
+    want = expected(logits[0, 'gate'], target)
+    assert results['top1'] == pytest.approx(want['top1'], abs=1e-3)
+    assert results['loss'] == pytest.approx(want['loss'], abs=1e-4)
+    assert results['top1_err'] == pytest.approx(100 - results['top1'])
+    assert (results['img_size'], results['crop_pct'], results['param_count']) == (48, 0.95, 0.56)
+    assert results['images_per_second'] > 0
+
+
+def test_model_kwargs_switch_fine_attention(images, folder, truth):
+    logits, target = truth
+    for fusion in ('gate', 'joint'):
+        [results] = run(images, folder, model_kwargs=dict(topk=2, fine_fusion=fusion))
+        assert results['loss'] == pytest.approx(F.cross_entropy(logits[2, fusion], target).item(), abs=1e-4)
+    assert (logits[2, 'joint'] - logits[0, 'gate']).abs().max() > 1e-3
+
+
+def test_sweep_is_one_pass_and_equals_single_runs(images, folder, truth, tmp_path):
+    logits, target = truth
+    rows = run(images, folder, topk_sweep=[0, 2])
+    assert [(r['topk'], r['fine_fusion']) for r in rows] == [(0, 'coarse'), (2, 'gate'), (2, 'joint')]
+    for row, key in zip(rows, ((0, 'gate'), (2, 'gate'), (2, 'joint'))):
+        want = expected(logits[key], target)
+        assert row['top1'] == pytest.approx(want['top1'], abs=1e-3)
+        assert row['loss'] == pytest.approx(want['loss'], abs=1e-4)
+    torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), tmp_path / 'plain.pth')
+    with pytest.raises(EngineError, match='needs a model with fine attention'):
+        run(images, folder, model='test_resnet', checkpoint=str(tmp_path / 'plain.pth'), topk_sweep=[0, 2])
+
+
+def test_sweep_leaves_the_plain_result_alone(images, folder):
+    [plain] = run(images, folder, batch_size=4)
+    rows = run(images, folder, batch_size=4, topk_sweep=[2, 0])
+    assert [r['topk'] for r in rows] == [2, 2, 0]
+    assert rows[2]['loss'] == pytest.approx(plain['loss'], abs=1e-5)
+
+
+def test_folding_and_precision_keep_the_result(images, folder):
+    [plain] = run(images, folder)
+    for values in (
+            dict(reparam=True), dict(channels_last=True), dict(torchcompile='eager'), dict(workers=1),
+            dict(no_prefetcher=True), dict(aot_autograd=True), dict(torchscript=True),
+            dict(reparam=True, topk_sweep=[0])):
+        results = run(images, folder, **values)[-1]
+        assert results['loss'] == pytest.approx(plain['loss'], abs=1e-3), values
+    [low] = run(images, folder, amp=True, amp_dtype='bfloat16')
+    assert low['loss'] != plain['loss'] and low['loss'] == pytest.approx(plain['loss'], abs=0.1)
+
+
+def test_calibration_error_and_temperature():
+    torch.manual_seed(0)
+    n = 4000
+    logits = torch.randn(n, 5, dtype=torch.float64)
+    target = torch.multinomial(logits.softmax(-1), 1).squeeze(1)
+    # labels drawn from the model's own probabilities: it is calibrated
+    assert calibration_error(logits, target) < 0.03
+    assert fit_temperature(logits, target) == pytest.approx(1., abs=0.1)
+    # three times too sure of itself
+    assert calibration_error(3 * logits, target) > 0.1
+    assert fit_temperature(3 * logits, target) == pytest.approx(3., rel=0.1)
+    # all sure, half right
+    sure = F.one_hot(torch.zeros(10, dtype=torch.long), 2).double() * 100
+    assert calibration_error(sure, torch.tensor([0, 1] * 5)) == pytest.approx(0.5)
+
+
+def test_calibrate(images, folder, truth):
+    logits, target = truth
+    [results] = run(images, folder, calibrate=True)
+    logits = logits[0, 'gate'].double()
+    assert results['ece'] == pytest.approx(calibration_error(logits, target), abs=1e-3)
+    tempered = F.cross_entropy(logits / results['temperature'], target)
+    for factor in (0.8, 1.25):
+        assert tempered <= F.cross_entropy(logits / (factor * results['temperature']), target)
+
+
+@pytest.mark.parametrize('average', ['micro', 'macro', 'weighted'])
+def test_precision_recall_and_f1(average):
+    sklearn = pytest.importorskip('sklearn.metrics')
+    torch.manual_seed(0)
+    logits, target = torch.randn(60, 4), torch.randint(0, 4, (60,))
+    measure = ClassMeasure(average)
+    for x, y in zip(logits.split(25), target.split(25)):
+        measure.update(None, x, y)
+    want = sklearn.precision_recall_fscore_support(target, logits.argmax(-1), average=average)[:3]
+    assert list(measure.results().values()) == pytest.approx([100 * w for w in want], abs=1e-3)
+
+
+def test_several_models_and_a_folder_of_checkpoints(images, folder, tmp_path, capsys):
+    results = run(images, folder, checkpoint=str(folder), results_file=str(tmp_path / 'r.csv'))
+    assert len(results) == len(list(folder.glob('*.pth.tar'))) >= 3
+    assert [r['top1'] for r in results] == sorted((r['top1'] for r in results), reverse=True)
+    with open(tmp_path / 'r.csv') as f:
+        assert [r['checkpoint'] for r in csv.DictReader(f)] == [r['checkpoint'] for r in results]
+    # one that cannot be loaded does not spoil the rest
+    (tmp_path / 'some').mkdir()
+    (tmp_path / 'some' / 'bad.pth').write_bytes(b'no checkpoint')
+    save_file(load_weights(folder / 'last.pth.tar'), str(tmp_path / 'some' / 'good.safetensors'))
+    words = [
+        '--data-dir', str(images), '--model', 'test_resnet_pst', '--num-classes', '3', '--img-size', '48', '-j', '0',
+        '--checkpoint', str(tmp_path / 'some'), '--results-format', 'json', '--results-file', str(tmp_path / 'r.json'),
+        '--device', 'cpu']
+    assert validate_main(words) == 0
+    rows = json.loads((tmp_path / 'r.json').read_text())
+    assert 'top1' in rows[0] and 'refused' in rows[1]['error']
+    printed = capsys.readouterr().out
+    assert 'good.safetensors' in printed.split('--result')[0]
+    with pytest.raises(EngineError, match='has no checkpoints'):
+        run(images, folder, checkpoint=str(images))
+
+
+def test_moving_average_is_evaluated_on_request(images, tmp_path):
+    path = train(tiny_train_args(
+        images, tmp_path, epochs=1, model_ema=True, model_ema_decay=0.999)).output_dir / 'last.pth.tar'
+    losses = [validate(tiny_validate_args(images, checkpoint=str(path), use_ema=e))[0]['loss'] for e in (True, False)]
+    assert losses[0] != losses[1]
+
+
+def test_valid_and_real_labels(images, folder, tmp_path):
+    (tmp_path / 'labels.txt').write_text('0\n1\n2\n')
+    assert run(images, folder, valid_labels=str(tmp_path / 'labels.txt'))[0]['loss'] == run(images, folder)[0]['loss']
+    with pytest.raises(EngineError, match='text file of class indices'):
+        run(images, folder, valid_labels='nowhere.txt')
+    with pytest.raises(EngineError, match='50,000 validation images'):
+        run(images, folder, real_labels='default')
+
+
+def test_real_labels_count_every_good_answer(tmp_path):
+    class Names:
+        def filenames(self, basename):
+            return [f'ILSVRC2012_val_{i + 1:08d}.JPEG' for i in range(3)]
+
+    (tmp_path / 'real.json').write_text(json.dumps([[0, 2], [], [1]]))
+    measure = RealLabelsMeasure(Names(), str(tmp_path / 'real.json'))
+    logits = F.one_hot(torch.tensor([2, 0, 0]), 6).float()
+    measure.update(None, logits, None)
+    assert measure.results()['real_top1'] == 50.  # the image without labels does not count
+
+
+def test_memory_is_retried_with_smaller_batches(images, folder, monkeypatch):
+    seen, plain = [], validation.evaluate
+
+    def evaluate(model, loader, *args, **kwargs):
+        seen.append(loader.loader.batch_size)
+        if seen[-1] > 4:
+            raise RuntimeError('CUDA out of memory')
+        return plain(model, loader, *args, **kwargs)
+
+    monkeypatch.setattr(validation, 'evaluate', evaluate)
+    [results] = run(images, folder, retry=True)
+    assert seen == [8, 6, 4] and 'top1' in results
+    with pytest.raises(RuntimeError, match='out of memory'):
+        run(images, folder)
