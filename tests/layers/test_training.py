@@ -142,9 +142,9 @@ def test_noise_perturbs_the_selection_in_training_only():
 
 
 def test_noise_is_gumbel():
-    """Selecting the best of scores plus Gumbel noise picks a token with the probability softmax(scores)."""
+    """The best of mean logits plus Gumbel noise is a token with the probability softmax(mean logits)."""
     layer = build_attention(dim=2, num_heads=1).train()
-    q = torch.tensor([1., 0.]).reshape(1, 1, 1, 2).double()
+    q = torch.tensor([[2., 0.], [0., 1.], [1., -1.]]).reshape(1, 1, 3, 2).double()  # (1, 0) on average
     scores = torch.tensor([1.0, 0.0, -1.0, 0.5]).double()
     k = torch.stack([scores / layer.scale, torch.zeros(4).double()], dim=-1).reshape(1, 1, 4, 2)
     draws = 20000
