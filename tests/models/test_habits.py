@@ -88,11 +88,12 @@ class TestHead:
         model.reset_classifier(6, 'max')
         assert model(images()).shape == (2, 6)
 
-    def test_reset_classifier_keeps_mode_dtype_and_everything_else(self):
-        model = build().double().train()
+    @pytest.mark.parametrize('training', [True, False])
+    def test_reset_classifier_keeps_mode_dtype_and_everything_else(self, training):
+        model = build().double().train(training)
         before = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith('fc.')}
         model.reset_classifier(4)
-        assert model.fc.training and model.fc.weight.dtype == torch.float64
+        assert all(m.training == training for m in model.modules()) and model.fc.weight.dtype == torch.float64
         after = model.state_dict()
         assert all(torch.equal(after[k], v) for k, v in before.items())
 
