@@ -143,6 +143,7 @@ class PyramidSparseAttention(nn.Module):
         self.scale = self.head_dim ** -0.5
         self.topk = as_topk(topk)
         self.fine_fusion = as_fine_fusion(fine_fusion)
+        self.train_fusion = self.fine_fusion  # set_topk must not change what a run trains
         self.train_topk = as_topk(train_topk, 'train_topk')
         self.train_fine_prob = as_probability(train_fine_prob, 'train_fine_prob')
         self.fine_seed = 0
@@ -157,12 +158,12 @@ class PyramidSparseAttention(nn.Module):
         self.gate = nn.Linear(2 * self.head_dim, self.head_dim, **dd)  # shared by all heads
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
-        self.gate.requires_grad_(self.train_topk > 0 and self.fine_fusion == 'gate')
+        self.gate.requires_grad_(self.train_topk > 0 and self.train_fusion == 'gate')
         self.sparse_kv = self.kv.can_fold()
 
     @torch.jit.ignore
     def set_topk(self, topk: int, fusion: Optional[str] = None) -> None:
-        """Change the fine attention used at inference; parameters are not touched.
+        """Change the fine attention used at inference; parameters and training are not touched.
 
         Args:
             topk: Coarse tokens selected per image and head, 0 for coarse attention alone.
@@ -300,7 +301,8 @@ class PyramidSparseAttention(nn.Module):
         parents = self._select(q, k, min(topk, k.shape[2]))
         index, exists = self._children(parents, (x.shape[2], x.shape[3]), coarse_size, ratio)
         fine_k, fine_v = self._fine_kv(x, index.flatten(2)).chunk(2, dim=-1)
-        if self.fine_fusion == 'joint':
+        fusion = self.train_fusion if self.training else self.fine_fusion
+        if fusion == 'joint':
             # log of one over the number of siblings, and -inf for a child that does not exist
             share = exists.to(q.dtype)
             share = (share / share.sum(dim=-1, keepdim=True)).log()

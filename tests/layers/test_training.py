@@ -64,6 +64,25 @@ def test_train_topk_reaches_the_gate():
     assert all(torch.count_nonzero(grad) == grad.numel() for grad in gate_grads(layer))
 
 
+@pytest.mark.parametrize('trained, switched', [('gate', 'joint'), ('joint', 'gate')])
+def test_the_fusion_of_inference_can_change_without_changing_what_is_trained(trained, switched):
+    layer = build_attention(train_topk=2, fine_fusion=trained).train()
+    x, upper = torch.randn(2, layer.dim, 6, 8).double(), torch.randn(2, layer.dim, 3, 4).double()
+
+    def outputs():
+        torch.manual_seed(0)
+        return layer(x, upper), layer.eval()(x, upper)
+
+    trains = layer.gate.weight.requires_grad
+    before = outputs()[0]
+    layer.train().set_topk(2, switched)
+    after, evaluated = outputs()
+    assert torch.equal(before, after)
+    assert layer.gate.weight.requires_grad is trains
+    layer.set_topk(2, trained)
+    assert not torch.equal(layer(x, upper), evaluated)
+
+
 def test_joint_never_trains_the_gate():
     layer = build_attention(train_topk=2, fine_fusion='joint').train()
     x, upper = build_maps()
