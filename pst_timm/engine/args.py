@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are `EngineError`s."""
 
     def error(self, message: str) -> None:
-        raise EngineError(f'{self.prog}: {message}. See {self.prog} --help.')
+        raise EngineError(f'{message}. See {self.prog} --help.')
 
 
 class _Refused(argparse.Action):
@@ -133,7 +133,7 @@ def _parse(groups: FlagGroups, prog: str, description: str, argv: Optional[Seque
         wrong = next((a for a in unknown if a.startswith('-')), unknown[0])
         names = [n for _, flags in groups for f in flags if not f.refused for n in f.names]
         raise EngineError(
-            f'{prog}: unknown argument {wrong!r}.{nearest(wrong.split("=")[0], names)} See {prog} --help.')
+            f'unknown argument {wrong!r}.{nearest(wrong.split("=")[0], names)} See {prog} --help.')
     del args.config
     return _finish(Namespace(**deepcopy(vars(args))))
 

@@ -11,10 +11,13 @@ DATA, MODEL = 0, 1
 
 
 def _seed(*words: int) -> None:
-    state = np.random.SeedSequence(words).generate_state(2, np.uint64)
-    torch.manual_seed(int(state[0]))
-    random.seed(int(state[1]))
-    np.random.seed(int(state[1]) % 2 ** 32)
+    for_torch, for_others = (int(x) for x in np.random.SeedSequence(words).generate_state(2, np.uint32))
+    # torch.manual_seed also queues the seed for every kind of device that is not there, milliseconds each time
+    torch.default_generator.manual_seed(for_torch)
+    if torch.accelerator.is_available():
+        torch.get_device_module(torch.accelerator.current_accelerator()).manual_seed(for_torch)
+    random.seed(for_others)
+    np.random.seed(for_others)
 
 
 def seed_model(seed: int, rank: int, epoch: int, step: int) -> None:
