@@ -160,6 +160,8 @@ def _finish(args: Namespace) -> Namespace:
             problems.append(f'--{key.replace("_", "-")} needs a smallest and a largest value, got {values}.')
     if args.torchscript and args.torchcompile:
         problems.append('--torchscript and --torchcompile exclude each other: choose one.')
+    if args.torchscript and any(getattr(args, key, None) for key in ('freeze', 'freeze_trunk', 'linear_probe')):
+        problems.append('--freeze, --freeze-trunk and --linear-probe do not reach into a --torchscript model.')
     if args.amp and args.model_dtype not in (None, 'float32'):
         problems.append(f'--amp needs float32 weights: leave out --model-dtype {args.model_dtype}, or --amp.')
     if problems:

@@ -58,7 +58,8 @@ class StepTimer:
 
     def __str__(self) -> str:
         text = f'{self.images_per_second:.1f} images/s, {self.wait_share:.0%} of the time waiting for data'
-        return text + (' (the loader is the bottleneck: more --workers)' if self.wait_share > 0.3 else '')
+        slow = self.step.count >= 20 and self.wait_share > 0.3  # at first the workers are only starting
+        return text + (' (the loader is the bottleneck: more --workers)' if slow else '')
 
 
 class RunLog:

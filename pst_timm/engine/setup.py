@@ -84,8 +84,11 @@ def resolve_dtype(args: Namespace) -> torch.dtype:
 
 def autocast_for(args: Namespace, device: torch.device) -> Callable[[], AbstractContextManager]:
     """The context in which the forward pass runs."""
-    return partial(
-        torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype), enabled=args.amp)
+    dtype = getattr(torch, args.amp_dtype)
+    if args.amp and device.type == 'cpu' and dtype == torch.float16:
+        _logger.warning('--amp on a CPU takes bfloat16: float16 would need a loss scaler, which torch has for GPUs.')
+        dtype = torch.bfloat16
+    return partial(torch.autocast, device_type=device.type, dtype=dtype, enabled=args.amp)
 
 
 def loss_scaler_for(args: Namespace, device: torch.device) -> Optional[NativeScaler]:

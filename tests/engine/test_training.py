@@ -245,12 +245,45 @@ def test_flags_change_training(run, plain, values):
 
 @pytest.mark.parametrize('values', [
     dict(grad_checkpointing=True), dict(log_interval=3), dict(recovery_interval=2), dict(seed=42),
+    dict(synchronize_step=True), dict(torchscript=True), dict(img_size=None, input_size=[3, 48, 48]),
+    dict(use_multi_epochs_loader=True),
     dict(mixup=0.5, mixup_off_epoch=0, mixup_prob=0., smoothing=0.), dict(validation_batch_size=3),
 ], ids=lambda v: ','.join(v))
 def test_flags_that_only_concern_the_how_change_little(run, plain, values):
     after = last_weights(run(**values))
     # recomputed activations pass the batch norms' statistics twice
     assert_close(after, {k: v for k, v in plain.items() if 'running' not in k and 'tracked' not in k})
+
+
+def test_low_precision_on_a_cpu_is_bfloat16(run, caplog):
+    half, low = run(amp=True), run(amp=True, amp_dtype='bfloat16')
+    assert half.history == low.history and 'takes bfloat16' in caplog.text
+
+
+def test_pretrained_weights_from_a_file(images, tmp_path):
+    source = timm.create_model('test_resnet_pst')  # 1000 classes
+    torch.save(source.state_dict(), tmp_path / 'weights.pth')
+    args = tiny_train_args(images, tmp_path, pretrained=True, pretrained_path=str(tmp_path / 'weights.pth'))
+    state = prepare(args).task.get_eval_model().state_dict()
+    same = {k for k, v in source.state_dict().items() if torch.equal(v, state[k])}
+    assert set(state) - same == {'fc.weight', 'fc.bias'} and state['fc.weight'].shape[0] == 3
+
+
+def test_views_of_an_image_are_averaged(run, plain):
+    result = run(tta=2, validation_batch_size=4)  # here neighbours in the folder instead of views
+    assert_same_weights(last_weights(result), plain)
+    assert result.history[0]['eval_loss'] != run().history[0]['eval_loss']
+
+
+def test_what_cannot_work_here_is_said(run):
+    for values, message in (
+            (dict(device='cuda:77'), '--device cuda:77 cannot be used here'),
+            (dict(device_modules=['no_such_package']), '--device-modules no_such_package: cannot import it'),
+            (dict(bn_momentum=0.5), 'Cannot create test_resnet_pst: .*bn_momentum'),
+            (dict(opt_kwargs=dict(colour=1)), 'Cannot create the optimizer sgd: .*colour'),
+            (dict(freeze_trunk=True, torchscript=True), '--freeze')):
+        with pytest.raises(EngineError, match=message):
+            run(**values)
 
 
 def test_mixup_goes_off(run, images, start, tmp_path):
