@@ -15,6 +15,7 @@ commands:
   validate   evaluate models (pst-timm validate --help)
   benchmark  measure models and the attention on this machine (pst-timm benchmark --help)
   export     write a model for deployment (pst-timm export --help)
+  convert    training checkpoint to safetensors and back (pst-timm convert --help)
 """
 
 
@@ -83,6 +84,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if command == 'export':
         from pst_timm.tools.export import main as export_main
         return export_main(words[1:])
+    if command == 'convert':
+        from pst_timm.hub.commands import convert_main
+        return convert_main(words[1:])
     print(f'pst-timm: unknown command {command!r}.\n{USAGE}', end='', file=sys.stderr)
     return 2
 

@@ -1,21 +1,19 @@
 """Write a model for deployment: ONNX, TorchScript or an exported program, and check that it answers alike."""
 import argparse
-import difflib
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-import timm
 import torch
 import torch.nn as nn
 from timm.data import create_transform, resolve_data_config
-from timm.models import load_checkpoint
 
 from pst_timm import reparameterize
+from pst_timm.hub import attention_settings, load_model
 
-__all__ = ['FORMATS', 'check_export', 'export', 'load_exported', 'load_source', 'main']
+__all__ = ['FORMATS', 'check_export', 'export', 'load_exported', 'main']
 
 FORMATS = {'onnx': '.onnx', 'torchscript': '.pt', 'exported-program': '.pt2'}
 METADATA = 'pst_timm.json'
@@ -23,71 +21,15 @@ MIN_SIDE = 33  # below, the last stage has one row or column, which torch.export
 TOLERANCE = 1e-4
 
 
-def load_source(source: str, **model_kwargs: Any) -> nn.Module:
-    """Build a model with its weights from whatever holds them.
-
-    Args:
-        source: A timm model name (random weights unless `pretrained=True` is passed), 'hf-hub:org/name',
-            'local-dir:path', a folder with timm's config.json, or a training checkpoint that names its architecture.
-        model_kwargs: Passed to `timm.create_model`.
-
-    Raises:
-        ValueError: If the source is none of these.
-    """
-    path = Path(source)
-    if path.is_dir():
-        if not (path / 'config.json').is_file():
-            raise ValueError(f'{source} has no config.json, so its architecture is unknown.')
-        source = f'local-dir:{source}'
-    if source.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
-        return timm.create_model(source, pretrained=True, **model_kwargs)
-    if path.is_file():
-        return _load_training_checkpoint(path, model_kwargs)
-    if not timm.is_model(source.split('.')[0]):
-        near = difflib.get_close_matches(source, timm.list_models(), 3)
-        hint = f'; did you mean {", ".join(near)}?' if near else '.'
-        raise ValueError(f'{source!r} is neither a model, a file nor a folder{hint}')
-    return timm.create_model(source, **model_kwargs)
-
-
-def _load_training_checkpoint(path: Path, model_kwargs: Dict[str, Any]) -> nn.Module:
-    if path.suffix == '.safetensors':
-        raise ValueError(f'{path} holds weights alone; name its folder (with config.json) instead.')
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:  # whatever the unpickler says, the file is not a checkpoint that may be trusted
-        raise ValueError(f'{path} cannot be read as a checkpoint of weights: {e}') from e
-    arch = checkpoint.get('arch') if isinstance(checkpoint, dict) else None
-    if not arch or not timm.is_model(arch):
-        raise ValueError(f'{path} does not name a known architecture (arch: {arch!r}).')
-    state = checkpoint.get('state_dict_ema') or checkpoint['state_dict']
-    args = checkpoint.get('args')
-    trained_with = dict(getattr(args, 'model_kwargs', None) or {})
-    classifier = timm.create_model(arch, num_classes=1).get_classifier(name_only=True)
-    trained_with['num_classes'] = state[f'{classifier}.weight'].shape[0]
-    model = timm.create_model(arch, **{**trained_with, **model_kwargs})
-    load_checkpoint(model, str(path))
-    if getattr(args, 'input_size', None) or getattr(args, 'img_size', None):
-        model.pretrained_cfg = {**model.pretrained_cfg, **_data_config(vars(args), model)}
-    return model
-
-
-def _data_config(args: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
-    config = resolve_data_config(args, model=model)
-    return {k: config[k] for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
-
-
 def metadata(model: nn.Module, class_names: Optional[Sequence[str]] = None) -> Dict[str, Any]:
     """What whoever runs the exported model needs to know: preprocessing, classes, attention."""
     config = resolve_data_config({}, model=model)
-    attention = next((m for m in model.modules() if hasattr(m, 'fine_fusion')), None)
     return {
         'architecture': model.pretrained_cfg.get('architecture'),
         'num_classes': model.num_classes,
         'class_names': list(class_names or model.pretrained_cfg.get('label_names') or []),
         **{k: config[k] for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')},
-        'topk': getattr(attention, 'topk', 0),
-        'fine_fusion': getattr(attention, 'fine_fusion', None),
+        **attention_settings(model),
     }
 
 
@@ -253,7 +195,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error(f'no image at {missing[0]}')
     path = args.output or Path(Path(args.source.split(':')[-1]).name.split('.')[0] + FORMATS[args.format])
     try:
-        model = load_source(args.source, **kwargs)
+        model = load_model(args.source, **kwargs)
         if args.topk is not None or args.fine_fusion is not None:
             if not hasattr(model, 'set_topk'):
                 raise ValueError(f'{args.source} has no sparse attention to set --topk or --fine-fusion on.')

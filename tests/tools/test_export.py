@@ -6,7 +6,7 @@ import timm
 import torch
 
 import pst_timm
-from pst_timm.tools.export import FORMATS, check_export, export, load_exported, load_source, main
+from pst_timm.tools.export import FORMATS, check_export, export, load_exported, main
 from tests.helpers import randomize
 
 pytest.importorskip('onnxruntime')
@@ -64,31 +64,6 @@ def test_unknown_format_and_misfitting_class_names(tmp_path):
         export(build(), tmp_path / 'm', 'tflite')
     with pytest.raises(ValueError, match='2 class names for a model of 3 classes'):
         export(build(), tmp_path / 'm.onnx', 'onnx', class_names=['a', 'b'])
-
-
-def test_sources(tmp_path):
-    model = build(topk=5)
-    timm.models.save_for_hf(model, tmp_path / 'folder', safe_serialization=True)
-    checkpoint = tmp_path / 'last.pth.tar'
-    torch.save({'arch': 'test_resnet_pst', 'state_dict': model.state_dict(), 'epoch': 1}, checkpoint)
-    x = torch.randn(1, 3, 64, 64)
-    model.set_topk(0)
-    with torch.no_grad():
-        for source in (str(tmp_path / 'folder'), f'local-dir:{tmp_path / "folder"}', str(checkpoint)):
-            assert torch.equal(load_source(source, topk=0).eval()(x), model(x)), source
-    for source, message in (
-            ('resnt50_pst', 'did you mean resnet50_pst'),
-            (str(tmp_path), 'has no config.json'),
-            (str(tmp_path / 'folder' / 'model.safetensors'), 'name its folder'),
-    ):
-        with pytest.raises(ValueError, match=message):
-            load_source(source)
-    torch.save({'state_dict': {}}, tmp_path / 'nameless.pth')
-    with pytest.raises(ValueError, match='does not name a known architecture'):
-        load_source(str(tmp_path / 'nameless.pth'))
-    (tmp_path / 'junk.pth').write_bytes(b'junk')
-    with pytest.raises(ValueError, match='cannot be read as a checkpoint'):
-        load_source(str(tmp_path / 'junk.pth'))
 
 
 def test_command(tmp_path, capsys):

@@ -1,0 +1,46 @@
+"""The hub's functions as commands."""
+import argparse
+import logging
+import sys
+from typing import Optional, Sequence
+
+from timm.utils import setup_default_logging
+
+from .conversion import DTYPES, convert
+from .errors import HubError
+
+__all__ = ['convert_main']
+
+CHECKPOINT_HELP = 'training checkpoint, run folder, .safetensors file, or folder with config.json'
+
+
+def _add_ema_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--no-ema', action='store_true', help='the weights as trained, even where there is a moving average')
+
+
+def _fail(parser: argparse.ArgumentParser, error: HubError) -> int:
+    print(f'{parser.prog}: error: {error}', file=sys.stderr)
+    return error.exit_code
+
+
+def convert_main(argv: Optional[Sequence[str]] = None) -> int:
+    """`pst-timm convert`; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog='pst-timm convert',
+        description='Write the weights of a checkpoint as .safetensors, or back as a training checkpoint.')
+    parser.add_argument('source', help=CHECKPOINT_HELP)
+    parser.add_argument('target', help='file to write: .safetensors or .pth.tar')
+    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='precision (default: %(default)s)')
+    _add_ema_flag(parser)
+    args = parser.parse_args(argv)
+    setup_default_logging(logging.WARNING)
+    try:
+        done = convert(args.source, args.target, args.dtype, not args.no_ema)
+    except HubError as e:
+        return _fail(parser, e)
+    print(f'Written: {done.path} ({done.path.stat().st_size / 2 ** 20:.1f} MiB, {args.dtype}, '
+          f'{"moving average (EMA)" if done.ema else "no EMA"}).')
+    print(f'Logits differ from the source by {done.difference:.1e} of the largest one, top-1 agrees for '
+          f'{done.agreement:.0%} of 16 random images.')
+    return 0
