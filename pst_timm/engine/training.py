@@ -6,6 +6,7 @@ from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -96,23 +97,16 @@ def train(args: Namespace) -> TrainResult:
     result = TrainResult(run.output_dir if is_primary(run.args) else None, None, None)
     if run.saver is not None:
         result.best_metric, result.best_epoch = run.saver.best_metric, run.saver.best_epoch
+    stop = StopSignals(run.args.distributed)
     try:
-        with StopSignals(run.args.distributed) as stop:
-            for epoch in range(run.start.epoch, run.num_epochs):
-                train_metrics = train_one_epoch(run, epoch, stop)
-                if run.args.distributed and run.args.dist_bn:
-                    distribute_bn(
-                        run.task.get_trainable_module(), run.args.world_size, run.args.dist_bn == 'reduce')
-                last = epoch + 1 == run.num_epochs
-                due = run.data.evaluation is not None and ((epoch + 1) % run.args.val_interval == 0 or last)
-                eval_metrics = validate_epoch(run) if due else {}
-                lr = run.lr
-                if run.scheduler is not None:
-                    run.scheduler.step(epoch + 1, eval_metrics.get(run.args.eval_metric))
-                finish_epoch(run, epoch, train_metrics, eval_metrics, lr, result)
-                if not last and stop.agreed():
-                    raise Interrupted(
-                        f'Stopped after epoch {epoch}, as asked: start again with --resume auto to go on.')
+        with stop:
+            train_epochs(run, stop, result)
+    except RuntimeError as e:
+        if stop.received is None or isinstance(e, EngineError):
+            raise
+        # the signal also went to the loader workers, and took one from under the step
+        raise Interrupted(
+            'Stopped in the middle of a step. The last checkpoint is intact: start again with --resume auto.') from e
     finally:
         if run.log is not None:
             run.log.close()
@@ -123,6 +117,22 @@ def train(args: Namespace) -> TrainResult:
     return result
 
 
+def train_epochs(run: Run, stop: StopSignals, result: TrainResult) -> None:
+    """Train, evaluate, record and save, epoch by epoch."""
+    for epoch in range(run.start.epoch, run.num_epochs):
+        last = epoch + 1 == run.num_epochs
+        train_metrics = train_one_epoch(run, epoch, stop)
+        share_statistics(run)
+        due = run.data.evaluation is not None and ((epoch + 1) % run.args.val_interval == 0 or last)
+        eval_metrics = validate_epoch(run) if due else {}
+        lr = run.lr
+        if run.scheduler is not None:
+            run.scheduler.step(epoch + 1, eval_metrics.get(run.args.eval_metric))
+        finish_epoch(run, epoch, train_metrics, eval_metrics, lr, result)
+        if not last and stop.agreed():
+            raise Interrupted(f'Stopped after epoch {epoch}, as asked: start again with --resume auto to go on.')
+
+
 def train_one_epoch(run: Run, epoch: int, stop: StopSignals) -> Dict[str, float]:
     """Train for an epoch, or for the rest of one that was interrupted; returns its mean loss."""
     args, task, loader = run.args, run.task, run.data.train
@@ -131,7 +141,8 @@ def train_one_epoch(run: Run, epoch: int, stop: StopSignals) -> Dict[str, float]
     total, accum = len(loader), args.grad_accum_steps
     timer = StepTimer()
     batches = timer.over(seeded_batches(checked_batches(loader), args.seed, args.rank, epoch))
-    bar = progress_bar(batches, total, f'Epoch {epoch}', is_primary(args))
+    # a stream of shards may hold more than it says
+    bar = progress_bar(islice(batches, total), total, f'Epoch {epoch}', is_primary(args))
     watch = LossWatch(run, epoch, total, timer, bar)
 
     run.optimizer.zero_grad()
@@ -286,6 +297,15 @@ def after_update(run: Run, position: Position, updates: int, stop: StopSignals, 
         raise Interrupted(
             f'Stopped after step {position.step} of epoch {position.epoch}, as asked. The state is saved: start '
             f'again with --resume auto (or --resume and the recovery checkpoint) to go on.')
+
+
+def share_statistics(run: Run) -> None:
+    """Let all processes go on with the same batch-norm statistics."""
+    args = run.args
+    if args.distributed and args.dist_bn:
+        distribute_bn(run.task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
+        if args.model_ema and not args.model_ema_force_cpu:
+            distribute_bn(run.task.get_trainable_module(ema=True), args.world_size, args.dist_bn == 'reduce')
 
 
 def validate_epoch(run: Run) -> Dict[str, float]:
