@@ -37,6 +37,9 @@ class StopSignals:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        if hasattr(signal, 'SIGCHLD') and signal.SIGCHLD not in self._before:
+            # the signal may reach the loader workers too, and torch would raise wherever this process then is
+            self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def agreed(self) -> bool:
         """Whether to stop here; in a distributed run all ranks must ask at the same step and get the same answer."""

@@ -102,11 +102,12 @@ def train(args: Namespace) -> TrainResult:
         with stop:
             train_epochs(run, stop, result)
     except RuntimeError as e:
-        if stop.received is None or isinstance(e, EngineError):
+        if stop.received is None or isinstance(e, Interrupted):
             raise
         # the signal also went to the loader workers, and took one from under the step
         raise Interrupted(
-            'Stopped in the middle of a step. The last checkpoint is intact: start again with --resume auto.') from e
+            f'Stopped in the middle of a step ({e}). The last checkpoint is intact: start again with --resume auto to '
+            f'go on.') from e
     finally:
         if run.log is not None:
             run.log.close()
