@@ -6,11 +6,17 @@ from . import layers, models
 from .models import ResNetPST, TrunkLoad, load_trunk, reparameterize
 from .version import __version__
 
-__all__ = ['ResNetPST', 'TrunkLoad', '__version__', 'hub', 'layers', 'load_trunk', 'models', 'reparameterize']
+__all__ = [
+    'ResNetPST', 'TrunkLoad', '__version__', 'hub', 'layers', 'load_trunk', 'models', 'register_weights',
+    'reparameterize',
+]
+# loaded when asked for, so that the import stays light
+_FROM_HUB = ('register_weights',)
 
 
 def __getattr__(name: str) -> Any:
-    # loaded when asked for, so that the import stays light
     if name == 'hub':
         return import_module('.hub', __name__)
+    if name in _FROM_HUB:
+        return getattr(import_module('.hub', __name__), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

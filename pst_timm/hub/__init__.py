@@ -2,8 +2,9 @@
 from .checkpoint import Checkpoint, attention_settings, build_model, load_model, read_checkpoint
 from .conversion import Conversion, convert
 from .errors import HubError, HubUnavailable
+from .weights import register_weights
 
 __all__ = [
     'Checkpoint', 'Conversion', 'HubError', 'HubUnavailable', 'attention_settings', 'build_model', 'convert',
-    'load_model', 'read_checkpoint',
+    'load_model', 'read_checkpoint', 'register_weights',
 ]

@@ -18,6 +18,8 @@ from timm.data import resolve_input_data_config
 from timm.models import clean_state_dict, get_pretrained_cfg_value
 from timm.models._hub import load_model_config_from_path  # timm exports it from here alone
 
+from pst_timm.models.digest import check_digest, drop_digest
+
 from .errors import HubError
 
 __all__ = [
@@ -198,6 +200,11 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
     cfg.update(data_config(checkpoint, model), num_classes=model.num_classes)
     if tuple(cfg['input_size']) != size:
         cfg['pool_size'] = None
+    try:
+        check_digest(weights, model)
+    except RuntimeError as e:
+        raise HubError(f'{checkpoint.path}: {e}') from None
+    drop_digest(model)
     return model.eval()
 
 

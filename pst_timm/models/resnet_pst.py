@@ -33,6 +33,8 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from pst_timm.layers import Concat, ConvNorm, PyramidSparseTransformer
 
+from .digest import check_digest, drop_digest
+
 __all__ = ['ResNetPST']
 
 
@@ -350,13 +352,19 @@ def _create_resnet_pst(variant: str, pretrained: bool = False, **kwargs) -> ResN
         raise ValueError(
             f"feature_cls='{feature_cls}' runs a model as a chain of modules, which {variant} is not: "
             f"use 'getter' (the default), 'hook' or 'fx'.")
-    return build_model_with_cfg(
+    if not pretrained and not kwargs.get('pretrained_cfg'):
+        # weights that were not asked for decide neither class count nor input size
+        kwargs['pretrained_cfg'] = 'untrained'
+    model = build_model_with_cfg(
         ResNetPST,
         variant,
         pretrained,
+        pretrained_filter_fn=check_digest,
         feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls='getter'),
         **kwargs,
     )
+    drop_digest(model)
+    return model
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:

@@ -1,0 +1,42 @@
+"""A checksum that travels with published weights, so that damaged ones are noticed when they are loaded."""
+import hashlib
+from typing import Dict
+
+import torch
+import torch.nn as nn
+
+__all__ = ['check_digest', 'digest_note', 'drop_digest']
+
+PREFIX = 'weights sha256 '  # in the notes of a pretrained configuration, which timm keeps and passes on
+
+
+def digest_note(weights: Dict[str, torch.Tensor]) -> str:
+    """The entry for the notes of a pretrained configuration that `check_digest` compares weights with."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f'{name} {tensor.dtype} {list(tensor.shape)}\n'.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return PREFIX + digest.hexdigest()
+
+
+def check_digest(weights: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Compare weights with the notes of the configuration they came with; timm calls this before it loads them.
+
+    Raises:
+        RuntimeError: If they are not the weights that were published.
+    """
+    cfg = model.pretrained_cfg
+    expected = [note for note in cfg.get('notes') or () if note.startswith(PREFIX)]
+    if expected and digest_note(weights) not in expected:
+        source = cfg.get('hf_hub_id') or cfg.get('file')
+        raise RuntimeError(
+            f'The weights of {source} are not the ones that were published with its config.json: the file was damaged '
+            f'or replaced. Delete it from the cache (or the folder) and fetch it again.')
+    return weights
+
+
+def drop_digest(model: nn.Module) -> None:
+    """Forget the checksum of a model that was loaded, since training will change its weights."""
+    notes = tuple(note for note in model.pretrained_cfg.pop('notes', None) or () if not note.startswith(PREFIX))
+    if notes:
+        model.pretrained_cfg['notes'] = notes
