@@ -7,11 +7,11 @@ from .models import ResNetPST, TrunkLoad, load_trunk, reparameterize
 from .version import __version__
 
 __all__ = [
-    'ResNetPST', 'TrunkLoad', '__version__', 'hub', 'layers', 'load_trunk', 'models', 'register_weights',
-    'reparameterize',
+    'ResNetPST', 'TrunkLoad', '__version__', 'hub', 'layers', 'load_trunk', 'models', 'publish',
+    'register_weights', 'reparameterize',
 ]
 # loaded when asked for, so that the import stays light
-_FROM_HUB = ('register_weights',)
+_FROM_HUB = ('publish', 'register_weights')
 
 
 def __getattr__(name: str) -> Any:

@@ -54,9 +54,12 @@ def validate_main(argv: Optional[Sequence[str]] = None, prog: str = 'validate.py
 
 def list_main() -> int:
     """Print the models of this package."""
-    from pst_timm.tools.table import format_table, model_rows
+    from pst_timm.tools.table import bundled_weights, format_table, model_rows
 
     print(format_table(model_rows()))
+    for record in bundled_weights():
+        print(f'\n{record["weights"]}, in the package: {record["top1"]:.2f}% top-1 of {record["images"]} images '
+              f'({record["data_set"]}) at {record["img_size"]} px.\nTo make it again: {record["command"]}')
     return 0
 
 

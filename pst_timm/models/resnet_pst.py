@@ -14,6 +14,7 @@ C4 = layer3 and C5 = layer4 the rest of the network is, at fusion width w:
 Where this departs from the published code: its trunk puts SiLU inside the bottlenecks, and what it calls ResNet-18 is
 the Bottleneck 2,2,2,2 trunk, named `resnet26_pst` here beside the true `resnet18_pst`.
 """
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
@@ -36,6 +37,8 @@ from pst_timm.layers import Concat, ConvNorm, PyramidSparseTransformer
 from .digest import check_digest, drop_digest
 
 __all__ = ['ResNetPST']
+
+WEIGHTS = Path(__file__).resolve().parent / 'weights'
 
 
 class ResNetPST(ResNet):
@@ -386,6 +389,10 @@ default_cfgs = generate_default_cfgs({
     'resnet101_pst.untrained': _cfg(),
     'test_resnet_pst.untrained': _cfg(
         input_size=(3, 160, 160), pool_size=(5, 5), first_conv='conv1.0'),
+    'test_resnet_pst.digits': _cfg(
+        file=str(WEIGHTS / 'test_resnet_pst.digits.safetensors'),
+        num_classes=10, label_names=tuple('0123456789'),
+        input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0, first_conv='conv1.0'),
 })
 
 
@@ -419,7 +426,7 @@ def resnet101_pst(pretrained: bool = False, **kwargs) -> ResNetPST:
 
 @register_model
 def test_resnet_pst(pretrained: bool = False, **kwargs) -> ResNetPST:
-    """A tiny model for tests and demos, in the spirit of timm's `test_resnet`."""
+    """A tiny model for tests and demos, in the spirit of timm's `test_resnet`; its weights read digits."""
     model_args = dict(
         block=[BasicBlock, BasicBlock, Bottleneck, BasicBlock], layers=(1, 1, 1, 1), stem_width=16,
         stem_type='deep', channels=(32, 48, 48, 96),

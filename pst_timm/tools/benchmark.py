@@ -22,10 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from pst_timm import reparameterize
+from pst_timm.hub import count_gmacs
 from pst_timm.layers import PyramidSparseAttention
 
 from .measure import EnergyMeter, count_activations, median_ratio, peak_memory, percentile, time_in_turn
-from .table import count_gmacs, format_table
+from .table import format_table
 
 __all__ = [
     'Setting',

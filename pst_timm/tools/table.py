@@ -1,13 +1,14 @@
 """Plain text tables, and the table of this package's models."""
+import json
 from typing import Any, Dict, List, Mapping, Sequence
 
 import timm
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-import pst_timm  # registers the models  # noqa: F401
+from pst_timm.hub import count_gmacs
+from pst_timm.models.resnet_pst import WEIGHTS
 
-__all__ = ['count_gmacs', 'format_table', 'model_rows']
+__all__ = ['bundled_weights', 'format_table', 'model_rows']
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -19,12 +20,9 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return '\n'.join([lines[0], '  '.join('-' * width for width in widths), *lines[1:]])
 
 
-def count_gmacs(model: torch.nn.Module, input_size: Sequence[int]) -> float:
-    """Multiply-accumulates of one image (channels, height, width) in billions."""
-    weight = next(model.parameters())
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype))
-    return counter.get_total_flops() / 2e9
+def bundled_weights() -> List[Dict[str, Any]]:
+    """Records of the weights that come with the package: tag, data set, accuracy in percent, command to make them."""
+    return [json.loads(path.read_text()) for path in sorted(WEIGHTS.glob('*.json'))]
 
 
 def model_rows() -> List[Dict[str, Any]]:

@@ -17,8 +17,6 @@ from .helpers import build, images, logits, save_checkpoint
 @pytest.fixture(autouse=True)
 def registry():
     """timm's registry as it was, after the test."""
-
-
     kept = {k: copy.deepcopy(v) for k, v in vars(_registry).items() if k.startswith('_model_') and k[-1] == 's'}
     default_cfgs = copy.deepcopy(resnet_pst.default_cfgs)
     yield

@@ -120,10 +120,11 @@ def test_features(name):
 
 @models
 def test_configuration(name):
-    cfg = get_pretrained_cfg(name)
-    assert not is_model_pretrained(name)
-    assert cfg.num_classes == 1000
+    cfg = get_pretrained_cfg(f'{name}.untrained')
+    assert is_model_pretrained(name) == (name == TINY)
     model = build_meta(name)
+    assert model.pretrained_cfg['tag'] == 'untrained'
+    assert cfg.num_classes == model.num_classes == 1000
     assert cfg.classifier == 'fc' == model.get_classifier(name_only=True)
     first = model.get_submodule(cfg.first_conv)
     assert isinstance(first, torch.nn.Conv2d) and first.in_channels == 3
@@ -137,7 +138,7 @@ def pretrained_error(name):
     return error.type, str(error.value).replace(name, '{name}')
 
 
-@models
+@published
 def test_pretrained_without_weights_is_timms_own_error(name):
     untrained = next(m for m in timm.list_models('*net*') if m not in MODELS and not is_model_pretrained(m))
     kind, message = pretrained_error(name)

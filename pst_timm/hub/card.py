@@ -1,0 +1,251 @@
+"""The model card: what a person wants to know before using a model. Every number is measured or from the checkpoint."""
+import re
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+
+import torch
+import torch.nn as nn
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from .checkpoint import Checkpoint, attention_settings
+
+__all__ = ['CITATION', 'Accuracy', 'count_gmacs', 'model_card']
+
+CITATION = """@article{hu2025pyramid,
+  title   = {Pyramid Sparse Transformer: Enhancing Multi-Scale Feature Fusion with Dynamic Token Selection},
+  author  = {Hu and Bai and Wu and Peng and Zhang},
+  journal = {arXiv preprint arXiv:2505.12772},
+  year    = {2025}
+}"""
+
+# what of a run's arguments concerns its machine, its folders or its progress, not its recipe
+NOT_RECIPE = re.compile(
+    r'^(data|data_dir|data_cfg|output|experiment|resume|no_resume_opt|start_epoch|local_rank|rank|world_size'
+    r'|distributed|device|device_modules|workers|pin_mem|no_prefetcher|log_.*|wandb_.*|checkpoint_hist'
+    r'|recovery_interval|save_images|eval_metric|val_interval|val_num_samples|validation_batch_size|tta|class_map'
+    r'|initial_checkpoint|trunk_checkpoint|pretrained_path|kd_model_name|local.*|.*_file|.*_path)$')
+
+
+class Accuracy(NamedTuple):
+    """A measured accuracy, in percent."""
+    top1: float
+    top5: Optional[float]
+    img_size: int
+    crop_pct: float
+    interpolation: str
+    measured: str
+    """How: by validate.py, or while training."""
+
+
+def count_gmacs(model: nn.Module, input_size: Sequence[int]) -> float:
+    """Multiply-accumulates of one image (channels, height, width) in billions."""
+    weight = next(model.parameters())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype))
+    return counter.get_total_flops() / 2e9
+
+
+def _front_matter(license: str, data_set: Optional[str]) -> str:
+    facts: Dict[str, Any] = {
+        'tags': ['image-classification', 'timm', 'pst_timm', 'pyramid-sparse-transformer'],
+        'pipeline_tag': 'image-classification',
+        'library_name': 'timm',
+        'license': license,
+    }
+    if data_set and re.fullmatch(r'[\w.-]+(/[\w.-]+)?', data_set):  # the Hub takes identifiers alone
+        facts['datasets'] = [data_set.lower()]
+    return f'---\n{yaml.safe_dump(facts, sort_keys=False)}---\n'
+
+
+def _attention(settings: Mapping[str, Any]) -> str:
+    topk = settings['topk']
+    return f'coarse and fine, `topk={topk}`, `{settings["fine_fusion"]}` fusion' if topk else 'coarse alone (`topk=0`)'
+
+
+def _validate_command(repo_id: str, accuracy: Accuracy, settings: Mapping[str, Any], data_set: Optional[str]) -> str:
+    folder = re.sub(r'\W+', '-', data_set or 'images').strip('-').upper()
+    words = [
+        'pst-timm validate', f'--data-dir {folder}', f'--model hf-hub:{repo_id}', '--pretrained',
+        f'--img-size {accuracy.img_size}', f'--crop-pct {accuracy.crop_pct}',
+        f'--interpolation {accuracy.interpolation}',
+    ]
+    if settings['topk']:
+        words.append(f'--model-kwargs topk={settings["topk"]} fine_fusion={settings["fine_fusion"]}')
+    return ' '.join(words)
+
+
+def _accuracy_section(
+        repo_id: str,
+        accuracy: Optional[Accuracy],
+        settings: Mapping[str, Any],
+        data_set: Optional[str],
+) -> List[str]:
+    if accuracy is None:
+        return ['## Accuracy', '', 'Not measured for these weights.', '']
+    top5 = '' if accuracy.top5 is None else f'{accuracy.top5:.2f}'
+    return [
+        '## Accuracy',
+        '',
+        '| data set | image size | crop | attention | top-1 (%) | top-5 (%) |',
+        '|---|---|---|---|---|---|',
+        f'| {data_set or "unnamed"} | {accuracy.img_size} | {accuracy.crop_pct} | {_attention(settings)} '
+        f'| {accuracy.top1:.2f} | {top5} |',
+        '',
+        f'Measured {accuracy.measured}. To measure it again:',
+        '',
+        '```sh',
+        _validate_command(repo_id, accuracy, settings, data_set),
+        '```',
+        '',
+    ]
+
+
+def _recipe_section(checkpoint: Checkpoint) -> List[str]:
+    recipe = {
+        k: v for k, v in checkpoint.args.items()
+        if not NOT_RECIPE.match(k) and not (v is None or (isinstance(v, (str, list, tuple, dict)) and not v))
+    }
+    if not recipe:
+        return ['## Training', '', 'The recipe did not come with the weights.', '']
+    weights = ''
+    if checkpoint.epoch is not None:
+        weights = f' The weights are those after epoch {checkpoint.epoch} (counted from 0)'
+        weights += ', as a moving average (EMA).' if checkpoint.ema else '.'
+    plain = yaml.safe_dump(_plain(recipe), sort_keys=True)
+    return [
+        '## Training',
+        '',
+        f'Save this as `args.yaml` and run `pst-timm train --config args.yaml --data-dir PATH`.{weights}',
+        '',
+        '<details><summary>args.yaml</summary>',
+        '',
+        '```yaml',
+        plain.rstrip(),
+        '```',
+        '',
+        '</details>',
+        '',
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _usage_section(repo_id: str, side: int, channels: int, kwargs: str) -> List[str]:
+    mode = 'L' if channels == 1 else 'RGB'
+    return [
+        '## Usage',
+        '',
+        '`pip install pst_timm`, then, to classify an image:',
+        '',
+        '```python',
+        'import timm, torch',
+        'import pst_timm  # registers the architecture with timm',
+        'from PIL import Image',
+        '',
+        f"model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()",
+        'transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))',
+        '',
+        f"image = transform(Image.open('image.jpg').convert('{mode}')).unsqueeze(0)",
+        'with torch.inference_mode():',
+        '    probabilities, classes = model(image).softmax(dim=-1).topk(min(5, model.num_classes))',
+        "names = model.pretrained_cfg.get('label_names')  # where they are known",
+        '```',
+        '',
+        'Feature maps at strides 2 to 32, for detection or segmentation:',
+        '',
+        '```python',
+        f"backbone = timm.create_model('hf-hub:{repo_id}', pretrained=True, features_only=True).eval()",
+        'maps = backbone(image)',
+        'print([tuple(m.shape) for m in maps])',
+        '```',
+        '',
+        'Image embeddings:',
+        '',
+        '```python',
+        f"encoder = timm.create_model('hf-hub:{repo_id}', pretrained=True, num_classes=0).eval()",
+        'embedding = encoder(image)  # (1, features)',
+        '```',
+        '',
+        'Other arguments are those of timm: `num_classes=` for a new classifier, `in_chans=` for other inputs. '
+        f'`model.set_topk(8)` switches fine attention on, `model.set_topk(0)` off{kwargs}.',
+        '',
+    ]
+
+
+def model_card(
+        repo_id: str,
+        checkpoint: Checkpoint,
+        model: nn.Module,
+        accuracy: Optional[Accuracy] = None,
+        data_set: Optional[str] = None,
+        license: str = 'apache-2.0',
+) -> str:
+    """The README.md of a repository.
+
+    Args:
+        repo_id: Its name.
+        checkpoint: Where the weights came from.
+        model: The model, with the attention it was measured with.
+        accuracy: What was measured, None if nothing was.
+        data_set: Name of the data set.
+        license: Identifier of the licence of the weights.
+    """
+    cfg = model.pretrained_cfg
+    channels, *size = cfg['input_size']
+    settings = attention_settings(model)
+    names = list(cfg.get('label_names') or [])
+    classes = f'{model.num_classes}'
+    if names:
+        shown = ', '.join(str(n) for n in names[:10])
+        classes += f' ({shown}{", ..." if len(names) > 10 else ""})'
+    data = f' for {data_set}' if data_set else ''
+    saved = f'; saved with `topk={settings["topk"]}`, `fine_fusion={settings["fine_fusion"]!r}`'
+    lines = [
+        f'# {repo_id.split("/")[-1]}',
+        '',
+        f'An image classifier{data}: `{checkpoint.arch}`, a ResNet whose last two stages are fused by a Pyramid Sparse '
+        'Transformer, for [timm](https://github.com/huggingface/pytorch-image-models) with the package `pst_timm`.',
+        '',
+        '| | |',
+        '|---|---|',
+        f'| parameters | {sum(p.numel() for p in model.parameters()):,} |',
+        f'| multiply-adds | {count_gmacs(model, cfg["input_size"]):.3f} G for one {size[0]} x {size[1]} image |',
+        f'| classes | {classes} |',
+        f'| input | {channels} x {size[0]} x {size[1]}, {cfg["interpolation"]}, crop {cfg["crop_pct"]} |',
+        f'| mean, std | {_numbers(cfg["mean"])}; {_numbers(cfg["std"])} |',
+        f'| attention | {_attention(settings)} |',
+        '',
+        *_accuracy_section(repo_id, accuracy, settings, data_set),
+        *_usage_section(repo_id, size[0], channels, saved),
+        *_recipe_section(checkpoint),
+        '## Limits',
+        '',
+        f'The model knows its {model.num_classes} classes and gives one of them for every image, whatever it shows. '
+        f'Its accuracy holds for images like those it was measured on, at the size given above; for others, measure it '
+        'first. Probabilities are not calibrated. A model trained with coarse attention alone need not gain from fine '
+        'attention: validate with both. Nothing was done against biases of the data it learned from.',
+        '',
+        '## Licence',
+        '',
+        f'The weights: {license}. The package `pst_timm`: Apache-2.0. The data set has terms of its own.',
+        '',
+        '## Citation',
+        '',
+        'The method is that of',
+        '',
+        '```bibtex',
+        CITATION,
+        '```',
+        '',
+    ]
+    return _front_matter(license, data_set) + '\n'.join(lines)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ', '.join(f'{v:g}' for v in values)

@@ -1,0 +1,62 @@
+"""The weights that come with the package, and what is said of them."""
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+
+from pst_timm.cli import main
+from pst_timm.models.resnet_pst import WEIGHTS
+from pst_timm.tools.bundle import measure
+from pst_timm.tools.demo import write_digits
+from pst_timm.tools.table import bundled_weights
+
+README = Path(__file__).parents[2] / 'README.md'
+[RECORD] = bundled_weights()
+
+
+def test_they_are_small_and_the_default():
+    [path] = WEIGHTS.glob('*.safetensors')
+    assert path.stat().st_size < 3 * 2 ** 20 and not list(WEIGHTS.glob('*.pt*'))
+    cfg = get_pretrained_cfg('test_resnet_pst')
+    assert (cfg.tag, Path(cfg.file)) == ('digits', path)
+    assert timm.list_pretrained('*pst*') == ['test_resnet_pst.digits']
+
+
+def test_without_being_asked_for_they_change_nothing():
+    model = timm.create_model('test_resnet_pst')
+    assert model.num_classes == 1000 and model.pretrained_cfg['input_size'] == (3, 160, 160)
+    assert timm.create_model('test_resnet_pst', features_only=True).pretrained_cfg['input_size'] == (3, 160, 160)
+    served = timm.create_model('test_resnet_pst', pretrained=True)
+    assert served.num_classes == 10 and served.pretrained_cfg['input_size'] == (3, 64, 64)
+
+
+def test_they_adapt_as_timms_do():
+    served = timm.create_model('test_resnet_pst', pretrained=True).eval()
+    other = timm.create_model('test_resnet_pst.digits', pretrained=True, num_classes=4, in_chans=1).eval()
+    x = torch.rand(1, 1, 64, 64)
+    assert other(x).shape == (1, 4)
+    with torch.no_grad():  # weights of three equal channels are added up
+        features = served.forward_features(x.expand(-1, 3, -1, -1))
+        torch.testing.assert_close(other.forward_features(x), features, rtol=1e-3, atol=1e-4)
+
+
+def test_the_recorded_accuracy_is_what_is_measured(tmp_path):
+    pytest.importorskip('sklearn')
+    assert write_digits(tmp_path)[1] == RECORD['images']
+    results = measure(tmp_path, WEIGHTS / f'{RECORD["weights"]}.safetensors')
+    one_image = 100 / RECORD['images']
+    assert results['top1'] == pytest.approx(RECORD['top1'], abs=one_image * 1.01)
+    assert RECORD['top1'] > 99
+    assert results['loss'] == pytest.approx(RECORD['loss'], rel=0.02)
+
+
+def test_list_and_readme_tell_the_record(capsys):
+    assert main(['list']) == 0
+    shown = capsys.readouterr().out
+    readme = re.sub(r'\s+', ' ', README.read_text())
+    for text in (shown, readme):
+        assert f'{RECORD["top1"]:.2f}% top-1 of {RECORD["images"]}' in text
+        assert f'{RECORD["img_size"]} px' in text and RECORD['command'] in text
