@@ -73,8 +73,9 @@ def level_ratio(fine_size: Tuple[int, int], coarse_size: Tuple[int, int]) -> int
     H, W = fine_size
     h, w = coarse_size
     if not torch.jit.is_scripting():
-        # under export with dynamic sizes a plain == would record that the sizes differ as a condition on the input
-        if statically_known_true(H == h) and statically_known_true(W == w):
+        # under export with dynamic sizes a plain == would record that the sizes differ as a condition on the input;
+        # torch.jit.trace has tensors for sizes, which only a plain == can compare
+        if not torch.jit.is_tracing() and statically_known_true(H == h) and statically_known_true(W == w):
             return 1
     # a stride 2 stage rounds up, so both 2h and 2h - 1 rows come down to h
     if (H + 1) // 2 == h and (W + 1) // 2 == w:
@@ -131,12 +132,12 @@ class PyramidSparseAttention(nn.Module):
                 branch are projected on the whole map at inference too, as such a norm may depend on it.
 
         Raises:
-            ValueError: If `dim` is not a multiple of `num_heads`, or an option is out of its range.
+            ValueError: If `dim` is not a positive multiple of `num_heads`, or an option is out of its range.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        if num_heads < 1 or dim % num_heads != 0:
-            raise ValueError(f'dim must be a multiple of num_heads, got dim={dim} and num_heads={num_heads}.')
+        if dim < 1 or num_heads < 1 or dim % num_heads != 0:
+            raise ValueError(f'dim must be a positive multiple of num_heads, got dim={dim} and num_heads={num_heads}.')
         self.dim = dim
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
@@ -209,7 +210,9 @@ class PyramidSparseAttention(nn.Module):
         # heads laid out one after the other would cost a copy each way, and give the gradient of a single image strides
         # that batch norm misreads on the CPU (batch_norm_backward, seen with torch 2.15)
         x = x.permute(0, 2, 3, 1).contiguous()
-        return x.reshape(x.shape[0], -1, self.num_heads, x.shape[3] // self.num_heads).transpose(1, 2)
+        B, H, W, C = x.shape
+        # no -1, which an empty batch leaves open
+        return x.reshape(B, H * W, self.num_heads, C // self.num_heads).transpose(1, 2)
 
     def _map(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
         """(B, heads, H * W, d) -> (B, C, H, W), the inverse of `_heads`."""

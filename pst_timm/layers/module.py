@@ -48,9 +48,15 @@ class PyramidSparseBlock(nn.Module):
             drop_path: Probability of dropping each residual branch in training.
             act_layer: Activation of the MLP.
             norm_layer: Norm of every convolution.
+
+        Raises:
+            ValueError: If the MLP would have no hidden channel, or an option is out of its range.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
+        hidden = int(dim * mlp_ratio)
+        if hidden < 1:
+            raise ValueError(f'mlp_ratio={mlp_ratio} leaves the MLP of {dim} channels no hidden channel.')
         self.attn = PyramidSparseAttention(
             dim,
             num_heads,
@@ -62,7 +68,6 @@ class PyramidSparseBlock(nn.Module):
             **dd,
         )
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-        hidden = int(dim * mlp_ratio)
         self.mlp = nn.Sequential(
             ConvNorm(dim, hidden, 1, norm_layer=norm_layer, act_layer=act_layer, **dd),
             ConvNorm(hidden, dim, 1, norm_layer=norm_layer, apply_act=False, **dd),
@@ -120,7 +125,7 @@ class PyramidSparseTransformer(nn.Module):
             norm_layer: Norm of every convolution.
 
         Raises:
-            ValueError: If the width of the blocks is not a multiple of `head_dim`.
+            ValueError: If the width of the blocks is not a multiple of `head_dim`, or an option is out of its range.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()

@@ -286,6 +286,20 @@ def test_bad_arguments_are_named(kwargs, words):
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize('dim', [0, -4])
+def test_no_channels_are_an_error(dim):
+    with pytest.raises(ValueError, match=f'dim={dim}'):
+        PyramidSparseAttention(dim, 2)
+
+
+@fusions
+@pytest.mark.parametrize('topk', [0, 2])
+def test_an_empty_batch_gives_an_empty_batch(fusion, topk):
+    layer = build_attention(topk=topk, fine_fusion=fusion)
+    x, upper = build_maps(2, layer.dim, ((5, 4), (3, 2)))
+    assert layer(x[:0], upper[:0]).shape == (0, layer.dim, 5, 4)
+
+
 @pytest.mark.parametrize('args, words', [
     ((-1,), ['topk', '-1']),
     ((1.0,), ['topk', '1.0']),

@@ -94,6 +94,8 @@ def test_act_layer_is_used_everywhere_but_in_projections():
     (dict(head_dim=-4), ['head_dim=-4']),
     (dict(out_chs=1), ['head_dim=4']),
     (dict(depth=-1), ['depth', '-1']),
+    (dict(mlp_ratio=0), ['mlp_ratio=0', '8']),
+    (dict(mlp_ratio=-1.), ['mlp_ratio=-1.0']),
     (dict(topk=-2), ['topk', '-2']),
     (dict(fine_fusion='max'), ['fine_fusion', "'max'"]),
 ])

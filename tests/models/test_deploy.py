@@ -79,6 +79,15 @@ class TestScript:
         torch.jit.script(timm.create_model(name, topk=3, scriptable=True))
 
 
+@pytest.mark.skipif(not hasattr(torch.jit, 'trace'), reason='torch no longer offers TorchScript')
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*', 'ignore::torch.jit.TracerWarning')
+@attentions
+@pytest.mark.parametrize('output_stride', [16, 32])
+def test_traced_by_jit(output_stride, kwargs):
+    model = build(num_classes=5, output_stride=output_stride, **kwargs)
+    assert_equals_eager(torch.jit.trace(model, images((65, 97))), model)
+
+
 class TestFX:
 
     @attentions
