@@ -7,13 +7,15 @@ from typing import Dict, List, NamedTuple, Union
 import timm
 import torch
 import torch.nn as nn
-from timm.models import adapt_input_conv, load_state_dict
+from timm.models import adapt_input_conv, clean_state_dict, load_state_dict
 
 __all__ = ['TrunkLoad', 'load_trunk']
 
 TRUNK = re.compile(r'(conv1|bn1|maxpool|layer[1-4])\.')
 # a counter that only a cumulative average would read, absent from some converted checkpoints
 OPTIONAL = '.num_batches_tracked'
+# what a name ends with that can only be meant as a file
+FILES = ('.safetensors', '.pth', '.pt', '.tar', '.bin', '.ckpt')
 
 
 class TrunkLoad(NamedTuple):
@@ -33,12 +35,15 @@ def _read_source(source: Union[str, os.PathLike, Dict[str, torch.Tensor]]) -> Di
             if isinstance(source.get(key), dict):
                 return source[key]
         return source
-    if isinstance(source, os.PathLike) or Path(source).suffix in ('.safetensors', '.pth', '.pt', '.tar', '.bin'):
-        if not Path(source).is_file():
-            raise FileNotFoundError(f'No checkpoint at {source}.')
-        return load_state_dict(os.fspath(source), device='cpu')
-    if not isinstance(source, str):
+    if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f'source must be a model name, a file or a state dict, got {type(source).__name__}.')
+    if os.path.isfile(source):
+        try:
+            return load_state_dict(os.fspath(source), device='cpu')
+        except Exception as e:  # whatever the unpickler says, the file is not a state dict that may be trusted
+            raise ValueError(f'{source} cannot be read as a state dict: {e!r}') from e
+    if isinstance(source, os.PathLike) or Path(source).suffix in FILES:
+        raise FileNotFoundError(f'No checkpoint at {source}.')
     return timm.create_model(source, pretrained=True).state_dict()
 
 
@@ -50,17 +55,19 @@ def load_trunk(model: nn.Module, source: Union[str, os.PathLike, Dict[str, torch
 
     Args:
         model: A ResNet-PST, or the feature extractor that `features_only=True` makes of one.
-        source: A timm model name with pretrained weights ('resnet50.a1_in1k'), a .safetensors or .pth file, or a
-            state dict.
+        source: A timm model name with pretrained weights ('resnet50.a1_in1k'), a file (.safetensors, .pth, ...), or
+            a state dict.
 
     Returns:
         The keys loaded, left untouched and ignored.
 
     Raises:
-        ValueError: If the source is not a ResNet of the model's depth and width; names the first layer that differs.
+        ValueError: If the source is not a ResNet of the model's depth and width (names the first layer that differs),
+            or a file that is no state dict.
         FileNotFoundError: If the source is a file that does not exist.
+        TypeError: If the source is none of these.
     """
-    state = {re.sub(r'^(module\.|_orig_mod\.)+', '', k): v for k, v in _read_source(source).items()}
+    state = clean_state_dict(_read_source(source))
     net = getattr(model, 'model', model)  # features_only wraps the network under this name
     target = net.state_dict()
     wanted = [k for k in target if TRUNK.match(k)]

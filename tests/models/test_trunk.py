@@ -229,9 +229,27 @@ def test_a_missing_file_is_named(path):
         pst_timm.load_trunk(build(), path)
 
 
-@pytest.mark.parametrize('source', [None, 3, ['resnet18']])
+@pytest.mark.parametrize('name', ['trunk.ckpt', 'trunk'])
+def test_a_file_needs_no_known_ending(name, source, tmp_path):
+    torch.save(source.state_dict(), tmp_path / name)
+    assert pst_timm.load_trunk(build(), str(tmp_path / name)).ignored == ['fc.weight', 'fc.bias']
+
+
+@pytest.mark.parametrize('name, content', [
+    ('empty.pth', b''), ('noise.pth', b'noise'), ('noise.safetensors', b'noise'), ('list.pth', [1, 2]),
+])
+def test_a_file_that_is_no_state_dict_is_named(name, content, tmp_path):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(ValueError, match=f'{name} cannot be read'):
+        pst_timm.load_trunk(build(), str(tmp_path / name))
+
+
+@pytest.mark.parametrize('source', [None, 3, ['resnet18'], torch.nn.Identity()])
 def test_other_sources_are_type_errors(source):
-    with pytest.raises(TypeError, match=type(source).__name__):
+    with pytest.raises(TypeError, match=f'model name, a file or a state dict, got {type(source).__name__}'):
         pst_timm.load_trunk(build(), source)
 
 
