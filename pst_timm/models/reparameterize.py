@@ -25,22 +25,30 @@ def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
     but for rounding; `set_topk`, `features_only`, scripting, tracing, compilation and export still work.
 
     Args:
-        model: Any timm model that torch.fx can trace.
+        model: Any timm model that torch.fx can trace, not wrapped (by DDP, say).
         inplace: Change the model itself rather than a copy.
 
     Returns:
         The folded model, in eval mode.
 
     Raises:
-        ValueError: If the model cannot be traced.
+        ValueError: If the model cannot be traced, or a module that is replaced has forward hooks.
     """
     if not inplace:
         model = deepcopy(model)
+    hooked = {name: m for name, m in model.named_modules() if m._forward_hooks}
     model = reparameterize_model(model.eval(), inplace=True)
     _fold_batch_norms(model)
     for module in model.modules():
         if isinstance(module, ResNetPST):
             _split_concatenations(module)
+    kept = dict(model.named_modules())
+    lost = [name for name, m in hooked.items() if kept.get(name) is not m]
+    if lost:
+        # feature_cls='hook' would go on without these levels
+        raise ValueError(
+            f'{lost[0]} is replaced in the folded model and would lose its forward hooks: '
+            f"remove them first, or take features with feature_cls='getter'.")
     return model
 
 
@@ -56,7 +64,7 @@ def _fold_batch_norms(model: nn.Module) -> None:
     calls = Counter(node.target for node in graph.nodes if node.op == 'call_module')
     modules = dict(model.named_modules())
     for node in graph.nodes:
-        if node.op != 'call_module' or not isinstance(modules[node.target], nn.BatchNorm2d):
+        if node.op != 'call_module' or not isinstance(modules[node.target], (nn.BatchNorm2d, nn.SyncBatchNorm)):
             continue
         norm, source = modules[node.target], node.args[0]
         if norm.running_var is None or source.op != 'call_module' or len(source.users) > 1:

@@ -6,6 +6,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 import pst_timm
@@ -116,6 +117,32 @@ def test_batch_norms_shared_or_behind_other_users_are_left_alone():
     x = torch.randn(2, 3, 4, 4)
     assert relative_error(folded(x), model(x)) < 1e-6
     assert isinstance(folded.bn, nn.BatchNorm2d) and isinstance(folded.bn2, nn.BatchNorm2d)
+
+
+@torch.no_grad()
+def test_synchronised_batch_norms_are_folded_too():
+    model = convert_sync_batchnorm(build(topk=3))
+    folded = pst_timm.reparameterize(model)
+    x = torch.randn(2, 3, 64, 96)
+    assert relative_error(folded(x), model(x)) < 1e-5
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules())
+
+
+@pytest.mark.parametrize('name', ['pst_cat', 'fuse_merge', 'layer1.0.bn1'])
+def test_hooks_that_would_be_lost_are_an_error(name):
+    model = build()
+    model.get_submodule(name).register_forward_hook(lambda module, args, out: None)
+    with pytest.raises(ValueError, match=f'{name} is replaced.*hooks'):
+        pst_timm.reparameterize(model)
+
+
+def test_hooks_elsewhere_stay():
+    model, seen = build(), []
+    model.layer2.register_forward_hook(lambda module, args, out: seen.append(out))
+    folded = pst_timm.reparameterize(model, inplace=True)
+    seen.clear()  # tracing calls it as well
+    folded(torch.randn(1, 3, 64, 64))
+    assert len(seen) == 1
 
 
 def test_untraceable_model_is_a_clear_error():
