@@ -41,6 +41,13 @@ __all__ = [
 Row = Dict[str, Any]
 PARTS = re.compile(
     r'layer\d|pst|pst\.conv_\w+|pst\.blocks\.\d+\.(mlp|attn|attn\.\w+)|fuse_\w+|conv_head|global_pool|fc')
+# flags that a kind of measurement does not read; a user who gives one expects what does not happen
+UNREAD = {
+    'layers': ('models', 'baselines', 'img_size', 'compile', 'train', 'results_file'),
+    'parts': ('baselines', 'sizes', 'compile', 'train', 'results_file'),
+    'models': ('sizes',),
+    'figures': ('baselines', 'sizes', 'batch_size', 'img_size', 'topk', 'compile', 'train', 'results_file'),
+}
 
 
 @dataclass(frozen=True)
@@ -263,7 +270,7 @@ def benchmark_layers(
         sizes: Sides of the fine map, even, in tokens.
         settings: (topk, fusion) pairs. The plain formula always fuses by 'gate'.
         dim: Channels, in heads of 32.
-        setting: Device, batch size, repeats, and whether layers are folded and channels_last, for both sides.
+        setting: Device, dtype, batch size, repeats, and whether layers are folded and channels_last, for both sides.
         max_plain_bytes: The plain formula is left out where its logits alone would take more.
         progress: Show a bar.
 
@@ -276,14 +283,16 @@ def benchmark_layers(
         total=len(sizes) * len(settings) * (setting.repeats + 2), disable=None if progress else True, desc='layers')
     memory_format = torch.channels_last if setting.channels_last else torch.contiguous_format
     for size in sizes:
-        layer = PyramidSparseAttention(dim, dim // 32, device=setting.device).eval()
+        layer = PyramidSparseAttention(dim, dim // 32, device=setting.device, dtype=setting.dtype).eval()
         if setting.reparam:
             layer = timm.models.reparameterize_model(layer, inplace=True)
         layer = layer.to(memory_format=memory_format)
         x, upper = (
-            torch.randn(setting.batch_size, dim, s, s, device=setting.device).to(memory_format=memory_format)
+            torch.randn(setting.batch_size, dim, s, s, device=setting.device, dtype=setting.dtype)
+            .to(memory_format=memory_format)
             for s in (size, size // 2))
-        with_plain = setting.batch_size * layer.num_heads * size ** 4 // 4 * 4 <= max_plain_bytes
+        logits = setting.batch_size * layer.num_heads * size ** 4 // 4
+        with_plain = logits * setting.dtype.itemsize <= max_plain_bytes
         for topk, fusion in settings:
             layer.set_topk(topk, fusion)
             calls = {'ours': lambda: layer(x, upper)}  # noqa: B023  (called before the loop goes on)
@@ -384,7 +393,6 @@ def _rounded(rows: Sequence[Row]) -> List[Row]:
 
 
 def _write(rows: Sequence[Row], setting: Setting, folder: Path, name: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f'{name}.csv', 'w', newline='') as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
@@ -401,7 +409,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='pst-timm benchmark',
         description='Measure models in turn with their plain ResNet twins. Without models: the headline figures.')
-    parser.add_argument('models', nargs='*', help='PST models, for example resnet50_pst')
+    parser.add_argument('models', nargs='*', default=[], help='PST models, for example resnet50_pst')
     parser.add_argument('--baselines', nargs='+', help='one for each model (default: its plain ResNet)')
     parser.add_argument('--layers', action='store_true', help='measure the attention alone against the plain formula')
     parser.add_argument('--parts', action='store_true', help='show where the time of the models goes')
@@ -438,11 +446,28 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error('--parts needs the models to take apart')
     if args.reparam and args.train:
         parser.error('--reparam folds batch norms away, which --train needs')
-    if args.repeats < 1 or (args.batch_size or 1) < 1:
-        parser.error('--repeats and --batch-size must be at least 1')
-    device = args.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else 'cpu')
+    if min(args.repeats, args.img_size) < 1 or (args.batch_size is not None and args.batch_size < 1):
+        parser.error('--repeats, --batch-size and --img-size must be at least 1')
+    if args.topk is not None and args.topk < 0:
+        parser.error(f'--topk must not be negative, got {args.topk}')
+    kind = 'layers' if args.layers else 'parts' if args.parts else 'models' if args.models else 'figures'
+    unread = [f for f in UNREAD[kind] if getattr(args, f) != parser.get_default(f)]
+    if unread:
+        parser.error(f'{unread[0].replace("_", "-")} has no say in the benchmark of {kind}')
+    try:
+        best = torch.accelerator.current_accelerator(check_available=True) or 'cpu'
+        device = torch.empty(0, device=args.device or best).device
+        accuracy = _read_accuracy(args.results_file) if args.results_file else None
+        if args.output:
+            args.output.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, AssertionError) as e:
+        parser.error(f'--device {args.device} cannot be used here: {str(e).splitlines()[0]}')
+    except (KeyError, ValueError) as e:
+        parser.error(f'{args.results_file} must have the columns model and top1, a number: {e!r}')
+    except OSError as e:
+        parser.error(str(e))
     setting = Setting(
-        device=torch.device(device),
+        device=device,
         batch_size=args.batch_size or (2 if args.layers else 8),
         img_size=args.img_size,
         dtype=getattr(torch, args.dtype),
@@ -466,7 +491,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             pairs = list(zip(args.models, args.baselines or [plain_twin(m) for m in args.models]))
         except ValueError as e:
             parser.error(str(e))
-        accuracy = _read_accuracy(args.results_file) if args.results_file else None
         rows, name = benchmark_models(pairs, setting, accuracy), 'benchmark'
     else:
         rows, name = benchmark_figures(setting), 'figures'

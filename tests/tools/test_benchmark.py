@@ -48,6 +48,13 @@ def test_attention_memory_grows_linearly_and_the_plain_formula_does_not():
         assert plain[2] / plain[1] > 10
 
 
+def test_layers_are_measured_in_the_dtype_asked_for():
+    memory = {
+        dtype: benchmark_layers((32,), ((0, 'gate'),), setting=Setting(repeats=1, dtype=dtype), progress=False)
+        for dtype in (torch.float32, torch.float64)}
+    assert memory[torch.float64][0]['plain_mib'] > 1.9 * memory[torch.float32][0]['plain_mib']
+
+
 def test_plain_formula_is_left_out_where_it_would_not_fit():
     row, = benchmark_layers(
         (16,), ((0, 'gate'),), setting=Setting(repeats=1), max_plain_bytes=16, progress=False)
@@ -148,6 +155,16 @@ def test_command_writes_csv_json_and_picture(tmp_path, capsys):
     (['--layers', '--sizes', '15'], 'must be even'),
     (['resnet50_pst', '--reparam', '--train'], '--train needs'),
     (['resnet50_pst', '--repeats', '0'], 'at least 1'),
+    (['resnet50_pst', '--img-size', '0'], 'at least 1'),
+    (['resnet50_pst', '--topk', '-1'], 'must not be negative, got -1'),
+    (['resnet50_pst', '--device', 'abacus'], '--device abacus cannot be used here'),
+    (['resnet50_pst', '--results-file', 'nowhere.csv'], 'nowhere.csv'),
+    (['resnet50_pst', '--results-file', __file__], 'must have the columns'),
+    (['resnet50_pst', '--output', f'{__file__}/folder'], 'Not a directory'),
+    (['resnet50_pst', '--layers'], 'models has no say in the benchmark of layers'),
+    (['--layers', '--compile'], 'compile has no say in the benchmark of layers'),
+    (['resnet50_pst', '--parts', '--train'], 'train has no say in the benchmark of parts'),
+    (['--batch-size', '4'], 'batch-size has no say in the benchmark of figures'),
 ])
 def test_mistakes_are_explained(argv, message, capsys):
     with pytest.raises(SystemExit) as e:
