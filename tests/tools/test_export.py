@@ -81,6 +81,27 @@ def test_command(tmp_path, capsys):
     assert 'non-negative' in capsys.readouterr().err
 
 
+def test_an_answer_that_is_no_number_fails_the_check(tmp_path, capsys, monkeypatch):
+    rows = [{'shape': '1x3x64x64', 'difference': 0.}, {'shape': '3x3x65x97', 'difference': float('nan')}]
+    monkeypatch.setattr('pst_timm.tools.export.check_export', lambda *args: rows)
+    argv = ['test_resnet_pst', '--format', 'torchscript', '--output', str(tmp_path / 'out.pt'), '--check']
+    assert main(argv) == 1
+    assert 'largest difference nan' in capsys.readouterr().out
+
+
+def test_what_cannot_be_checked_is_explained(tmp_path, capsys):
+    image, path = tmp_path / 'noise.png', tmp_path / 'out.pt'
+    image.write_bytes(b'noise')
+    argv = ['--format', 'torchscript', '--output', str(path), '--check']
+    assert main(['test_resnet_pst', *argv, '--images', str(image)]) == 1
+    assert 'cannot identify image file' in capsys.readouterr().err
+    assert main(['test_vit', *argv]) == 1  # one size only
+    assert 'Input height' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(['test_resnet_pst', *argv, '--img-size', '0'])
+    assert 'at least 1, got 0' in capsys.readouterr().err
+
+
 def test_metadata_is_json():
     from pst_timm.tools.export import metadata
 
