@@ -101,6 +101,8 @@ class ResNetPST(ResNet):
         dd = {'device': device, 'dtype': dtype}
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride!r}.')
+        if len(layers) != 4:
+            raise ValueError(f'layers must give the blocks of four stages, got {layers!r}.')
         super().__init__(
             block,
             layers,

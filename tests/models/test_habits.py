@@ -312,7 +312,9 @@ class TestArguments:
         (dict(pst_head_dim=24), ['32', 'head_dim=24']),
         (dict(pst_width=10), ['5', 'head_dim=16']),
         (dict(pst_depth=-1), ['depth', '-1']),
+        (dict(pst_mlp_ratio=0), ['mlp_ratio=0']),
         (dict(output_stride=4), ['output_stride', '4']),
+        (dict(layers=(1, 1, 1)), ['layers', 'four', '(1, 1, 1)']),
     ])
     def test_bad_arguments_are_named(self, kwargs, words):
         with pytest.raises(ValueError) as error:
