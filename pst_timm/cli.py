@@ -16,6 +16,7 @@ commands:
   benchmark  measure models and the attention on this machine (pst-timm benchmark --help)
   export     write a model for deployment (pst-timm export --help)
   convert    training checkpoint to safetensors and back (pst-timm convert --help)
+  publish    put a checkpoint on the Hub (pst-timm publish --help)
 """
 
 
@@ -90,6 +91,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if command == 'convert':
         from pst_timm.hub.commands import convert_main
         return convert_main(words[1:])
+    if command == 'publish':
+        from pst_timm.hub.commands import publish_main
+        return publish_main(words[1:])
     print(f'pst-timm: unknown command {command!r}.\n{USAGE}', end='', file=sys.stderr)
     return 2
 

@@ -35,7 +35,7 @@ class Failure:
     pattern: str
     """Regular expression for method and path, such as 'PUT /lfs/'."""
     kind: Any
-    """HTTP status; 'drop': the connection breaks in the middle of the body; 'corrupt': a downloaded byte is wrong;
+    """HTTP status; 'drop': the connection breaks in the middle of the body; 'corrupt': a byte of the body is wrong;
     'truncate': the download ends early and says so."""
     times: int = 10 ** 9
     seen: int = 0
@@ -142,10 +142,13 @@ class HubServer:
             oid = hashlib.sha1(text.encode()).hexdigest()
             repository.commits[oid] = {'parent': parent, 'summary': summary, 'files': files}
             repository.branches[branch] = oid
-            path = self.folder / 'repositories' / f'{repo_id}.json'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(vars(repository), indent=2))
+            self.save(repo_id)
             return oid
+
+    def save(self, repo_id: str) -> None:
+        path = self.folder / 'repositories' / f'{repo_id}.json'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(vars(self.repositories[repo_id]), indent=2))
 
     def store(self, content: bytes) -> str:
         sha = hashlib.sha256(content).hexdigest()
@@ -180,6 +183,10 @@ ROUTES = (
     ('GET', r'/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)', 'resolve'),
     ('HEAD', r'/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)', 'resolve'),
 )
+
+
+def _damage(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -308,6 +315,7 @@ class _Handler(BaseHTTPRequestHandler):
         if revision in found.branches:
             raise _Refusal(409, message='Reference already exists')
         found.branches[revision] = found.branches['main']
+        self.hub.save(repo)
         self.answer({})
 
     # uploads and commits
@@ -344,6 +352,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer({'transfer': 'basic', 'objects': objects})
 
     def lfs_upload(self, oid: str) -> None:
+        if self.kind == 'corrupt':
+            self.body = _damage(self.body)
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise _Refusal(422)
         self.hub.store(self.body)
@@ -402,7 +412,7 @@ class _Handler(BaseHTTPRequestHandler):
             content, status = content[start:], 206
         if self.command == 'GET':
             if self.kind == 'corrupt':
-                content = content[:-1] + bytes([content[-1] ^ 1])
+                content = _damage(content)
             elif self.kind == 'truncate':
                 content = content[:len(content) // 2]
             elif self.kind == 'drop':

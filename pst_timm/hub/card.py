@@ -62,10 +62,9 @@ def _attention(settings: Mapping[str, Any]) -> str:
     return f'coarse and fine, `topk={topk}`, `{settings["fine_fusion"]}` fusion' if topk else 'coarse alone (`topk=0`)'
 
 
-def _validate_command(repo_id: str, accuracy: Accuracy, settings: Mapping[str, Any], data_set: Optional[str]) -> str:
-    folder = re.sub(r'\W+', '-', data_set or 'images').strip('-').upper()
+def _validate_command(repo_id: str, accuracy: Accuracy, settings: Mapping[str, Any]) -> str:
     words = [
-        'pst-timm validate', f'--data-dir {folder}', f'--model hf-hub:{repo_id}', '--pretrained',
+        'pst-timm validate --data-dir PATH', f'--model hf-hub:{repo_id} --pretrained',
         f'--img-size {accuracy.img_size}', f'--crop-pct {accuracy.crop_pct}',
         f'--interpolation {accuracy.interpolation}',
     ]
@@ -94,7 +93,7 @@ def _accuracy_section(
         f'Measured {accuracy.measured}. To measure it again:',
         '',
         '```sh',
-        _validate_command(repo_id, accuracy, settings, data_set),
+        _validate_command(repo_id, accuracy, settings),
         '```',
         '',
     ]
@@ -136,7 +135,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def _usage_section(repo_id: str, side: int, channels: int, kwargs: str) -> List[str]:
+def _usage_section(repo_id: str, side: int, channels: int, saved: str) -> List[str]:
     mode = 'L' if channels == 1 else 'RGB'
     return [
         '## Usage',
@@ -173,7 +172,7 @@ def _usage_section(repo_id: str, side: int, channels: int, kwargs: str) -> List[
         '```',
         '',
         'Other arguments are those of timm: `num_classes=` for a new classifier, `in_chans=` for other inputs. '
-        f'`model.set_topk(8)` switches fine attention on, `model.set_topk(0)` off{kwargs}.',
+        f'`model.set_topk(8)` switches fine attention on, `model.set_topk(0)` off{saved}.',
         '',
     ]
 

@@ -195,6 +195,7 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
     _check_fit(checkpoint, model)
     model.load_state_dict(weights)
     cfg = {**model.pretrained_cfg, **checkpoint.pretrained_cfg}
+    cfg.pop('tag', None)  # these are not the weights of that name
     model.pretrained_cfg = model.default_cfg = cfg
     size = tuple(cfg['input_size'])
     cfg.update(data_config(checkpoint, model), num_classes=model.num_classes)

@@ -154,6 +154,7 @@ def publish(
         raise HubError(
             f'{source.path} is a checkpoint of {source.arch}, which is no architecture of this package. Use '
             f'timm.models.push_to_hf_hub for it.')
+    model.pretrained_cfg['license'] = license
     rows = _read_results(results) if results else []
     row = _choose_row(rows, topk, fine_fusion)
     _set_attention(model, row, topk, fine_fusion)
@@ -271,9 +272,10 @@ def _accuracy(
     if top1 is None:
         return None
     cfg = model.pretrained_cfg
-    return Accuracy(
-        top1, top5, cfg['input_size'][-1], cfg['crop_pct'], cfg['interpolation'],
-        f'in training, after epoch {source.epoch} (counted from 0)')
+    measured = f'in training, after epoch {source.epoch} (counted from 0)'
+    if source.path.name.startswith('model_best'):
+        measured += ', the epoch that was best on these images'
+    return Accuracy(top1, top5, cfg['input_size'][-1], cfg['crop_pct'], cfg['interpolation'], measured)
 
 
 def _test_config(accuracy: Optional[Accuracy], model: nn.Module) -> Optional[Dict[str, Any]]:

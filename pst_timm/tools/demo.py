@@ -15,14 +15,14 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from timm.models import load_checkpoint, save_for_hf
 from timm.utils import setup_default_logging
 
 from pst_timm.engine import parse_train_args, parse_validate_args, train, validate
+from pst_timm.hub import load_model, save_folder
 
 from .table import format_table
 
-__all__ = ['classify', 'export', 'main', 'run_demo', 'write_digits']
+__all__ = ['classify', 'main', 'run_demo', 'write_digits']
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs' / 'digits.yaml'
@@ -59,25 +59,11 @@ def write_digits(folder: Path, size: int = 64, seed: int = 0) -> Tuple[int, int]
     return len(train_ids), len(val_ids)
 
 
-def export(checkpoint: Path, model_args: Dict[str, Any], folder: Path, class_names: Sequence[str]) -> None:
-    """Write a checkpoint as model.safetensors and config.json, which `timm.create_model('local-dir:...')` loads.
-
-    Args:
-        checkpoint: Checkpoint of a training run.
-        model_args: Arguments of `timm.create_model` that the run was made with.
-        folder: Folder to write.
-        class_names: Names of the classes in the order of the outputs.
-    """
-    model = timm.create_model(**model_args).eval()
-    load_checkpoint(model, str(checkpoint))
-    save_for_hf(model, str(folder), model_config=dict(label_names=list(class_names)), safe_serialization=True)
-
-
 def classify(model: torch.nn.Module, image: Path) -> Tuple[str, float]:
     """Label and probability of an image.
 
     Args:
-        model: A model as `export` wrote it, in inference mode; it knows the names of its classes.
+        model: A model from a folder that names its classes, in inference mode; it knows the names of its classes.
         image: The image file.
     """
     transform = create_transform(**resolve_data_config(model=model))
@@ -138,12 +124,7 @@ def run_demo(extra: Sequence[str] = ()) -> float:
     rows = validate_settings(args, result.best_checkpoint)
 
     folder = output / f'{args.model}_digits'
-    pretrained_cfg = dict(input_size=(3, args.img_size, args.img_size), pool_size=None, crop_pct=args.crop_pct)
-    export(
-        result.best_checkpoint,
-        dict(model_name=args.model, num_classes=args.num_classes, pretrained_cfg_overlay=pretrained_cfg),
-        folder,
-        [str(i) for i in range(10)])
+    save_folder(load_model(result.best_checkpoint), folder, [str(i) for i in range(10)])
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     image = sorted(data.glob('validation/7/*.png'))[0]
     label, probability = classify(model, image)

@@ -1,30 +1,16 @@
 """Weights of one's own behind timm's names."""
-import copy
-
 import pytest
 import timm
 import torch
-from timm.models import _registry, get_pretrained_cfg, is_model_pretrained
+from timm.models import get_pretrained_cfg, is_model_pretrained
 
 import pst_timm
 from pst_timm.hub import HubError, convert
-from pst_timm.models import resnet_pst
 from tests.helpers import randomize
 
 from .helpers import build, images, logits, save_checkpoint
 
-
-@pytest.fixture(autouse=True)
-def registry():
-    """timm's registry as it was, after the test."""
-    kept = {k: copy.deepcopy(v) for k, v in vars(_registry).items() if k.startswith('_model_') and k[-1] == 's'}
-    default_cfgs = copy.deepcopy(resnet_pst.default_cfgs)
-    yield
-    for k, v in kept.items():
-        getattr(_registry, k).clear()
-        getattr(_registry, k).update(v)
-    resnet_pst.default_cfgs.clear()
-    resnet_pst.default_cfgs.update(default_cfgs)
+pytestmark = pytest.mark.usefixtures('registry')
 
 
 def test_a_tag_of_ones_own_is_served_by_name(tmp_path):

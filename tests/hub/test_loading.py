@@ -1,0 +1,175 @@
+"""From a live Hub to a model: in new processes, offline, adapted, by tag, and never with anything but its weights."""
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load
+
+import pst_timm
+from pst_timm.engine import train, train_args
+from pst_timm.hub import HubError, publish
+from pst_timm.hub.card import count_gmacs
+from tests.helpers import randomize
+
+from .helpers import build, images, logits, save_checkpoint
+
+REPO = 'acme/tiny'
+LOAD = """
+import timm, torch, pst_timm
+torch.set_num_threads({threads})
+x = torch.load({images!r})
+model = timm.create_model('hf-hub:acme/tiny', pretrained=True).eval()
+other = timm.create_model('hf-hub:acme/tiny', pretrained=True, num_classes=7, in_chans=1).eval()
+with torch.no_grad():
+    torch.save(model(x), {logits!r})
+    print(list(other(x[:, :1]).shape), torch.equal(other.conv_head.conv.weight, model.conv_head.conv.weight))
+"""
+
+
+def write_images(folder):
+    """Three classes of noise of different brightness."""
+    for split in ('train', 'validation'):
+        for label in range(3):
+            (folder / split / str(label)).mkdir(parents=True)
+            for i in range(8):
+                noise = (torch.rand(64, 64, 3) * 60 + 80 * label).byte().numpy()
+                Image.fromarray(noise).save(folder / split / str(label) / f'{i}.png')
+    return folder
+
+
+def test_from_training_to_a_new_process_and_offline(hub, python, tmp_path):
+    args = train_args(
+        data_dir=str(write_images(tmp_path / 'data')), model='test_resnet_pst', num_classes=3, img_size=64, epochs=1,
+        warmup_epochs=0, batch_size=8, workers=0, model_ema=True, model_ema_decay=0.5, output=str(tmp_path),
+        experiment='run', device='cpu')
+    train(args)
+    publish(tmp_path / 'run', REPO)
+    assert not hub.cache.exists() or not list(hub.cache.rglob('*.safetensors'))
+
+    trained = timm.create_model('test_resnet_pst', num_classes=3)
+    trained.load_state_dict(
+        torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)['state_dict_ema'])
+    expected = logits(trained)
+    torch.save(images(), tmp_path / 'images.pt')
+    code = LOAD.format(
+        threads=torch.get_num_threads(), images=str(tmp_path / 'images.pt'), logits=str(tmp_path / 'logits.pt'))
+    for environment in ({}, {'HF_HUB_OFFLINE': '1', 'HF_TOKEN': ''}):
+        asked = len(hub.requests)
+        assert python(code, **environment).stdout.strip() == '[2, 7] True'
+        assert torch.equal(torch.load(tmp_path / 'logits.pt'), expected)
+        (tmp_path / 'logits.pt').unlink()
+        assert (len(hub.requests) == asked) == bool(environment), 'offline, the Hub is not asked'
+    shutil.rmtree(hub.cache)
+    failed = python(code, check=False, HF_HUB_OFFLINE='1')
+    assert failed.returncode != 0 and not (tmp_path / 'logits.pt').exists()
+
+
+@pytest.fixture
+def published(hub, tmp_path):
+    """A published model; what publishing left in the cache is gone."""
+    model = build()
+    publish(save_checkpoint(tmp_path / 'last.pth.tar', model), REPO)
+    shutil.rmtree(hub.cache, ignore_errors=True)
+    return model
+
+
+@pytest.mark.parametrize('kind, kwargs, expected', [
+    ('corrupt', {}, 'not the ones that were published'),
+    ('corrupt', {'num_classes': 5}, 'not the ones that were published'),
+    ('corrupt', {'in_chans': 1}, 'not the ones that were published'),
+    ('corrupt', {'features_only': True}, 'not the ones that were published'),
+    ('truncate', {}, 'Consistency check failed'),
+    ('truncate', {'num_classes': 5}, 'Consistency check failed'),
+    ('drop', {}, 'peer closed connection'),
+    (404, {}, '404'),
+    (500, {'num_classes': 5}, '500'),
+])
+def test_a_broken_download_is_an_error(hub, published, kind, kwargs, expected):
+    hub.fail('GET .*/resolve/.*safetensors', kind)
+    with pytest.raises(Exception, match=expected):
+        timm.create_model(f'hf-hub:{REPO}', pretrained=True, **kwargs)
+    assert hub.failures[0].seen
+
+
+def test_a_damaged_download_is_explained(hub, published):
+    hub.fail('GET .*/resolve/.*safetensors', 'corrupt', times=1)
+    with pytest.raises(RuntimeError, match=r'not the ones that were published.*Delete it from the cache'):
+        timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    shutil.rmtree(hub.cache)
+    assert torch.equal(logits(timm.create_model(f'hf-hub:{REPO}', pretrained=True)), logits(published))
+
+
+def test_an_interrupted_download_goes_on(hub, published):
+    hub.fail('GET .*/resolve/.*safetensors', 'drop', times=2)
+    assert torch.equal(logits(timm.create_model(f'hf-hub:{REPO}', pretrained=True)), logits(published))
+
+
+def test_a_damaged_cache_or_folder_is_an_error(hub, published, tmp_path):
+    timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    [cached] = hub.cache.rglob('snapshots/*/model.safetensors')
+    blob = cached.resolve()
+    whole = blob.read_bytes()
+    folder = tmp_path / 'folder'
+    shutil.copytree(cached.parent, folder)
+    for broken in (whole[:-4], whole[:-4] + b'\0\0\0\1'):
+        blob.write_bytes(broken)
+        (folder / 'model.safetensors').write_bytes(broken)
+        for source in (f'hf-hub:{REPO}', f'local-dir:{folder}'):
+            with pytest.raises(Exception, match=r'not the ones that were published|deserializing'):
+                timm.create_model(source, pretrained=True)
+
+
+def test_a_loaded_model_can_be_trained_and_saved_again(hub, published, tmp_path):
+    model = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    untrained = timm.create_model(f'hf-hub:{REPO}')
+    for i, m in enumerate((model, untrained)):
+        randomize(m, seed=i)
+        timm.models.save_for_hf(m, tmp_path / str(i), safe_serialization=True)
+        again = timm.create_model(f'local-dir:{tmp_path / str(i)}', pretrained=True)
+        assert torch.equal(again.fc.weight, m.fc.weight)
+
+
+def test_resnet50_pst_is_served_from_the_hub_by_tag(hub, tmp_path, registry):
+    model = randomize(timm.create_model('resnet50_pst', num_classes=3)).eval()
+    publish(
+        save_checkpoint(tmp_path / 'last.pth.tar', model, arch='resnet50_pst'), 'acme/r50',
+        class_names=['a', 'b', 'c'])
+    with pytest.raises(RuntimeError, match='No pretrained weights'):
+        timm.create_model('resnet50_pst', pretrained=True)
+    pst_timm.register_weights('resnet50_pst.acme', hf_hub_id='acme/r50')
+    assert timm.list_pretrained('*50_pst*') == ['resnet50_pst.acme']
+    served = timm.create_model('resnet50_pst', pretrained=True)
+    assert torch.equal(logits(served), logits(model))
+    assert served.pretrained_cfg['label_names'] == ['a', 'b', 'c'] and served.pretrained_cfg['crop_pct'] == 1.0
+    assert hub.count('GET .*/acme/r50/resolve/.*safetensors') == 1
+
+
+def test_a_tag_is_refused_where_it_could_not_load(hub, tmp_path, registry):
+    deep = save_checkpoint(tmp_path / 'deep.pth.tar', build(pst_depth=2))
+    content = torch.load(deep, weights_only=False)
+    content['args'].model_kwargs = {'pst_depth': 2}
+    torch.save(content, deep)
+    publish(deep, REPO)
+    with pytest.raises(HubError, match="load it as 'hf-hub:acme/tiny'"):
+        pst_timm.register_weights('test_resnet_pst.deep', hf_hub_id=REPO)
+    with pytest.raises(HubError, match='holds weights of test_resnet_pst, not of resnet18_pst'):
+        pst_timm.register_weights('resnet18_pst.deep', hf_hub_id=REPO)
+    with pytest.raises(HubError, match='neither from the Hub nor from the cache'):
+        pst_timm.register_weights('test_resnet_pst.none', hf_hub_id='acme/none')
+    assert timm.list_pretrained('*pst*') == ['test_resnet_pst.digits']
+
+
+def test_the_server_keeps_what_it_got_on_disk(hub, published):
+    stored = json.loads((hub.folder / 'repositories' / f'{REPO}.json').read_text())
+    files = stored['commits'][stored['branches']['main']]['files']
+    weights = load((hub.blobs / files['model.safetensors']['blob']).read_bytes())
+    assert torch.equal(weights['fc.weight'], published.fc.weight)
+
+
+def test_gmacs_do_not_depend_on_the_device():
+    with torch.device('meta'):
+        model = timm.create_model('test_resnet_pst')
+    assert count_gmacs(model, (3, 64, 64)) == count_gmacs(timm.create_model('test_resnet_pst'), (3, 64, 64))

@@ -1,0 +1,317 @@
+"""From a checkpoint to a live Hub, and everything that may go wrong on the way."""
+import contextlib
+import json
+import re
+
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from pst_timm.cli import main
+from pst_timm.hub import HubError, publish
+from tests.helpers import randomize
+
+from .helpers import Payload, build, images, logits, run_args, save_checkpoint
+
+REPO = 'acme/tiny'
+FILES = ['README.md', 'config.json', 'model.safetensors']
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint that could come from a run."""
+    return save_checkpoint(tmp_path / 'last.pth.tar', build())
+
+
+def fails(capsys, path, repo_id=REPO, words=()):
+    """Exit code and message of a publish command that fails, which must be one paragraph."""
+    code = main(['publish', str(path), '--repo-id', repo_id, *words])
+    said = capsys.readouterr().err  # after what the client tells of its attempts
+    message = said[said.index('pst-timm publish: error: '):]
+    assert code != 0 and message.count('\n') == 1 and message.endswith('.\n')
+    return code, message
+
+
+def test_a_repository_has_three_files_and_no_pickle(hub, checkpoint, capsys):
+    assert main(['publish', str(checkpoint), '--repo-id', REPO]) == 0
+    assert f'{hub.url}/{REPO}/commit/' in capsys.readouterr().out
+    assert hub.names(REPO) == FILES
+    loaded = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    assert torch.equal(logits(loaded), logits(build()))
+    assert 'notes' not in loaded.pretrained_cfg, 'a checksum must not outlive the weights it is of'
+    assert len(timm.create_model(f'hf-hub:{REPO}', pretrained=True, features_only=True)(images(size=96))) == 5
+
+
+def test_config_tells_what_the_weights_need(hub, tmp_path):
+    model = build(in_chans=1, topk=4, fine_fusion='joint')
+    args = run_args(model_kwargs={'topk': 4, 'fine_fusion': 'joint', 'pst_depth': 1})
+    path = save_checkpoint(tmp_path / 'last.pth.tar', model, args=args)
+    publish(path, REPO, class_names=['cat', 'dog', 'newt'])
+    config = json.loads(hub.read(REPO, 'config.json'))
+    assert (config['architecture'], config['num_classes']) == ('test_resnet_pst', 3)
+    assert config['label_names'] == ['cat', 'dog', 'newt']
+    assert config['model_args']['topk'] == 4 and config['model_args']['fine_fusion'] == 'joint'
+    cfg = config['pretrained_cfg']
+    assert (cfg['input_size'], cfg['mean'], cfg['std'], cfg['crop_pct']) == ([1, 64, 64], [0.5], [0.25], 1.0)
+    assert 'secret' not in json.dumps(config) + hub.read(REPO, 'README.md').decode()
+    loaded = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    x = images(channels=1)
+    assert torch.equal(logits(loaded, x), logits(model, x))
+    assert loaded.pretrained_cfg['label_names'] == ['cat', 'dog', 'newt']
+
+
+def test_the_moving_average_is_preferred_and_said(hub, tmp_path, capsys):
+    plain, ema = build(), randomize(build(), seed=1)
+    path = save_checkpoint(tmp_path / 'last.pth.tar', plain, ema, args=run_args(model_ema=True))
+    for words, said, model, measured in (
+            ((), 'the moving average (EMA)', ema, True), (('--no-ema',), 'no EMA', plain, False)):
+        assert main(['publish', str(path), '--repo-id', REPO, *words]) == 0
+        assert f'Weights: {said}' in capsys.readouterr().out
+        saved = hub.read(REPO, 'model.safetensors')
+        (tmp_path / 'saved.safetensors').write_bytes(saved)
+        assert torch.equal(load_file(tmp_path / 'saved.safetensors')['fc.weight'], model.fc.weight)
+        # the run's accuracy is that of the average
+        assert ('71.50' in hub.read(REPO, 'README.md').decode()) == measured
+    assert len(hub.repositories[REPO].commits) == 3
+
+
+def test_a_branch_and_a_private_repository(hub, checkpoint, monkeypatch):
+    publish(checkpoint, REPO, private=True)
+    main_head = hub.repositories[REPO].branches['main']
+    publish(save_checkpoint(checkpoint, randomize(build(), seed=1)), REPO, revision='v2')
+    assert hub.repositories[REPO].private and hub.repositories[REPO].branches['main'] == main_head
+    loaded = timm.create_model(f'hf-hub:{REPO}@v2', pretrained=True)
+    assert torch.equal(loaded.fc.weight, randomize(build(), seed=1).fc.weight)
+    monkeypatch.setenv('HF_TOKEN', 'hf_bob')
+    with pytest.raises(OSError, match='404'):
+        timm.create_model(f'hf-hub:{REPO}@main', pretrained=True, cache_dir=hub.folder / 'bob')
+
+
+# the card
+
+def numbers_of(card, row):
+    return re.search(rf'^\| {row} \| (.*) \|$', card, re.MULTILINE)[1]
+
+
+def test_the_card_tells_what_was_measured(hub, tmp_path):
+    model = build(num_classes=4)
+    run = tmp_path / 'run'
+    run.mkdir()
+    save_checkpoint(run / 'model_best.pth.tar', model, args=run_args(num_classes=4))
+    (run / 'summary.csv').write_text(
+        'epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n0,2,2,11.25,55.5,0.1\n1,1,1,71.5,93.75,0.1\n')
+    publish(run, REPO, license='cc-by-4.0')
+    card = hub.read(REPO, 'README.md').decode()
+    front = yaml.safe_load(card.split('---')[1])
+    assert front['license'] == 'cc-by-4.0' and front['library_name'] == 'timm' and front['datasets'] == ['scans']
+    assert numbers_of(card, 'parameters') == f'{sum(p.numel() for p in model.parameters()):,}'
+    assert numbers_of(card, 'multiply-adds').startswith('0.017 G for one 64 x 64')
+    assert numbers_of(card, 'scans') == '64 | 1.0 | coarse alone (`topk=0`) | 71.50 | 93.75'
+    assert '11.25' not in card
+    recipe = yaml.safe_load(re.search(r'```yaml\n(.*?)```', card, re.DOTALL)[1])
+    assert recipe['opt'] == 'adamw' and recipe['lr'] == 0.003 and 'data_dir' not in recipe
+    assert '@article{hu2025pyramid' in card and '## Limits' in card and '## Licence' in card
+
+
+def test_the_card_is_well_formed_and_its_snippets_run(hub, checkpoint, tmp_path, monkeypatch):
+    publish(checkpoint, REPO)
+    card = hub.read(REPO, 'README.md').decode()
+    assert card.count('```') % 2 == 0
+    for table in re.findall(r'(?:^\|.*\|\n)+', card, re.MULTILINE):
+        assert len({len(re.findall(r'(?<!\\)\|', line)) for line in table.splitlines()}) == 1
+    monkeypatch.chdir(tmp_path)
+    Image.new('RGB', (80, 70), 'grey').save('image.jpg')
+    names = {}
+    with contextlib.redirect_stdout(None):
+        for snippet in re.findall(r'```python\n(.*?)```', card, re.DOTALL):
+            exec(snippet, names)
+    assert names['probabilities'].shape == (1, 3) and len(names['maps']) == 5
+    assert names['embedding'].shape == (1, 128)
+
+
+def test_the_card_takes_the_results_of_validate(hub, checkpoint, tmp_path):
+    row = dict(model='test_resnet_pst', top1=80.5, top5=99.25, img_size=96, crop_pct=0.875, interpolation='bicubic')
+    single, sweep = tmp_path / 'single.json', tmp_path / 'sweep.csv'
+    single.write_text(json.dumps([row]))
+    rows = [dict(row, topk=0, fine_fusion='coarse'), dict(row, topk=8, fine_fusion='joint', top1=81.25)]
+    sweep.write_text('\n'.join([','.join(rows[0]), *(','.join(map(str, r.values())) for r in rows)]))
+
+    publish(checkpoint, REPO, results=single, data_set='tiny scans')
+    card, config = hub.read(REPO, 'README.md').decode(), json.loads(hub.read(REPO, 'config.json'))
+    assert numbers_of(card, 'tiny scans') == '96 | 0.875 | coarse alone (`topk=0`) | 80.50 | 99.25'
+    assert '71.5' not in card and f'--model hf-hub:{REPO} --pretrained --img-size 96 --crop-pct 0.875' in card
+    cfg = config['pretrained_cfg']
+    assert (cfg['input_size'], cfg['test_input_size'], cfg['test_crop_pct']) == ([3, 64, 64], [3, 96, 96], 0.875)
+
+    publish(checkpoint, REPO, results=sweep, topk=8)
+    card, config = hub.read(REPO, 'README.md').decode(), json.loads(hub.read(REPO, 'config.json'))
+    assert '| coarse and fine, `topk=8`, `joint` fusion | 81.25 |' in card
+    assert '--model-kwargs topk=8 fine_fusion=joint' in card
+    assert (config['model_args']['topk'], config['model_args']['fine_fusion']) == (8, 'joint')
+    with pytest.raises(HubError, match='have 0 rows for topk=4'):
+        publish(checkpoint, REPO, results=sweep, topk=4)
+    single.write_text('{}')
+    with pytest.raises(HubError, match='is not a results file'):
+        publish(checkpoint, REPO, results=single)
+
+
+def test_without_a_measurement_the_card_claims_nothing(hub, tmp_path, capsys):
+    save_file(build().state_dict(), tmp_path / 'model.safetensors')
+    timm.models.save_for_hf(build(), tmp_path, safe_serialization=True)
+    assert main(['publish', str(tmp_path / 'model.safetensors'), '--repo-id', REPO]) == 0
+    assert 'tells no accuracy' in capsys.readouterr().out
+    card = hub.read(REPO, 'README.md').decode()
+    assert 'Not measured for these weights.' in card and 'top-1 (%)' not in card
+
+
+def test_a_dry_run_asks_nobody(hub, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv('HF_TOKEN')
+    monkeypatch.chdir(tmp_path)
+    assert main(['publish', str(checkpoint), '--repo-id', REPO, '--dry-run']) == 0
+    assert 'nothing was published' in capsys.readouterr().out
+    folder = tmp_path / 'output' / 'publish' / 'tiny'
+    assert sorted(p.name for p in folder.iterdir()) == FILES and not hub.requests
+    assert torch.equal(logits(timm.create_model(f'local-dir:{folder}', pretrained=True)), logits(build()))
+    (folder / 'pytorch_model.bin').touch()
+    _, message = fails(capsys, checkpoint, words=['--dry-run'])
+    assert 'holds other files' in message
+
+
+# what is refused before anything is sent
+
+def test_weights_that_must_not_be_published(hub, tmp_path, capsys):
+    nan = build()
+    nan.layer1[0].conv1.weight.data[0, 0, 0, 0] = float('nan')
+    plain = timm.create_model('test_resnet', num_classes=3)
+    mark = tmp_path / 'executed'
+    for name, model, entries, expected in (
+            ('nan', nan, {}, 'NaN or infinite weights in 1 tensors, the first is layer1.0.conv1.weight'),
+            ('other', build(pst_depth=2), {}, 'is not a checkpoint of test_resnet_pst'),
+            ('plain', plain, {'arch': 'test_resnet'}, 'no architecture of this package'),
+            ('unknown', build(), {'arch': 'resnet7'}, 'does not name a known architecture'),
+            ('evil', build(), {'args': Payload(mark)}, 'could run code'),
+    ):
+        path = save_checkpoint(tmp_path / f'{name}.pth.tar', model, **entries)
+        code, message = fails(capsys, path)
+        assert code == 1 and expected in message
+    assert not mark.exists() and not hub.requests
+
+
+def test_a_difference_between_checkpoint_and_folder_is_refused(hub, checkpoint, capsys, monkeypatch):
+    def careless(model, folder, **kwargs):
+        timm.models.save_for_hf(model, folder, **kwargs)
+        path = f'{folder}/model.safetensors'
+        weights = load_file(path)
+        weights['fc.bias'] += 1e-3
+        save_file(weights, path)
+
+    monkeypatch.setattr('pst_timm.hub.publishing.save_for_hf', careless)
+    code, message = fails(capsys, checkpoint)
+    assert code == 1 and 'cannot be loaded again' in message  # the checksum sees it first
+    monkeypatch.setattr('pst_timm.hub.publishing.digest_note', lambda weights: 'none')
+    code, message = fails(capsys, checkpoint)
+    assert code == 1 and 'gives other logits than the checkpoint' in message
+    assert not hub.names(REPO) and hub.count('POST') == 0
+
+
+@pytest.mark.parametrize('repo_id, message', [
+    ('tiny', 'must name the owner too'),
+    ('acme/ti ny', 'cannot name a repository'),
+    ('bob/tiny', 'is not ours: the token is that of alice, who may write to alice, acme'),
+])
+def test_names_that_are_not_ours(hub, checkpoint, repo_id, message, capsys):
+    hub.create('bob/tiny')
+    code, said = fails(capsys, checkpoint, repo_id)
+    assert code == 1 and message in said and hub.names('bob/tiny') == []
+
+
+def test_foreign_content_is_not_overwritten(hub, checkpoint, capsys):
+    hub.create(REPO)
+    hub.commit(REPO, 'main', 'a model', {'config.json': b'{"architecture": "resnet50"}'})
+    _, message = fails(capsys, checkpoint)
+    assert 'another architecture (resnet50, not test_resnet_pst)' in message
+    hub.commit(REPO, 'main', 'a pickle', {'pytorch_model.bin': b'x'}, deleted=['config.json'])
+    _, message = fails(capsys, checkpoint)
+    assert 'pytorch_model.bin, a pickle' in message
+    assert hub.names(REPO) == ['pytorch_model.bin']
+
+
+def test_no_token(hub, checkpoint, capsys, monkeypatch):
+    monkeypatch.delenv('HF_TOKEN')
+    code, message = fails(capsys, checkpoint)
+    assert code == 1 and 'run `hf auth login`, or set HF_TOKEN' in message and not hub.requests
+
+
+# what goes wrong on the way
+
+@pytest.mark.parametrize('request_, kind, code, expected', [
+    ('GET /api/whoami-v2', 401, 1, 'does not accept the access token'),
+    ('GET /api/whoami-v2', 429, 75, 'rate limit'),
+    ('POST /api/repos/create', 403, 1, 'may not write to acme/tiny'),
+    ('POST /api/repos/create', 500, 75, 'fault of its own (HTTP 500)'),
+    ('POST .*/preupload/', 401, 1, 'does not accept the access token'),
+    ('POST .*/preupload/', 403, 1, 'may not write to acme/tiny'),
+    ('POST .*/preupload/', 404, 1, 'knows no repository or branch'),
+    ('POST .*/objects/batch', 429, 75, 'rate limit'),
+    ('PUT /lfs/', 403, 1, 'may not write to acme/tiny'),
+    ('PUT /lfs/', 500, 75, 'fault of its own (HTTP 500)'),
+    ('PUT /lfs/', 'drop', 75, 'cannot be reached'),
+    ('PUT /lfs/', 'corrupt', 1, 'other bytes than were sent (wrong hash)'),
+    ('POST /lfs/verify', 422, 1, 'other bytes than were sent (wrong hash)'),
+    ('POST .*/commit/', 401, 1, 'does not accept the access token'),
+    ('POST .*/commit/', 409, 1, 'changed by someone else'),
+    ('POST .*/commit/', 500, 75, 'fault of its own (HTTP 500)'),
+    ('POST .*/commit/', 'drop', 75, 'cannot be reached'),
+])
+def test_failures_are_told_and_leave_nothing_half_published(hub, checkpoint, request_, kind, code, expected, capsys):
+    failure = hub.fail(request_, kind)
+    got, message = fails(capsys, checkpoint)
+    assert got == code and expected in message and failure.seen
+    assert hub.names(REPO) == []
+    hub.failures.clear()
+    assert main(['publish', str(checkpoint), '--repo-id', REPO]) == 0
+    assert hub.names(REPO) == FILES
+
+
+def test_a_failed_update_leaves_the_published_version(hub, checkpoint, capsys):
+    publish(checkpoint, REPO)
+    before = hub.read(REPO, 'model.safetensors')
+    save_checkpoint(checkpoint, randomize(build(), seed=1))
+    hub.fail('POST .*/commit/', 500)
+    fails(capsys, checkpoint)
+    assert hub.read(REPO, 'model.safetensors') == before and len(hub.repositories[REPO].commits) == 2
+
+
+def test_an_upload_interrupted_twice_completes(hub, checkpoint):
+    failure = hub.fail('PUT /lfs/', 'drop', times=2)
+    publish(checkpoint, REPO)
+    assert failure.seen == 2 and hub.count('PUT /lfs/') == 3 and hub.names(REPO) == FILES
+
+
+def test_what_has_arrived_is_not_sent_again(hub, checkpoint, capsys):
+    hub.fail('POST .*/commit/', 500, times=2)
+    publish(checkpoint, REPO)
+    assert hub.count('POST .*/commit/') == 3 and hub.count('PUT /lfs/') == 1
+    # nor by another process, later
+    save_checkpoint(checkpoint, randomize(build(), seed=1))
+    failure = hub.fail('POST .*/commit/', 'drop')
+    code, message = fails(capsys, checkpoint)
+    assert code == 75 and 'run the same command again to go on' in message
+    assert hub.count('PUT /lfs/') == 2
+    failure.times = 0
+    publish(checkpoint, REPO)
+    assert hub.count('PUT /lfs/') == 2
+    assert torch.equal(
+        timm.create_model(f'hf-hub:{REPO}', pretrained=True).fc.weight, randomize(build(), seed=1).fc.weight)
+
+
+def test_the_network_is_down(hub, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', 'http://127.0.0.1:9')
+    code, message = fails(capsys, checkpoint)
+    assert code == 75 and 'cannot be reached' in message
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    code, message = fails(capsys, checkpoint)
+    assert code == 75 and 'unset HF_HUB_OFFLINE' in message
