@@ -210,6 +210,9 @@ class ResNetPST(ResNet):
         Args:
             num_classes: Number of classes, 0 for no classifier.
             global_pool: Pooling type, '' (with `num_classes=0`) for none, unchanged if None.
+
+        Raises:
+            ValueError: If there are classes but no pooling.
         """
         if global_pool is None:
             global_pool = self.global_pool.pool_type
@@ -241,6 +244,9 @@ class ResNetPST(ResNet):
 
         Returns:
             Final features and list of levels, or the list alone.
+
+        Raises:
+            ValueError: If a level was pruned from the model.
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         take_indices, max_index = feature_take_indices(5, indices)

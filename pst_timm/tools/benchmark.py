@@ -500,7 +500,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.output:
         _write(rows, setting, args.output, name)
         if name == 'benchmark':
-            plot(rows, args.output / 'benchmark.png')
+            try:
+                plot(rows, args.output / 'benchmark.png')
+            except ImportError as e:
+                print(f"No picture, {e}: pip install 'pst_timm[train]' brings what draws it.", file=sys.stderr)
         print(f'Written to {args.output}/')
     return 0
 

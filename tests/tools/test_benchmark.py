@@ -1,6 +1,7 @@
 """What the benchmark measures is what it says; no test looks at a time."""
 import csv
 import json
+import sys
 
 import pytest
 import torch
@@ -145,6 +146,14 @@ def test_command_writes_csv_json_and_picture(tmp_path, capsys):
         assert [row['top1'] for row in csv.DictReader(f)] == ['', '97.5']
     assert len(json.loads((tmp_path / 'out' / 'benchmark.json').read_text())['rows']) == 2
     assert (tmp_path / 'out' / 'benchmark.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_without_matplotlib_the_figures_are_still_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    argv = ['test_resnet_pst', '-b', '1', '--img-size', '64', '--repeats', '1', '--device', 'cpu']
+    assert main([*argv, '--output', str(tmp_path)]) == 0
+    assert 'No picture' in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['benchmark.csv', 'benchmark.json']
 
 
 @pytest.mark.parametrize('argv, message', [
