@@ -25,15 +25,18 @@ def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
     but for rounding; `set_topk`, `features_only`, scripting, tracing, compilation and export still work.
 
     Args:
-        model: Any timm model that torch.fx can trace, not wrapped (by DDP, say).
+        model: Any timm model that torch.fx can trace, not wrapped by DDP, an EMA or torch.compile.
         inplace: Change the model itself rather than a copy.
 
     Returns:
         The folded model, in eval mode.
 
     Raises:
-        ValueError: If the model cannot be traced, or a module that is replaced has forward hooks.
+        ValueError: If the model is wrapped or cannot be traced, or a module that is replaced has forward hooks.
     """
+    for wrapped in ('module', '_orig_mod'):
+        if isinstance(getattr(model, wrapped, None), nn.Module):
+            raise ValueError(f'{type(model).__name__} wraps the model to fold: pass its .{wrapped}.')
     if not inplace:
         model = deepcopy(model)
     hooked = {name: m for name, m in model.named_modules() if m._forward_hooks}

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import convert_sync_batchnorm
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import pst_timm
@@ -143,6 +144,16 @@ def test_hooks_elsewhere_stay():
     seen.clear()  # tracing calls it as well
     folded(torch.randn(1, 3, 64, 64))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize('wrap, words', [
+    (nn.DataParallel, 'DataParallel .*[.]module'),
+    (ModelEmaV3, 'ModelEmaV3 .*[.]module'),
+    (torch.compile, 'OptimizedModule .*[.]_orig_mod'),
+])
+def test_wrapped_models_are_an_error_that_says_what_to_pass(wrap, words):
+    with pytest.raises(ValueError, match=words):
+        pst_timm.reparameterize(wrap(build()))
 
 
 def test_untraceable_model_is_a_clear_error():
