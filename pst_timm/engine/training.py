@@ -406,8 +406,9 @@ def prepare(args: Namespace) -> Run:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
     if args.distributed:
-        task.prepare_distributed(
-            device_ids=[device] if device.type == 'cuda' else None, broadcast_buffers=not args.no_ddp_bb)
+        # on is DDP's default, and newer torch warns of the argument
+        buffers = dict(broadcast_buffers=False) if args.no_ddp_bb else {}
+        task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None, **buffers)
 
     updates_per_epoch = math.ceil(len(data.train) / args.grad_accum_steps)
     scheduler, num_epochs = setup.schedule_for(args, optimizer, updates_per_epoch)

