@@ -171,7 +171,8 @@ class ResNetPST(ResNet):
         Raises:
             ValueError: If `topk` is negative or not an integer, or the fusion is unknown.
         """
-        self.pst.set_topk(topk, fusion)
+        if self.last_level >= 3:  # a model pruned below has no PST
+            self.pst.set_topk(topk, fusion)
 
     @torch.jit.ignore
     def set_fine_step(self, seed: int, step: int = 0) -> None:
@@ -183,7 +184,8 @@ class ResNetPST(ResNet):
             seed: Seed of the sequence of draws.
             step: Index of the next training step.
         """
-        self.pst.set_fine_step(seed, step)
+        if self.last_level >= 3:
+            self.pst.set_fine_step(seed, step)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:

@@ -261,6 +261,9 @@ class TestPruning:
         model.prune_intermediate_layers([index])
         assert_same([model.forward_features(x)], [expected])
         assert_same([model(x)], [expected])
+        model.set_fine_step(3)
+        model.set_topk(2)
+        assert torch.equal(model(x), expected) == (index < 3)
 
 
 class TestOutputStride:
