@@ -15,7 +15,14 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.data import resolve_input_data_config
-from timm.models import clean_state_dict, get_pretrained_cfg_value
+from timm.models import (
+    clean_state_dict,
+    get_pretrained_cfg,
+    get_pretrained_cfg_value,
+    load_model_config_from_hf,
+    parse_model_name,
+    split_model_name_tag,
+)
 from timm.models._hub import load_model_config_from_path  # timm exports it from here alone
 
 from pst_timm.models.digest import check_digest, drop_digest
@@ -31,6 +38,7 @@ _logger = logging.getLogger(__name__)
 
 HEADER_KEY = 'pst_timm'  # entry of a safetensors header that holds what is known about the weights, as JSON
 PREFERRED = ('model_best.pth.tar', 'last.pth.tar')  # in the folder of a run
+DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 PICKLES = ('.tar', '.pth', '.pt', '.bin', '.ckpt')
 PathLike = Union[str, os.PathLike]
 
@@ -77,6 +85,8 @@ def read_checkpoint(path: PathLike, use_ema: bool = True) -> Checkpoint:
     checkpoint = _read_safetensors(path) if path.suffix == '.safetensors' else _read_pickle(path, use_ema)
     if not checkpoint.weights or not all(isinstance(v, torch.Tensor) for v in checkpoint.weights.values()):
         raise HubError(f'{path} holds no weights: a mapping of names to tensors was expected.')
+    if checkpoint.arch:
+        _resolve_origin(checkpoint)
     if checkpoint.ema is not None:
         _logger.info(f'{path}: {"the moving average (EMA)" if checkpoint.ema else "the weights as trained, no EMA"}.')
     return checkpoint
@@ -141,6 +151,31 @@ def _read_pickle(path: Path, use_ema: bool) -> Checkpoint:
     )
 
 
+def _resolve_origin(checkpoint: Checkpoint) -> None:
+    """Name the architecture, and take over the preprocessing of published weights that the run began with.
+
+    Such a run has noted 'arch.tag' or 'hf-hub:org/name' as its architecture.
+    """
+    model_args: Dict[str, Any] = {}
+    try:
+        source, name = parse_model_name(checkpoint.arch)
+        if source is not None:
+            load = load_model_config_from_hf if source == 'hf-hub' else load_model_config_from_path
+            cfg, name, model_args = load(name)
+        else:
+            named = get_pretrained_cfg(name) if '.' in name or checkpoint.args.get('pretrained') else None
+            cfg = named.to_dict() if named is not None else {}
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        reason = str(e).split('\n')[0]
+        raise HubError(
+            f'{checkpoint.path} was trained from {checkpoint.arch}, which cannot be looked up ({reason}).') from e
+    checkpoint.arch = split_model_name_tag(name)[0]
+    # the run may have had other classes and channels
+    kept = {k: v for k, v in model_args.items() if k not in ('num_classes', 'in_chans', 'global_pool')}
+    checkpoint.model_args = {**kept, **checkpoint.model_args}
+    checkpoint.pretrained_cfg = {**{k: cfg[k] for k in DATA_KEYS if k in cfg}, **checkpoint.pretrained_cfg}
+
+
 def check_finite(checkpoint: Checkpoint) -> None:
     """Make sure that all weights are numbers.
 
@@ -184,8 +219,8 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
         'num_classes': _size(weights, get_pretrained_cfg_value(arch, 'classifier'), 0),
         'in_chans': _size(weights, get_pretrained_cfg_value(arch, 'first_conv'), 1),
         'global_pool': checkpoint.args.get('gp'),
-        **(checkpoint.args.get('model_kwargs') or {}),
         **checkpoint.model_args,
+        **(checkpoint.args.get('model_kwargs') or {}),
         **model_kwargs,
     }
     try:

@@ -49,7 +49,7 @@ def _save_pickle(checkpoint: Checkpoint, path: Path) -> None:
         content['metric'] = checkpoint.metric
     args = {**checkpoint.args}
     if checkpoint.model_args:
-        args['model_kwargs'] = {**(args.get('model_kwargs') or {}), **checkpoint.model_args}
+        args['model_kwargs'] = {**checkpoint.model_args, **(args.get('model_kwargs') or {})}
     if args:
         content['args'] = argparse.Namespace(**args)
     write_whole(path, lambda temporary: torch.save(content, temporary))

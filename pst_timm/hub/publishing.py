@@ -155,10 +155,11 @@ def publish(
             f'{source.path} is a checkpoint of {source.arch}, which is no architecture of this package. Use '
             f'timm.models.push_to_hf_hub for it.')
     model.pretrained_cfg['license'] = license
-    rows = _read_results(results) if results else []
-    row = _choose_row(rows, topk, fine_fusion)
-    _set_attention(model, row, topk, fine_fusion)
-    accuracy = _accuracy(row, results, source, model, changed=topk is not None or fine_fusion is not None)
+    changed = _set_attention(model, topk, fine_fusion)
+    if results is not None:
+        accuracy = _measured(_read_results(results), attention_settings(model))
+    else:
+        accuracy = None if changed else _measured_in_training(source, model)
     data_set = data_set or source.args.get('dataset') or Path(source.args.get('data_dir') or '').name or None
 
     upload = None if dry_run else _Upload(repo_id, private, revision, token, attempts)
@@ -218,49 +219,39 @@ def _read_results(path: os.PathLike) -> List[Dict[str, Any]]:
     return rows
 
 
-def _choose_row(rows: List[Dict[str, Any]], topk: Optional[int], fine_fusion: Optional[str]) -> Dict[str, Any]:
-    """The row of results that was measured with the attention asked for."""
-    def fits(row: Dict[str, Any]) -> bool:
-        if 'topk' not in row:  # not a sweep: measured with what was given to validate.py
-            return True
-        return row['topk'] == (topk or 0) and (not topk or fine_fusion in (None, row['fine_fusion']))
+def _set_attention(model: nn.Module, topk: Optional[int], fine_fusion: Optional[str]) -> bool:
+    """Set what is given; returns whether that changed anything."""
+    before = attention_settings(model)
+    try:
+        model.set_topk(before['topk'] if topk is None else topk, fine_fusion)
+    except ValueError as e:
+        raise HubError(str(e)) from None
+    return attention_settings(model) != before
 
-    if not rows:
-        return {}
+
+def _measured(rows: List[Dict[str, Any]], settings: Dict[str, Any]) -> Accuracy:
+    """The accuracy from the row of results that was measured with the model's attention."""
+    def fits(row: Dict[str, Any]) -> bool:
+        if 'topk' not in row:  # no sweep: measured with what was given to validate.py
+            return True
+        return row['topk'] == settings['topk'] and (not row['topk'] or row['fine_fusion'] == settings['fine_fusion'])
+
     found = [row for row in rows if fits(row)]
     if len(found) != 1:
         raise HubError(
-            f'The results have {len(found)} rows for topk={topk or 0}, fine_fusion={fine_fusion}; one was expected. '
-            f'Say which with topk and fine_fusion, or measure again.')
-    return found[0]
+            f'The results have {len(found)} rows for topk={settings["topk"]}, fine_fusion={settings["fine_fusion"]}; '
+            f'one was expected. Say which one with topk and fine_fusion, or measure again.')
+    row = found[0]
+    return Accuracy(
+        row['top1'], row['top5'], row['img_size'], row['crop_pct'], row['interpolation'],
+        'by `validate.py` on these weights')
 
 
-def _set_attention(model: nn.Module, row: Dict[str, Any], topk: Optional[int], fine_fusion: Optional[str]) -> None:
-    if 'topk' in row:
-        topk = row['topk']
-        fine_fusion = row['fine_fusion'] if topk else fine_fusion
-    if topk is None and fine_fusion is None:
-        return
-    try:
-        model.set_topk(attention_settings(model)['topk'] if topk is None else topk, fine_fusion)
-    except ValueError as e:
-        raise HubError(str(e)) from None
-
-
-def _accuracy(
-        row: Dict[str, Any],
-        results: Optional[os.PathLike],
-        source: Checkpoint,
-        model: nn.Module,
-        changed: bool,
-) -> Optional[Accuracy]:
-    if row:
-        return Accuracy(
-            row['top1'], row['top5'], row['img_size'], row['crop_pct'], row['interpolation'],
-            'by `validate.py` on these weights')
+def _measured_in_training(source: Checkpoint, model: nn.Module) -> Optional[Accuracy]:
+    """What the run measured for these weights, None if it measured others, or is not known."""
     averaged = bool(source.args.get('model_ema')) and not source.args.get('model_ema_force_cpu')
-    if source.epoch is None or changed or bool(source.ema) != averaged:
-        return None  # the run measured other weights, or another attention
+    if source.epoch is None or bool(source.ema) != averaged:
+        return None
     top1 = source.metric if source.args.get('eval_metric') == 'top1' else None
     top5 = None
     summary = source.path.parent / 'summary.csv'

@@ -78,6 +78,24 @@ def test_the_moving_average_is_preferred_and_said(hub, tmp_path, capsys):
     assert len(hub.repositories[REPO].commits) == 3
 
 
+@pytest.mark.parametrize('name', ['hf-hub:acme/tiny', 'local-dir:{folder}', 'test_resnet_pst.digits'])
+def test_a_model_that_was_trained_further(hub, tmp_path, name):
+    deep = {'pst_depth': 2} if ':' in name else {}
+    first = save_checkpoint(tmp_path / 'first.pth.tar', build(**deep), args=run_args(model_kwargs=deep))
+    publish(first, REPO, folder=tmp_path / 'folder')
+    model = randomize(build(num_classes=5, **deep), seed=1)
+    name = name.format(folder=tmp_path / 'folder')
+    args = run_args(model=name, img_size=None, mean=None, std=None, crop_pct=None)
+    second = save_checkpoint(tmp_path / 'second.pth.tar', model, arch=name, args=args)
+    publish(second, REPO)
+    config = json.loads(hub.read(REPO, 'config.json'))
+    assert (config['architecture'], config['num_classes']) == ('test_resnet_pst', 5)
+    cfg = config['pretrained_cfg']
+    assert (cfg['input_size'], cfg['crop_pct']) == ([3, 64, 64], 1.0), 'the preprocessing it was trained with'
+    assert cfg['mean'] == ([0.5] * 3 if deep else list(timm.data.IMAGENET_DEFAULT_MEAN))
+    assert torch.equal(logits(timm.create_model(f'hf-hub:{REPO}', pretrained=True)), logits(model))
+
+
 def test_a_branch_and_a_private_repository(hub, checkpoint, monkeypatch):
     publish(checkpoint, REPO, private=True)
     main_head = hub.repositories[REPO].branches['main']
@@ -146,13 +164,18 @@ def test_the_card_takes_the_results_of_validate(hub, checkpoint, tmp_path):
     cfg = config['pretrained_cfg']
     assert (cfg['input_size'], cfg['test_input_size'], cfg['test_crop_pct']) == ([3, 64, 64], [3, 96, 96], 0.875)
 
-    publish(checkpoint, REPO, results=sweep, topk=8)
+    publish(checkpoint, REPO, results=sweep, topk=8, fine_fusion='joint')
     card, config = hub.read(REPO, 'README.md').decode(), json.loads(hub.read(REPO, 'config.json'))
     assert '| coarse and fine, `topk=8`, `joint` fusion | 81.25 |' in card
     assert '--model-kwargs topk=8 fine_fusion=joint' in card
     assert (config['model_args']['topk'], config['model_args']['fine_fusion']) == (8, 'joint')
-    with pytest.raises(HubError, match='have 0 rows for topk=4'):
-        publish(checkpoint, REPO, results=sweep, topk=4)
+    publish(checkpoint, REPO, results=sweep)
+    assert '| coarse alone (`topk=0`) | 80.50 |' in hub.read(REPO, 'README.md').decode()
+    publish(checkpoint, REPO, topk=8)  # with which nothing was measured
+    assert 'Not measured for these weights' in hub.read(REPO, 'README.md').decode()
+    for topk, message in ((4, 'have 0 rows for topk=4'), (-1, 'non-negative')):
+        with pytest.raises(HubError, match=message):
+            publish(checkpoint, REPO, results=sweep, topk=topk)
     single.write_text('{}')
     with pytest.raises(HubError, match='is not a results file'):
         publish(checkpoint, REPO, results=single)
