@@ -122,7 +122,7 @@ def _open_dataset(args: Namespace, split: str, num_samples: Optional[int], **kwa
             trust_remote_code=args.dataset_trust_remote_code,
             **kwargs,
         )
-    except (RuntimeError, AssertionError, OSError, ImportError) as e:
+    except (RuntimeError, AssertionError, OSError, ImportError, TypeError, ValueError) as e:
         raise EngineError(f'Cannot open the {split!r} split of {args.data_dir or args.dataset}: {e}') from e
     if isinstance(dataset, ImageDataset) and len(dataset) == 0:
         raise EngineError(f'The {split!r} split of {args.data_dir} has no images.')
@@ -134,6 +134,7 @@ def _check_root(root: Path, split: str) -> None:
         raise EngineError(f'There is no {root}: --data-dir must name an existing folder or .tar file.')
     if not root.is_dir():
         return
+    split = split.split('[')[0]
     # a split that is not there would fall back to the whole folder, validation images and all
     synonyms = {'train': ('training',), 'validation': ('val', 'valid', 'eval', 'evaluation')}.get(split, ())
     synonyms = (*synonyms, 'validation') if split in ('val', 'valid', 'eval', 'evaluation') else synonyms
@@ -222,6 +223,10 @@ def create_train_data(
     if args.val_split:
         dataset_eval = create_eval_dataset(args, args.val_split, args.val_num_samples)
         _check_same_classes(args, class_names(dataset), class_names(dataset_eval))
+        if _is_folder_or_tar(args) and dataset.reader.root == dataset_eval.reader.root:
+            _logger.warning(
+                f'Training and validation read the same images, {dataset.reader.root}: the accuracy will tell nothing '
+                f"new. Add a split, or --val-split '' for no validation.")
     if args.aug_repeats and not args.distributed:
         raise EngineError(
             f'--aug-repeats {args.aug_repeats:g} spreads the copies of an image over several processes and this run '

@@ -53,7 +53,8 @@ def evaluate(
     """
     timer = StepTimer()
     total = len(loader)
-    for step, (images, target) in enumerate(progress_bar(timer.over(checked_batches(loader)), total, title, show)):
+    bar = progress_bar(timer.over(checked_batches(loader)), total, title, show)
+    for step, (images, target) in enumerate(bar):
         images, target = images.to(device), target.to(device)
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -67,7 +68,7 @@ def evaluate(
         if observe is not None:
             observe(images, output, target)
         timer.images += images.shape[0]
-        if show and (step + 1) % log_interval == 0:
+        if show and bar.disable and (step + 1) % log_interval == 0:
             _logger.info(f'{title}: [{step + 1}/{total}] {format_metrics(evaluator.summary())}, {timer}')
     report_bad_images(loader)
     return dict(evaluator.compute(distributed=distributed), images_per_second=timer.images_per_second)

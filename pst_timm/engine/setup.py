@@ -72,7 +72,7 @@ def init_device(args: Namespace) -> torch.device:
     except (AssertionError, RuntimeError) as e:
         raise EngineError(f'--device {args.device} cannot be used here: {e} Leave the flag out.') from e
     if device.type == 'cuda':
-        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.set_float32_matmul_precision('high')
         torch.backends.cudnn.benchmark = True
     return device
 

@@ -256,20 +256,20 @@ class LossWatch:
         self.lr_at.clear()
 
     def report(self, step: int, images: torch.Tensor) -> None:
-        """Show the state: in the bar where there is one, else as a line of the log."""
+        """Show the state: in the bar where there is one, and as a line of the log where not and at the end."""
         self.check()
         report_bad_images(self.run.data.train)
         args, timer = self.run.args, self.timer
         if not is_primary(args):
             return
         mean = self.sum.item() / self.count
-        if self.bar.disable:
+        if self.bar.disable or step + 1 == self.total:
             _logger.info(
                 f'Train: {self.epoch} [{step + 1:>4d}/{self.total} ({(step + 1) / self.total:>4.0%})]  '
                 f'Loss: {self.last.item():.4f} ({mean:.4f})  '
                 f'Time: {timer.step.avg:.3f}s, {timer.images_per_second * args.world_size:.1f}/s  '
                 f'LR: {self.run.lr:.3e}  Data: {timer.wait.avg:.3f}s, {timer.wait_share:.0%}')
-        else:
+        if not self.bar.disable:
             self.bar.set_postfix_str(
                 f'loss {mean:.3f}, {timer.images_per_second * args.world_size:.0f} images/s, '
                 f'data {timer.wait_share:.0%}')

@@ -127,6 +127,15 @@ def test_mistakes_on_the_command_line_are_named(words, message):
         parse_train_args(words)
 
 
+@pytest.mark.parametrize('parse', [parse_train_args, parse_validate_args])
+def test_help_is_printed(parse, capsys):
+    with pytest.raises(SystemExit) as e:
+        parse(['--help'])
+    assert e.value.code == 0
+    printed = capsys.readouterr().out
+    assert '--model-kwargs' in printed and 'naflex' not in printed
+
+
 def test_keyword_arguments_are_checked_alike():
     assert train_args(epochs=3).epochs == 3
     assert train_args(epochs=3) == parse_train_args(['--epochs', '3'])

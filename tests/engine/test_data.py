@@ -77,11 +77,17 @@ def test_webdataset_shards_train(tmp_path, workers):
     (dict(mixup=0.5, batch_size=7), r'even --batch-size'),
     (dict(aug_repeats=3.), r'torchrun'),
     (dict(dataset='torch/no_such_set'), r'Cannot open'),
+    (dict(target_key='label'), r'Cannot open'),
 ])
 def test_wrong_data_is_an_error_at_the_start(images, tmp_path, values, message):
     with pytest.raises(EngineError, match=message):
         train(tiny_train_args(images, tmp_path, **values))
     assert not (tmp_path / 'run').exists()
+
+
+def test_validation_on_the_training_images_is_said(images, tmp_path, caplog):
+    train(tiny_train_args(images / 'train', tmp_path, epochs=1))
+    assert 'Training and validation read the same images' in caplog.text
 
 
 def test_fewer_outputs_than_classes_is_an_error_even_when_not_asked_for(images, tmp_path, caplog):

@@ -1,6 +1,13 @@
 """train.py and validate.py, as a user runs them."""
 import csv
+import fcntl
 import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
 
 import timm
 import yaml
@@ -10,7 +17,7 @@ from timm.models import load_checkpoint
 import pst_timm  # noqa: F401
 from pst_timm.engine import train
 
-from .helpers import TINY, as_words, load_weights, run_script, tiny_train_args
+from .helpers import ROOT, TINY, as_words, load_weights, run_script, script_env, tiny_train_args
 
 KEYS = (
     'data_dir', 'model', 'num_classes', 'img_size', 'batch_size', 'workers', 'device', 'epochs', 'lr',
@@ -68,3 +75,27 @@ def test_a_mistake_is_one_sentence_and_an_exit_code():
         assert done.stderr.splitlines()[-1].startswith(f'{script}: error: ')
         assert 'Traceback' not in done.stderr
     assert "Unknown model 'resnet18_pts'. Did you mean resnet18_pst" in done.stderr
+
+
+def test_a_terminal_shows_bars_and_a_line_per_epoch(images, tmp_path):
+    words = as_words(tiny_train_args(images, tmp_path, epochs=1), *KEYS)
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / 'train.py'), *words], env=script_env(), stdin=subprocess.DEVNULL, stderr=slave,
+        stdout=subprocess.DEVNULL, timeout=120)
+    os.close(slave)
+    said = b''
+    while True:
+        try:
+            chunk = os.read(master, 65536)
+        except OSError:  # all is read
+            break
+        said += chunk
+        if not chunk:
+            break
+    os.close(master)
+    text = said.decode()
+    assert done.returncode == 0, text
+    assert 'Epoch 0:' in text and '6/6' in text
+    assert text.count('Train: 0') == 1
