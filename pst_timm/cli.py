@@ -38,7 +38,7 @@ def train_main(argv: Optional[Sequence[str]] = None, prog: str = 'train.py') -> 
 def validate_main(argv: Optional[Sequence[str]] = None, prog: str = 'validate.py') -> int:
     """Evaluate from the words of a command line (`sys.argv` if None); returns the exit code."""
     from pst_timm.engine import EngineError, parse_validate_args, validate
-    from pst_timm.tools.table import format_table
+    from pst_timm.tools.table import differing_columns, format_table
 
     try:
         args = parse_validate_args(argv, prog)
@@ -47,7 +47,7 @@ def validate_main(argv: Optional[Sequence[str]] = None, prog: str = 'validate.py
     except EngineError as e:
         return _fail(prog, e)
     if len(results) > 1:
-        print(format_table(results))
+        print(format_table(differing_columns(results)))
     # the marker that timm's own tools look for
     print(f'--result\n{json.dumps(results[0] if len(results) == 1 else results, indent=4)}')
     return 0

@@ -159,6 +159,7 @@ class SweepMeasure(Measure):
             runnable: nn.Module,
             topks: Sequence[int],
             autocast: Callable[[], AbstractContextManager],
+            measures: Callable[[], List[Measure]] = list,
             fusions: Sequence[str] = ('gate', 'joint'),
     ):
         """
@@ -167,6 +168,7 @@ class SweepMeasure(Measure):
             runnable: The model or what it was compiled into.
             topks: Coarse tokens to select; 0 is coarse attention alone and needs no fusion.
             autocast: Context of the forward pass.
+            measures: Makes the further measures of a setting.
             fusions: Fusions to try.
         """
         if not hasattr(model, 'set_topk'):
@@ -174,14 +176,17 @@ class SweepMeasure(Measure):
         self.model, self.runnable, self.autocast = model, runnable, autocast
         device = next(model.parameters()).device
         self.settings = OrderedDict(
-            ((k, fusion), ClassificationEvaluator(device))
+            ((k, fusion), (ClassificationEvaluator(device), measures()))
             for k in dict.fromkeys(topks) for fusion in (fusions if k else fusions[:1]))
 
     def update(self, images: torch.Tensor, output: torch.Tensor, target: torch.Tensor) -> None:
-        for (k, fusion), evaluator in self.settings.items():
+        for (k, fusion), (evaluator, measures) in self.settings.items():
             self.model.set_topk(k, fusion)
             with self.autocast():
-                evaluator.update(self.runnable(images), target)
+                output = self.runnable(images)
+            evaluator.update(output, target)
+            for measure in measures:
+                measure.update(images, output, target)
 
     def results(self) -> Dict[str, Any]:
         return {}
@@ -189,9 +194,12 @@ class SweepMeasure(Measure):
     def rows(self) -> List[Dict[str, Any]]:
         """One row of results per setting."""
         rows = []
-        for (k, fusion), evaluator in self.settings.items():
+        for (k, fusion), (evaluator, measures) in self.settings.items():
             metrics = {n: round(v, 6 if n == 'loss' else 4) for n, v in evaluator.compute().items()}
-            rows.append(dict(
+            row = dict(
                 topk=k, fine_fusion=fusion if k else 'coarse', **metrics,
-                top1_err=round(100 - metrics['top1'], 4), top5_err=round(100 - metrics['top5'], 4)))
+                top1_err=round(100 - metrics['top1'], 4), top5_err=round(100 - metrics['top5'], 4))
+            for measure in measures:
+                row.update(measure.results())
+            rows.append(row)
         return rows

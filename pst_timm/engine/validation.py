@@ -5,6 +5,7 @@ import json
 import logging
 from argparse import Namespace
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -153,9 +154,9 @@ def _validate_one(args: Namespace) -> List[Results]:
     runnable = runnable if labels is None else _Subset(runnable, labels)
 
     autocast = setup.autocast_for(args, device)
-    measures = _measures(args, dataset)
-    sweep = SweepMeasure(model, runnable, args.topk_sweep, autocast) if args.topk_sweep else None
-    observers = [*measures, sweep] if sweep else measures
+    measures = partial(_measures, args, dataset)
+    sweep = SweepMeasure(model, runnable, args.topk_sweep, autocast, measures) if args.topk_sweep else None
+    observers = [sweep] if sweep else measures()
     metrics = evaluate(
         runnable,
         loader,
@@ -180,8 +181,8 @@ def _validate_one(args: Namespace) -> List[Results]:
     )
     if args.checkpoint:
         results['checkpoint'] = args.checkpoint
-    for measure in measures:
-        results.update(measure.results())
+    for observer in observers:
+        results.update(observer.results())
     return [OrderedDict(results, **row) for row in sweep.rows()] if sweep else [results]
 
 

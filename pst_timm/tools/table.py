@@ -8,7 +8,14 @@ import torch
 from pst_timm.hub import count_gmacs
 from pst_timm.models.resnet_pst import WEIGHTS
 
-__all__ = ['bundled_weights', 'format_table', 'model_rows']
+__all__ = ['bundled_weights', 'differing_columns', 'format_table', 'model_rows']
+
+
+def differing_columns(rows: Sequence[Mapping[str, Any]]) -> List[Dict[str, Any]]:
+    """The rows without the columns that are the same in all of them."""
+    columns = dict.fromkeys(key for row in rows for key in row)
+    kept = [c for c in columns if len({str(row.get(c)) for row in rows}) > 1]
+    return [{c: row[c] for c in kept if c in row} for row in rows]
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -80,6 +80,21 @@ def test_sweep_is_one_pass_and_equals_single_runs(images, folder, truth, tmp_pat
         run(images, folder, model='test_resnet', checkpoint=str(tmp_path / 'plain.pth'), topk_sweep=[0, 2])
 
 
+def test_sweep_measures_every_setting_by_itself(images, folder, truth):
+    logits, target = truth
+    rows = run(images, folder, topk_sweep=[0, 2], calibrate=True)
+    for row, key in zip(rows, ((0, 'gate'), (2, 'gate'), (2, 'joint'))):
+        assert row['ece'] == pytest.approx(calibration_error(logits[key].double(), target), abs=1e-3)
+
+
+def test_sweep_table_shows_what_differs(images, folder, capsys):
+    assert validate_main([
+        '--data-dir', str(images), '--model', 'test_resnet_pst', '--num-classes', '3', '--img-size', '48', '-j', '0',
+        '--checkpoint', str(folder / 'last.pth.tar'), '--device', 'cpu', '--topk-sweep', '0', '2']) == 0
+    header = capsys.readouterr().out.splitlines()[0].split()
+    assert {'topk', 'fine_fusion', 'loss'} <= set(header) and 'model' not in header
+
+
 def test_sweep_leaves_the_plain_result_alone(images, folder):
     [plain] = run(images, folder, batch_size=4)
     rows = run(images, folder, batch_size=4, topk_sweep=[2, 0])
