@@ -36,7 +36,7 @@ class Failure:
     """Regular expression for method and path, such as 'PUT /lfs/'."""
     kind: Any
     """HTTP status; 'drop': the connection breaks in the middle of the body; 'corrupt': a byte of the body is wrong;
-    'truncate': the download ends early and says so."""
+    'truncate': the download ends early and says so; 'lost': the commit is made, but its answer does not arrive."""
     times: int = 10 ** 9
     seen: int = 0
 
@@ -386,6 +386,9 @@ class _Handler(BaseHTTPRequestHandler):
             elif item['key'] == 'deletedFile':
                 deleted.append(value['path'])
         oid = self.hub.commit(repo, revision, summary, added, deleted)
+        if self.kind == 'lost':
+            self.break_connection()
+            return
         self.answer({'commitUrl': f'{self.hub.url}/{repo}/commit/{oid}', 'commitOid': oid, 'success': True})
 
     # downloads

@@ -191,7 +191,10 @@ def check_finite(checkpoint: Checkpoint) -> None:
 
 def data_config(checkpoint: Checkpoint, model: nn.Module) -> Dict[str, Any]:
     """Preprocessing that the weights were validated with: that of the run, where it differs from the model's own."""
-    return resolve_input_data_config(model, args=checkpoint.args)
+    try:
+        return resolve_input_data_config(model, args=checkpoint.args)
+    except ValueError as e:
+        raise HubError(f'The arguments in {checkpoint.path} do not fit its weights: {e}') from e
 
 
 def attention_settings(model: nn.Module) -> Dict[str, Any]:

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from timm.models import save_for_hf
+from timm.models import save_for_hf, split_model_name_tag
 
 from pst_timm.models import ResNetPST
 from pst_timm.models.digest import digest_note
@@ -157,7 +157,7 @@ def publish(
     model.pretrained_cfg['license'] = license
     changed = _set_attention(model, topk, fine_fusion)
     if results is not None:
-        accuracy = _measured(_read_results(results), attention_settings(model))
+        accuracy = _measured(_read_results(results), source, attention_settings(model))
     else:
         accuracy = None if changed else _measured_in_training(source, model)
     data_set = data_set or source.args.get('dataset') or Path(source.args.get('data_dir') or '').name or None
@@ -229,7 +229,7 @@ def _set_attention(model: nn.Module, topk: Optional[int], fine_fusion: Optional[
     return attention_settings(model) != before
 
 
-def _measured(rows: List[Dict[str, Any]], settings: Dict[str, Any]) -> Accuracy:
+def _measured(rows: List[Dict[str, Any]], source: Checkpoint, settings: Dict[str, Any]) -> Accuracy:
     """The accuracy from the row of results that was measured with the model's attention."""
     def fits(row: Dict[str, Any]) -> bool:
         if 'topk' not in row:  # no sweep: measured with what was given to validate.py
@@ -242,6 +242,13 @@ def _measured(rows: List[Dict[str, Any]], settings: Dict[str, Any]) -> Accuracy:
             f'The results have {len(found)} rows for topk={settings["topk"]}, fine_fusion={settings["fine_fusion"]}; '
             f'one was expected. Say which one with topk and fine_fusion, or measure again.')
     row = found[0]
+    name = row.get('model') or source.arch
+    if ':' not in name and split_model_name_tag(name)[0] != source.arch:
+        raise HubError(f'The results are those of {name}, the checkpoint is one of {source.arch}.')
+    if source.ema and row.get('checkpoint'):
+        raise HubError(
+            f'The results do not tell whether the moving average in {row["checkpoint"]} was measured. Measure what is '
+            f'published: publish with --dry-run, then validate with --model local-dir:FOLDER --pretrained.')
     return Accuracy(
         row['top1'], row['top5'], row['img_size'], row['crop_pct'], row['interpolation'],
         'by `validate.py` on these weights')
@@ -337,21 +344,25 @@ class _Upload:
         self._ask(lambda: self.api.create_repo(self.repo_id, private=self.private, exist_ok=True))
         if self.revision and self.revision != 'main':
             self._ask(lambda: self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True))
-        # what one attempt has uploaded, the next one need not
-        operations = [CommitOperationAdd(name, str(folder / name)) for name in FILES]
-        for attempt in range(1, self.attempts + 1):
+        for attempt in range(1, self.attempts):
             try:
-                return str(self._ask(lambda: self.api.create_commit(
-                    self.repo_id, operations, commit_message='Publish model', revision=self.revision)).commit_url)
+                return self._commit(folder)
             except HubUnavailable as e:
-                if attempt == self.attempts:
-                    raise HubUnavailable(
-                        f'{e} Nothing was published; what has arrived is kept there: run the same command again to '
-                        f'go on.') from e
                 wait = 2 ** attempt
                 _logger.warning(f'{e} Trying again in {wait} s.')
                 time.sleep(wait)
-        raise AssertionError('unreachable')
+        try:
+            return self._commit(folder)
+        except HubUnavailable as e:
+            raise HubUnavailable(
+                f'{e} Nothing is half published, and what has arrived is not sent again: run the same command again to '
+                f'go on.') from e
+
+    def _commit(self, folder: Path) -> str:
+        # anew each time: the Hub then tells what has arrived, and whether the commit itself was made
+        operations = [CommitOperationAdd(name, str(folder / name)) for name in FILES]
+        return str(self._ask(lambda: self.api.create_commit(
+            self.repo_id, operations, commit_message='Publish model', revision=self.revision)).commit_url)
 
     def _ask(self, call: Callable[[], Any]) -> Any:
         """Ask the Hub; answers that the caller may expect pass, all others become words for the user."""

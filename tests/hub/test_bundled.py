@@ -1,4 +1,5 @@
 """The weights that come with the package, and what is said of them."""
+import json
 import re
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import torch
 from timm.models import get_pretrained_cfg
 
 from pst_timm.cli import main
+from pst_timm.hub import load_model
 from pst_timm.models.resnet_pst import WEIGHTS
-from pst_timm.tools.bundle import measure
+from pst_timm.tools.bundle import bundle, measure
 from pst_timm.tools.demo import write_digits
 from pst_timm.tools.table import bundled_weights
 
@@ -60,3 +62,13 @@ def test_list_and_readme_tell_the_record(capsys):
     for text in (shown, readme):
         assert f'{RECORD["top1"]:.2f}% top-1 of {RECORD["images"]}' in text
         assert f'{RECORD["img_size"]} px' in text and RECORD['command'] in text
+
+
+@pytest.mark.slow
+def test_the_command_makes_weights_and_record(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = bundle(tmp_path, ['--epochs', '1', '--warmup-epochs', '0'])
+    assert record.keys() == RECORD.keys() and record['top1'] < RECORD['top1']
+    assert json.loads((tmp_path / f'{RECORD["weights"]}.json').read_text()) == record
+    model = load_model(tmp_path / f'{RECORD["weights"]}.safetensors')
+    assert model.num_classes == 10 and tuple(model.pretrained_cfg['input_size']) == (3, 64, 64)

@@ -109,3 +109,9 @@ def test_weights_of_another_architecture_are_refused(kwargs, message, tmp_path):
     path = save_checkpoint(tmp_path / 'last.pth.tar', build(**kwargs))
     with pytest.raises(HubError, match=f'is not a checkpoint of test_resnet_pst: .*{message}'):
         load_model(path)
+
+
+def test_arguments_that_do_not_fit_the_weights_are_named(tmp_path):
+    path = save_checkpoint(tmp_path / 'last.pth.tar', build(), args=run_args(in_chans=1))
+    with pytest.raises(HubError, match=r'arguments in .* do not fit its weights: Requested 1 input channels'):
+        load_model(path)

@@ -1,5 +1,6 @@
 """From a live Hub to a model: in new processes, offline, adapted, by tag, and never with anything but its weights."""
 import json
+import re
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load
 
 import pst_timm
-from pst_timm.engine import train, train_args
+from pst_timm.engine import parse_validate_args, train, train_args, validate
 from pst_timm.hub import HubError, publish
 from pst_timm.hub.card import count_gmacs
 from tests.helpers import randomize
@@ -62,6 +63,12 @@ def test_from_training_to_a_new_process_and_offline(hub, python, tmp_path):
         assert torch.equal(torch.load(tmp_path / 'logits.pt'), expected)
         (tmp_path / 'logits.pt').unlink()
         assert (len(hub.requests) == asked) == bool(environment), 'offline, the Hub is not asked'
+    # the card's accuracy is what its command measures
+    card = hub.read(REPO, 'README.md').decode()
+    command = re.search(r'^pst-timm validate (.*)$', card, re.MULTILINE)[1]
+    words = [*command.replace('PATH', str(tmp_path / 'data')).split(), '--workers', '0', '--device', 'cpu']
+    [results] = validate(parse_validate_args(words))
+    assert f'| {results["top1"]:.2f} | {results["top5"]:.2f} |' in card
     shutil.rmtree(hub.cache)
     failed = python(code, check=False, HF_HUB_OFFLINE='1')
     assert failed.returncode != 0 and not (tmp_path / 'logits.pt').exists()

@@ -181,6 +181,21 @@ def test_the_card_takes_the_results_of_validate(hub, checkpoint, tmp_path):
         publish(checkpoint, REPO, results=single)
 
 
+def test_results_of_other_weights_are_refused(hub, tmp_path):
+    path = save_checkpoint(tmp_path / 'last.pth.tar', build(), build(), args=run_args(model_ema=True))
+    row = dict(top1=80.5, top5=99.25, img_size=96, crop_pct=0.875, interpolation='bicubic')
+    results = tmp_path / 'results.json'
+    results.write_text(json.dumps([dict(row, model='resnet18_pst')]))
+    with pytest.raises(HubError, match='results are those of resnet18_pst'):
+        publish(path, REPO, results=results)
+    results.write_text(json.dumps([dict(row, model='test_resnet_pst', checkpoint=str(path))]))
+    with pytest.raises(HubError, match=r'whether the moving average in .* was measured'):
+        publish(path, REPO, results=results)
+    publish(path, REPO, results=results, use_ema=False)
+    results.write_text(json.dumps([dict(row, model='local-dir:output/publish/tiny')]))
+    assert publish(path, REPO, results=results).accuracy.top1 == 80.5
+
+
 def test_without_a_measurement_the_card_claims_nothing(hub, tmp_path, capsys):
     save_file(build().state_dict(), tmp_path / 'model.safetensors')
     timm.models.save_for_hf(build(), tmp_path, safe_serialization=True)
@@ -329,6 +344,13 @@ def test_what_has_arrived_is_not_sent_again(hub, checkpoint, capsys):
     assert hub.count('PUT /lfs/') == 2
     assert torch.equal(
         timm.create_model(f'hf-hub:{REPO}', pretrained=True).fc.weight, randomize(build(), seed=1).fc.weight)
+
+
+def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub, checkpoint):
+    hub.fail('POST .*/commit/', 'lost', times=1)
+    done = publish(checkpoint, REPO)
+    assert hub.names(REPO) == FILES and len(hub.repositories[REPO].commits) == 2
+    assert done.url.endswith(hub.repositories[REPO].branches['main'])
 
 
 def test_the_network_is_down(hub, checkpoint, capsys, monkeypatch):
