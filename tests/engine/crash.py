@@ -1,4 +1,8 @@
-"""train.py that dies by SIGKILL while it writes a checkpoint: python crash.py WHICH_SAVE FLAGS..."""
+"""train.py that gets a signal at a chosen place: python crash.py PLACE FLAGS...
+
+PLACE is `save:N` for SIGKILL in the middle of writing the Nth checkpoint, or `step:N:SIGNAL` for a signal in the Nth
+training step, `step:N:SIGNAL:group` for one to the loader workers as well.
+"""
 import io
 import os
 import signal
@@ -7,10 +11,11 @@ import sys
 import torch
 
 from pst_timm.cli import train_main
+from pst_timm.engine import training
 
 
-def main():
-    which, saves, save = int(sys.argv[1]), [0], torch.save
+def die_saving(which):
+    saves, save = [0], torch.save
 
     def dying_save(state, path):
         saves[0] += 1
@@ -24,8 +29,28 @@ def main():
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = dying_save
-    train_main(sys.argv[2:])
+
+
+def signal_in_step(which, number, group):
+    steps, backward = [0], training.backward
+
+    def signalled_backward(*args):
+        backward(*args)
+        steps[0] += 1
+        if steps[0] == which:
+            (os.killpg if group else os.kill)(os.getpid(), number)
+
+    training.backward = signalled_backward
+
+
+def main():
+    what, which, *rest = sys.argv[1].split(':')
+    if what == 'save':
+        die_saving(int(which))
+    else:
+        signal_in_step(int(which), signal.Signals[rest[0]], rest[1:] == ['group'])
+    return train_main(sys.argv[2:])
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

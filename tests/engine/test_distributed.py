@@ -73,7 +73,7 @@ def test_elastic_restarts_go_on_from_the_newest_checkpoint(data, tmp_path):
     assert torchrun(tiny_train_args(data, tmp_path / 'calm', **values), tmp_path / 'calm').returncode == 0
     # the first process dies at every second checkpoint it writes
     done = torchrun(
-        tiny_train_args(data, tmp_path, **values), tmp_path, script=('tests/engine/crash.py', '2'), restarts=3)
+        tiny_train_args(data, tmp_path, **values), tmp_path, script=('tests/engine/crash.py', 'save:2'), restarts=3)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count('Going on from') == 2
     assert_same_weights(*(load_weights(tmp_path / name / 'last.pth.tar') for name in ('run', 'calm/run')))

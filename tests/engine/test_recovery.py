@@ -34,12 +34,6 @@ def tiny(images, output, **values):
     return tiny_train_args(images, output, **{**RANDOM, **values})
 
 
-def config_words(args, path):
-    """The words that start a run with these arguments."""
-    write_yaml(args, path)
-    return ['--config', str(path)]
-
-
 @pytest.fixture(scope='module')
 def undisturbed(images, tmp_path_factory):
     """Weights of a run from start to end, by number of loader workers."""
@@ -67,25 +61,22 @@ def go_on(args, caplog):
     return caplog.text
 
 
-def stop_at(words, line, number, group=False):
-    """Start train.py, send it (or it and its workers) a signal once it has logged a line; exit code and log."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / 'train.py'), *words], env=script_env(), stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
-    said = []
-    for text in process.stderr:
-        said.append(text)
-        if line in text:
-            (os.killpg if group else os.kill)(process.pid, number)
-    return process.wait(timeout=120), ''.join(said)
+def crash(place, args, folder):
+    """Run train.py with a signal at a place, see crash.py; returns its exit code and what it said."""
+    write_yaml(args, folder / 'config.yaml')
+    done = subprocess.run(
+        [sys.executable, str(ROOT / 'tests' / 'engine' / 'crash.py'), place, '--config', str(folder / 'config.yaml')],
+        env=script_env(), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        timeout=120, start_new_session=True)
+    return done.returncode, done.stderr
 
 
 @pytest.mark.parametrize('workers,recovery', [(0, 2), (1, 0)])
 def test_sigkill_in_an_epoch(images, undisturbed, tmp_path, caplog, workers, recovery):
     args = tiny(images, tmp_path, workers=workers, recovery_interval=recovery)
-    code, _ = stop_at(config_words(args, tmp_path / 'config.yaml'), 'Train: 1 [   4/6', signal.SIGKILL)
-    assert code == -signal.SIGKILL
-    assert bool(list((tmp_path / 'run').glob('recovery-1-*'))) == bool(recovery)
+    code, said = crash('step:10:SIGKILL', args, tmp_path)
+    assert code == -signal.SIGKILL and 'Train: 1 [   3/6' in said
+    assert bool(list((tmp_path / 'run').glob('recovery-1-2.pth.tar'))) == bool(recovery)
     log = go_on(args, caplog)
     assert 'Train: 0' not in log
     assert ('Train: 1 [   1/6' in log) == (not recovery)
@@ -94,12 +85,8 @@ def test_sigkill_in_an_epoch(images, undisturbed, tmp_path, caplog, workers, rec
 
 def test_sigkill_while_a_checkpoint_is_written(images, undisturbed, tmp_path, caplog):
     args = tiny(images, tmp_path)
-    words = config_words(args, tmp_path / 'config.yaml')
-    done = subprocess.run(
-        [sys.executable, str(ROOT / 'tests' / 'engine' / 'crash.py'), '2', *words], env=script_env(),
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL
-    assert list((tmp_path / 'run').glob('*tmp*')), 'the kill came too early or too late'
+    assert crash('save:2', args, tmp_path)[0] == -signal.SIGKILL
+    assert list((tmp_path / 'run').glob('*tmp*'))
     check_checkpoint(tmp_path / 'run' / 'last.pth.tar')
     assert 'Train: 0' not in go_on(args, caplog)
     assert_ends_like(undisturbed[0], tmp_path)
@@ -107,8 +94,7 @@ def test_sigkill_while_a_checkpoint_is_written(images, undisturbed, tmp_path, ca
 
 def test_truncated_checkpoint_is_refused_and_the_one_before_is_used(images, undisturbed, tmp_path, caplog):
     args = tiny(images, tmp_path)
-    code, _ = stop_at(config_words(args, tmp_path / 'config.yaml'), 'Train: 2 [   2/6', signal.SIGKILL)
-    assert code == -signal.SIGKILL
+    assert crash('step:14:SIGKILL', args, tmp_path)[0] == -signal.SIGKILL
     run = tmp_path / 'run'
     last = run / 'last.pth.tar'
     whole = last.read_bytes()
@@ -139,13 +125,14 @@ def test_a_checkpoint_that_is_named_has_to_be_good(images, tmp_path):
 ])
 def test_signals_end_politely(images, undisturbed, tmp_path, caplog, number, group):
     args = tiny(images, tmp_path, workers=1)
-    code, said = stop_at(config_words(args, tmp_path / 'config.yaml'), 'Train: 1 [   2/6', number, group)
+    place = f'step:9:{signal.Signals(number).name}' + (':group' if group else '')
+    code, said = crash(place, args, tmp_path)
     assert code == Interrupted.exit_code == 75, said
     assert 'Stopped' in said and 'start again with --resume auto' in said and 'Traceback' not in said
     log = go_on(args, caplog)
     assert 'Train: 0' not in log
     if (number, group) != (signal.SIGTERM, True):  # which may take a worker from under the step
-        assert list((tmp_path / 'run').glob('recovery-1-*.pth.tar')) and 'Train: 1 [   1/6' not in log
+        assert (tmp_path / 'run' / 'recovery-1-3.pth.tar').is_file() and 'Train: 1 [   1/6' not in log
     assert_ends_like(undisturbed[1], tmp_path)
 
 
@@ -182,10 +169,10 @@ def limit_file_size():
 def test_full_disk_leaves_the_last_checkpoint_intact(images, tmp_path):
     train(tiny(images, tmp_path, epochs=1))
     before = load_weights(tmp_path / 'run' / 'last.pth.tar')
-    words = config_words(tiny(images, tmp_path, epochs=2, resume='auto'), tmp_path / 'config.yaml')
+    write_yaml(tiny(images, tmp_path, epochs=2, resume='auto'), tmp_path / 'config.yaml')
     full = subprocess.run(
-        [sys.executable, str(ROOT / 'train.py'), *words], env=script_env(), stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=120, preexec_fn=limit_file_size)
+        [sys.executable, str(ROOT / 'train.py'), '--config', str(tmp_path / 'config.yaml')], env=script_env(),
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, preexec_fn=limit_file_size)
     assert full.returncode == 1 and 'Cannot write a checkpoint' in full.stderr, full.stderr
     assert 'The last one there is intact' in full.stderr
     check_checkpoint(tmp_path / 'run' / 'last.pth.tar')
