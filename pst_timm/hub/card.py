@@ -1,4 +1,5 @@
 """The model card: what a person wants to know before using a model. Every number is measured or from the checkpoint."""
+import copy
 import re
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
@@ -39,9 +40,10 @@ class Accuracy(NamedTuple):
 
 def count_gmacs(model: nn.Module, input_size: Sequence[int]) -> float:
     """Multiply-accumulates of one image (channels, height, width) in billions."""
-    weight = next(model.parameters())
+    # on this device every operation has a count, whichever kernel would run elsewhere
+    model = copy.deepcopy(model).to('meta').eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype))
+        model(torch.zeros(1, *input_size, device='meta', dtype=next(model.parameters()).dtype))
     return counter.get_total_flops() / 2e9
 
 
