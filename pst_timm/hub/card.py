@@ -54,8 +54,8 @@ def _front_matter(license: str, data_set: Optional[str]) -> str:
         'library_name': 'timm',
         'license': license,
     }
-    if data_set and re.fullmatch(r'[\w.-]+(/[\w.-]+)?', data_set):  # the Hub takes identifiers alone
-        facts['datasets'] = [data_set.lower()]
+    if data_set and re.fullmatch(r'[\w.-]+/[\w.-]+', data_set):  # the name of a repository of data on the Hub
+        facts['datasets'] = [data_set]
     return f'---\n{yaml.safe_dump(facts, sort_keys=False)}---\n'
 
 

@@ -57,7 +57,7 @@ def hub(tmp_path, monkeypatch):
         patient = SimpleNamespace(sleep=lambda seconds: None)
         for module in (_http, file_download):
             monkeypatch.setattr(module, 'time', patient)
-        monkeypatch.setattr('pst_timm.hub.publishing.time', patient)
+        monkeypatch.setattr('pst_timm.hub.upload.time', patient)
         server.cache = cache
         yield server
         huggingface_hub.close_session()

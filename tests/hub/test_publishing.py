@@ -124,7 +124,7 @@ def test_the_card_tells_what_was_measured(hub, tmp_path):
     publish(run, REPO, license='cc-by-4.0')
     card = hub.read(REPO, 'README.md').decode()
     front = yaml.safe_load(card.split('---')[1])
-    assert front['license'] == 'cc-by-4.0' and front['library_name'] == 'timm' and front['datasets'] == ['scans']
+    assert front['license'] == 'cc-by-4.0' and front['library_name'] == 'timm' and 'datasets' not in front
     assert numbers_of(card, 'parameters') == f'{sum(p.numel() for p in model.parameters()):,}'
     assert numbers_of(card, 'multiply-adds').startswith('0.017 G for one 64 x 64')
     assert numbers_of(card, 'scans') == '64 | 1.0 | coarse alone (`topk=0`) | 71.50 | 93.75'
@@ -157,9 +157,10 @@ def test_the_card_takes_the_results_of_validate(hub, checkpoint, tmp_path):
     rows = [dict(row, topk=0, fine_fusion='coarse'), dict(row, topk=8, fine_fusion='joint', top1=81.25)]
     sweep.write_text('\n'.join([','.join(rows[0]), *(','.join(map(str, r.values())) for r in rows)]))
 
-    publish(checkpoint, REPO, results=single, data_set='tiny scans')
+    publish(checkpoint, REPO, results=single, data_set='acme/Tiny-scans')
     card, config = hub.read(REPO, 'README.md').decode(), json.loads(hub.read(REPO, 'config.json'))
-    assert numbers_of(card, 'tiny scans') == '96 | 0.875 | coarse alone (`topk=0`) | 80.50 | 99.25'
+    assert numbers_of(card, 'acme/Tiny-scans') == '96 | 0.875 | coarse alone (`topk=0`) | 80.50 | 99.25'
+    assert yaml.safe_load(card.split('---')[1])['datasets'] == ['acme/Tiny-scans']
     assert '71.5' not in card and f'--model hf-hub:{REPO} --pretrained --img-size 96 --crop-pct 0.875' in card
     cfg = config['pretrained_cfg']
     assert (cfg['input_size'], cfg['test_input_size'], cfg['test_crop_pct']) == ([3, 64, 64], [3, 96, 96], 0.875)
