@@ -56,6 +56,7 @@ class Setting:
     device: torch.device = field(default_factory=lambda: torch.device('cpu'))
     batch_size: int = 8
     img_size: int = 224
+    """0 where no images are involved."""
     dtype: torch.dtype = torch.float32
     reparam: bool = False
     compile: bool = False
@@ -69,10 +70,16 @@ class Setting:
     def describe(self) -> str:
         """One line for the head of a table."""
         flags = [f for f in ('reparam', 'compile', 'channels_last', 'train') if getattr(self, f)]
-        dtype = str(self.dtype).removeprefix('torch.')
-        return (
-            f'torch {torch.__version__}, {device_name(self.device)}, batch {self.batch_size}, {self.img_size} px, '
-            f'{dtype}, {", ".join(flags) or "eager"}, medians of {self.repeats} rounds')
+        what = [
+            f'torch {torch.__version__}',
+            device_name(self.device),
+            f'batch {self.batch_size}',
+            f'{self.img_size} px' if self.img_size else '',
+            str(self.dtype).removeprefix('torch.'),
+            *(flags or ['eager']),
+            f'medians of {self.repeats} rounds',
+        ]
+        return ', '.join(w for w in what if w)
 
 
 def device_name(device: torch.device) -> str:
@@ -469,7 +476,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     setting = Setting(
         device=device,
         batch_size=args.batch_size or (2 if args.layers else 8),
-        img_size=args.img_size,
+        img_size=0 if args.layers else args.img_size,
         dtype=getattr(torch, args.dtype),
         reparam=args.reparam,
         compile=args.compile,

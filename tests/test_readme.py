@@ -1,0 +1,38 @@
+"""What the README and the docs state about the zoo is so."""
+import re
+from pathlib import Path
+
+import pytest
+
+from pst_timm.tools import report
+from pst_timm.tools.table import model_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')])
+
+
+def test_model_table():
+    table = {
+        m[1]: m.groups()[1:] for m in re.finditer(
+            r'^\| `(\w+)` \| [^|]+ \| ([\d,]+) \| ([\d.]+) \| (\d+) \|', (ROOT / 'README.md').read_text(), re.M)}
+    rows = {row['model']: (row['parameters'], f'{float(row["GMACs"]):.2f}', str(row['input'])) for row in model_rows()}
+    assert table == rows
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', page.read_text()):
+        assert (page.parent / target).exists(), f'{page.name} links to {target}'
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_configs_named_exist(page):
+    for target in re.findall(r'--config (configs/[\w./]+)', page.read_text()):
+        assert (ROOT / target).is_file(), f'{page.name} names {target}'
+
+
+@pytest.mark.parametrize('page', report.PAGES)
+def test_tables_are_those_of_the_measurements(page):
+    text = (ROOT / page).read_text()
+    assert '<!-- end -->' in text
+    assert report.fill_page(text, ROOT / report.PAGES[page]) == text
