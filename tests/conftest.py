@@ -1,4 +1,5 @@
 """What the tests of several rooms share."""
+import logging
 import random
 
 import numpy as np
@@ -12,3 +13,14 @@ def seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def unlogged():
+    """Take back the log handlers that a command set up in a test: they write to a stream that ends with the test."""
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield
+    for handler in [h for h in root.handlers if h not in before]:
+        root.removeHandler(handler)
+    root.setLevel(level)
