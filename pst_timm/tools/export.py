@@ -201,7 +201,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if args.topk is not None or args.fine_fusion is not None:
             if not hasattr(model, 'set_topk'):
                 raise ValueError(f'{args.source} has no sparse attention to set --topk or --fine-fusion on.')
-            topk = args.topk if args.topk is not None else metadata(model)['topk']
+            topk = args.topk if args.topk is not None else attention_settings(model)['topk']
             model.set_topk(topk, args.fine_fusion)
         names = args.class_names.read_text().split('\n') if args.class_names else None
         exported = export(

@@ -6,12 +6,12 @@ The two take turns on one model and one optimizer, so that both see the same mac
 over the rounds are compared.
 """
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
 from PIL import Image
@@ -22,6 +22,7 @@ from pst_timm.engine.setup import best_device
 from pst_timm.engine.signals import StopSignals
 from pst_timm.engine.training import prepare, train_one_epoch
 
+from .measure import time_in_turn
 from .table import format_table
 
 __all__ = ['main', 'measure_overhead']
@@ -42,11 +43,6 @@ class FixedBatches:
     def __iter__(self) -> Iterator[Batch]:
         for _ in range(self.steps):
             yield self.batch
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != 'cpu':
-        torch.accelerator.synchronize()
 
 
 def _bare_steps(model, optimizer, criterion, batch: Batch, steps: int) -> None:
@@ -84,7 +80,7 @@ def measure_overhead(
         torch.randint(0, 10, (batch_size,), device=place))
 
     criterion = torch.nn.CrossEntropyLoss()
-    speeds: Dict[str, List[float]] = dict(bare=[], engine=[])
+    epochs = itertools.count()
     with tempfile.TemporaryDirectory() as folder, StopSignals() as stop:
         _write_one_image_per_class(Path(folder) / 'data', batch_size)
         run = prepare(train_args(
@@ -92,19 +88,12 @@ def measure_overhead(
             img_size=img_size, batch_size=batch_size, workers=0, device=str(place), lr=1e-3, weight_decay=1e-4,
             sched='none', smoothing=0., log_interval=50))
         run.data = TrainData(FixedBatches(batch, steps), None, None)
-        for i in range(rounds + 1):
-            ways = [
-                ('bare', lambda: _bare_steps(run.task.get_trainable_module(), run.optimizer, criterion, batch, steps)),
-                ('engine', lambda epoch=i: train_one_epoch(run, epoch, stop)),
-            ]
-            for name, work in ways if i % 2 else reversed(ways):
-                _synchronize(place)
-                start = time.perf_counter()
-                work()
-                _synchronize(place)
-                if i > 0:  # the first round warms up
-                    speeds[name].append(batch_size * steps / (time.perf_counter() - start))
-    result = {name: statistics.median(values) for name, values in speeds.items()}
+        calls = {
+            'bare': lambda: _bare_steps(run.task.get_trainable_module(), run.optimizer, criterion, batch, steps),
+            'engine': lambda: train_one_epoch(run, next(epochs), stop),
+        }
+        times = time_in_turn(calls, rounds, warmup=1)
+    result = {name: batch_size * steps / statistics.median(seconds) for name, seconds in times.items()}
     return dict(result, ratio=result['engine'] / result['bare'])
 
 
