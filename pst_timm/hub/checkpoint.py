@@ -1,6 +1,5 @@
 """From whatever holds a trained model to weights, what is known about them, and the model; no code in it is run."""
 import argparse
-import difflib
 import json
 import logging
 import os
@@ -27,7 +26,7 @@ from timm.models._hub import load_model_config_from_path  # timm exports it from
 
 from pst_timm.models.digest import check_digest, drop_digest
 
-from .errors import HubError
+from .errors import HubError, did_you_mean
 
 __all__ = [
     'HEADER_KEY', 'Checkpoint', 'attention_settings', 'build_model', 'check_finite', 'data_config', 'load_model',
@@ -292,8 +291,7 @@ def load_model(source: PathLike, **model_kwargs: Any) -> nn.Module:
     if source.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
         return timm.create_model(source, pretrained=True, **model_kwargs)
     if not timm.is_model(source.split('.')[0]):
-        near = difflib.get_close_matches(source, timm.list_models(), 3)
-        hint = f'; did you mean {", ".join(near)}?' if near else '.'
+        hint = did_you_mean(source, timm.list_models()) or '.'
         raise HubError(f'{source!r} is neither a model, a file nor a folder{hint}')
     return timm.create_model(source, **model_kwargs)
 

@@ -1,6 +1,5 @@
 """Weights by name: tags that `timm.create_model(..., pretrained=True)` serves."""
 import dataclasses
-import difflib
 import os
 import re
 import sys
@@ -20,7 +19,7 @@ from timm.models import (
 )
 
 from .checkpoint import build_model, read_checkpoint
-from .errors import HubError
+from .errors import HubError, did_you_mean
 
 __all__ = ['register_weights']
 
@@ -59,15 +58,13 @@ def register_weights(
     if not re.fullmatch(r'\w[\w.-]*', tag) or tag == 'untrained':
         raise HubError(f"{name!r} must be an architecture and a new tag, such as 'resnet50_pst.my_tag'.")
     if not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, timm.list_models(), 1)
-        raise HubError(f'There is no architecture {arch!r}{f"; did you mean {near[0]}?" if near else "."}')
+        raise HubError(f'There is no architecture {arch!r}{did_you_mean(arch, timm.list_models(), 1) or "."}')
     if (hf_hub_id is None) == (file is None):
         raise HubError(f'{name} needs either hf_hub_id or file.')
     unknown = sorted(set(cfg) - FIELDS.difference(PLACE))
     if unknown:
-        near = difflib.get_close_matches(unknown[0], FIELDS, 1)
         raise HubError(
-            f'{unknown[0]!r} is no field of a pretrained configuration{f"; did you mean {near[0]}?" if near else "."}')
+            f'{unknown[0]!r} is no field of a pretrained configuration{did_you_mean(unknown[0], FIELDS, 1) or "."}')
     facts = _facts_of_file(arch, file) if file is not None else _facts_of_repository(arch, hf_hub_id)
     _register(arch, tag, PretrainedCfg(**{**facts, **cfg}), default)
 

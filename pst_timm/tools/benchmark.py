@@ -5,7 +5,6 @@ the ratio of the two. The plain formula is written here from the equations, with
 """
 import argparse
 import csv
-import difflib
 import json
 import re
 import statistics
@@ -22,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from pst_timm import reparameterize
-from pst_timm.hub import count_gmacs
+from pst_timm.hub import count_gmacs, did_you_mean
 from pst_timm.layers import PyramidSparseAttention
 
 from .measure import EnergyMeter, count_activations, median_ratio, peak_memory, percentile, time_in_turn
@@ -443,8 +442,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser.parse_args(argv)
     for name in (*args.models, *(args.baselines or ())):
         if not timm.is_model(name):
-            near = difflib.get_close_matches(name, timm.list_models(), 3)
-            parser.error(f'unknown model {name!r}' + (f'; did you mean {", ".join(near)}?' if near else ''))
+            parser.error(f'unknown model {name!r}{did_you_mean(name, timm.list_models())}')
     if args.baselines and len(args.baselines) != len(args.models):
         parser.error(f'{len(args.models)} models but {len(args.baselines)} --baselines; give one for each')
     if any(s < 2 or s % 2 for s in args.sizes):
