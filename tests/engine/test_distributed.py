@@ -3,14 +3,22 @@ import subprocess
 import sys
 
 import pytest
+import timm
+from torch import nn
 
 from pst_timm.engine import train
 from pst_timm.engine.args import write_yaml
 
 from .helpers import ROOT, assert_same_weights, load_weights, script_env, tiny_train_args, write_images
 
-# a norm of each image alone stands in for frozen statistics: torch has no SyncBatchNorm for the CPU
+# torch has no SyncBatchNorm for the CPU: the statistics are those of each image alone, or frozen
 ALONE = dict(norm_layer='groupnorm1')
+FROZEN = dict(zero_init_last=False)  # a frozen zero would cut the residual branches off
+
+
+def batch_norms():
+    """Names of the batch norms of the model these tests train."""
+    return [n for n, m in timm.create_model('test_resnet_pst').named_modules() if isinstance(m, nn.BatchNorm2d)]
 
 
 @pytest.fixture(scope='module')
@@ -29,11 +37,15 @@ def torchrun(args, folder, script=('train.py',), restarts=0):
         text=True, timeout=120)
 
 
-@pytest.mark.parametrize('model_kwargs', [{}, dict(train_topk=2, train_fine_prob=0.5)], ids=['coarse', 'train_topk'])
-def test_two_processes_equal_one(data, tmp_path, model_kwargs):
+@pytest.mark.parametrize('norm, model_kwargs', [
+    (ALONE, {}),
+    (FROZEN, {}),
+    (ALONE, dict(train_topk=2, train_fine_prob=0.5)),
+], ids=['coarse', 'coarse-frozen', 'train_topk'])
+def test_two_processes_equal_one(data, tmp_path, norm, model_kwargs):
     values = dict(
         epochs=4, sched='none', lr=0.02, no_aug=True, model_ema=True, model_ema_decay=0.5,
-        model_kwargs=dict(ALONE, **model_kwargs))
+        model_kwargs=dict(norm, **model_kwargs), freeze=batch_norms() if norm is FROZEN else None)
     (tmp_path / 'two').mkdir()
     done = torchrun(tiny_train_args(data, tmp_path / 'two', batch_size=12, **values), tmp_path / 'two')
     assert done.returncode == 0, done.stderr
