@@ -56,6 +56,14 @@ class StepTimer:
         """Share of the time spent waiting for the loader, from 0 to 1."""
         return self.wait.sum / max(time.perf_counter() - self.start, 1e-9)
 
+    def speed(self, world_size: int = 1) -> Dict[str, float]:
+        """Seconds so far, images per second of all processes, and the share of the time spent waiting for data."""
+        return dict(
+            seconds=round(time.perf_counter() - self.start, 3),
+            images_per_second=round(self.images_per_second * world_size, 2),
+            wait_share=round(self.wait_share, 4),
+        )
+
     def __str__(self) -> str:
         text = f'{self.images_per_second:.1f} images/s, {self.wait_share:.0%} of the time waiting for data'
         slow = self.step.count >= 20 and self.wait_share > 0.3  # at first the workers are only starting
@@ -77,15 +85,26 @@ class RunLog:
         """
         self.folder = folder
         self.summary = folder / 'summary.csv'
-        trim_summary(str(self.summary), start_epoch)
+        self.speed = folder / 'speed.csv'
+        for file in (self.summary, self.speed):
+            trim_summary(str(file), start_epoch)
         self.tensorboard = _open_tensorboard(folder, start_epoch) if args.log_tensorboard else None
         self.wandb = _open_wandb(args) if args.log_wandb else None
 
-    def epoch(self, epoch: int, train: Dict[str, float], evaluation: Dict[str, float], lr: float) -> None:
-        """Record the metrics of an epoch and draw the curves anew; `evaluation` is empty where there was none."""
+    def epoch(
+            self,
+            epoch: int,
+            train: Dict[str, float],
+            evaluation: Dict[str, float],
+            lr: float,
+            speed: Dict[str, float],
+    ) -> None:
+        """Record an epoch and draw the curves anew; `evaluation` is empty where there was none."""
         # every row has the columns of the header
         columns = dict(dict.fromkeys(('loss', 'top1', 'top5'), ''), **evaluation)
         update_summary(epoch, train, columns, str(self.summary), lr=lr, log_wandb=self.wandb is not None)
+        # apart from the summary, which is the same whenever the run is repeated
+        update_summary(epoch, speed, {}, str(self.speed))
         plot_summary(self.summary, self.folder / 'curve.png')
         if self.tensorboard is not None:
             for name, values in (('train', train), ('eval', evaluation)):

@@ -122,20 +122,20 @@ def train_epochs(run: Run, stop: StopSignals, result: TrainResult) -> None:
     """Train, evaluate, record and save, epoch by epoch."""
     for epoch in range(run.start.epoch, run.num_epochs):
         last = epoch + 1 == run.num_epochs
-        train_metrics = train_one_epoch(run, epoch, stop)
+        train_metrics, speed = train_one_epoch(run, epoch, stop)
         share_statistics(run)
         due = run.data.evaluation is not None and ((epoch + 1) % run.args.val_interval == 0 or last)
         eval_metrics = validate_epoch(run) if due else {}
         lr = run.lr
         if run.scheduler is not None:
             run.scheduler.step(epoch + 1, eval_metrics.get(run.args.eval_metric))
-        finish_epoch(run, epoch, train_metrics, eval_metrics, lr, result)
+        finish_epoch(run, epoch, train_metrics, eval_metrics, lr, speed, result)
         if not last and stop.agreed():
             raise Interrupted(f'Stopped after epoch {epoch}, as asked: start again with --resume auto to go on.')
 
 
-def train_one_epoch(run: Run, epoch: int, stop: StopSignals) -> Dict[str, float]:
-    """Train for an epoch, or for the rest of one that was interrupted; returns its mean loss."""
+def train_one_epoch(run: Run, epoch: int, stop: StopSignals) -> Tuple[Dict[str, float], Dict[str, float]]:
+    """Train for an epoch, or for the rest of one that was interrupted; returns its mean loss, and its speed."""
     args, task, loader = run.args, run.task, run.data.train
     start_epoch(run, epoch)
     skip = run.start.step if epoch == run.start.epoch else 0
@@ -174,7 +174,8 @@ def train_one_epoch(run: Run, epoch: int, stop: StopSignals) -> Dict[str, float]
             watch.report(step, images)
         if step + 1 < total:
             after_update(run, Position(epoch, step + 1), group + 1, stop, watch)
-    return dict(loss=watch.mean())
+    metrics = dict(loss=watch.mean())
+    return metrics, timer.speed(args.world_size)
 
 
 def start_epoch(run: Run, epoch: int) -> None:
@@ -344,13 +345,14 @@ def finish_epoch(
         train_metrics: Dict[str, float],
         eval_metrics: Dict[str, float],
         lr: float,
+        speed: Dict[str, float],
         result: TrainResult,
 ) -> None:
     """Record the epoch, then save it: a kill in between repeats the epoch, and its record."""
     result.history.append(dict(train_metrics, **{f'eval_{k}': v for k, v in eval_metrics.items()}))
     if run.log is not None:
         try:
-            run.log.epoch(epoch, train_metrics, eval_metrics, lr)
+            run.log.epoch(epoch, train_metrics, eval_metrics, lr, speed)
         except OSError as e:
             raise EngineError(
                 f'Cannot write the log to {run.output_dir}: {e}. The last checkpoint there is intact: make room, and '
