@@ -411,6 +411,7 @@ VALIDATE_FLAGS: FlagGroups = [
         _flag('--metrics-avg', str, None, 'Also precision, recall and F1, averaged in this way.',
               choices=('micro', 'macro', 'weighted')),
         _switch('--calibrate', 'Also the expected calibration error, and the temperature that mends it.'),
+        _switch('--answers', 'Also which images are classified right, as hexadecimal digits of four images each.'),
         _flag('--topk-sweep', int, None, 'Evaluate fine attention with each of these topk, both fusions, in one pass.',
               nargs='+', low=0),
     ]),

@@ -12,8 +12,8 @@ from timm.task import ClassificationEvaluator
 from .errors import EngineError
 
 __all__ = [
-    'CalibrationMeasure', 'ClassMeasure', 'Measure', 'RealLabelsMeasure', 'SweepMeasure', 'calibration_error',
-    'fit_temperature']
+    'AnswerMeasure', 'CalibrationMeasure', 'ClassMeasure', 'Measure', 'RealLabelsMeasure', 'SweepMeasure',
+    'calibration_error', 'fit_temperature', 'pack_answers']
 
 
 class Measure:
@@ -66,6 +66,27 @@ def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
 
         optimizer.step(closure)
         return log_temperature.exp().item()
+
+
+class AnswerMeasure(Measure):
+    """Which images are classified right, so that two models can be compared image by image."""
+
+    def __init__(self):
+        self.right: List[torch.Tensor] = []
+
+    def update(self, images: torch.Tensor, output: torch.Tensor, target: torch.Tensor) -> None:
+        self.right.append(output.argmax(dim=-1).eq(target).cpu())
+
+    def results(self) -> Dict[str, Any]:
+        """`answers`: hexadecimal digits for four images each in their order, first image in the highest bit."""
+        return dict(answers=pack_answers(torch.cat(self.right).tolist()))
+
+
+def pack_answers(right: Sequence[bool]) -> str:
+    """Right and wrong answers as hexadecimal digits for four images each; zeros fill the last digit."""
+    bits = ''.join('1' if r else '0' for r in right)
+    bits += '0' * (-len(bits) % 4)
+    return ''.join(f'{int(bits[i:i + 4], 2):x}' for i in range(0, len(bits), 4))
 
 
 class CalibrationMeasure(Measure):

@@ -21,9 +21,9 @@ from .checkpoint import read_weights
 from .data import check_classes, create_eval_dataset, create_eval_loader
 from .errors import EngineError
 from .evaluate import evaluate
-from .measures import CalibrationMeasure, ClassMeasure, Measure, RealLabelsMeasure, SweepMeasure
+from .measures import AnswerMeasure, CalibrationMeasure, ClassMeasure, Measure, RealLabelsMeasure, SweepMeasure
 
-__all__ = ['validate', 'write_results']
+__all__ = ['load_model', 'validate', 'write_results']
 
 _logger = logging.getLogger(__name__)
 
@@ -88,7 +88,8 @@ def _validate_with_retry(args: Namespace) -> List[Results]:
                 torch.cuda.empty_cache()
 
 
-def _load_model(args: Namespace) -> nn.Module:
+def load_model(args: Namespace) -> nn.Module:
+    """The model that the arguments name, with the weights of --checkpoint, on the CPU."""
     args.pretrained = args.pretrained or not args.checkpoint
     model = setup.build_model(args)
     if args.checkpoint:
@@ -138,7 +139,7 @@ def _validate_one(args: Namespace) -> List[Results]:
     explicit_classes = args.num_classes is not None
     device = setup.init_device(args)
     dtype = setup.resolve_dtype(args)
-    model = _load_model(args)
+    model = load_model(args)
     params = sum(p.numel() for p in model.parameters())
     data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
     if args.test_pool:
@@ -188,6 +189,8 @@ def _validate_one(args: Namespace) -> List[Results]:
 
 def _measures(args: Namespace, dataset: Any) -> List[Measure]:
     measures: List[Measure] = []
+    if args.answers:
+        measures.append(AnswerMeasure())
     if args.calibrate:
         measures.append(CalibrationMeasure())
     if args.metrics_avg:
