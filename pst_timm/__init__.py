@@ -3,12 +3,12 @@ from importlib import import_module
 from typing import Any
 
 from . import layers, models
-from .models import ResNetPST, TrunkLoad, load_trunk, reparameterize
+from .models import Inspection, ResNetPST, TrunkLoad, inspect_tokens, load_trunk, reparameterize
 from .version import __version__
 
 __all__ = [
-    'ResNetPST', 'TrunkLoad', '__version__', 'hub', 'layers', 'load_trunk', 'models', 'publish',
-    'register_weights', 'reparameterize',
+    'Inspection', 'ResNetPST', 'TrunkLoad', '__version__', 'hub', 'inspect_tokens', 'layers', 'load_trunk', 'models',
+    'publish', 'register_weights', 'reparameterize',
 ]
 # loaded when asked for, so that the import stays light
 _FROM_HUB = ('publish', 'register_weights')

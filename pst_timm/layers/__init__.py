@@ -1,5 +1,5 @@
 """The layers of PST: tensors in, tensors out. They know torch and timm.layers only."""
-from .attention import FINE_FUSIONS, PyramidSparseAttention
+from .attention import FINE_FUSIONS, PyramidSparseAttention, SparseTokens
 from .conv_norm import Concat, ConvNorm, FusedConvAct, Pair, SplitConvAct
 from .module import PyramidSparseBlock, PyramidSparseTransformer
 
@@ -12,5 +12,6 @@ __all__ = [
     'PyramidSparseAttention',
     'PyramidSparseBlock',
     'PyramidSparseTransformer',
+    'SparseTokens',
     'SplitConvAct',
 ]

@@ -8,7 +8,7 @@ Shapes used throughout: B images, C channels in `heads` heads of d = C / heads; 
 """
 import numbers
 import random
-from typing import Final, Optional, Tuple
+from typing import Final, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -18,9 +18,25 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .conv_norm import ConvNorm
 
-__all__ = ['FINE_FUSIONS', 'PyramidSparseAttention']
+__all__ = ['FINE_FUSIONS', 'PyramidSparseAttention', 'SparseTokens']
 
 FINE_FUSIONS = ('gate', 'joint')
+
+
+class SparseTokens(NamedTuple):
+    """What one attention layer looks at; tokens are numbered row by row."""
+    fine_size: Tuple[int, int]
+    """Height H and width W of the fine map."""
+    coarse_size: Tuple[int, int]
+    """Height h and width w of the coarse map."""
+    attention: torch.Tensor
+    """Coarse attention (B, heads, H * W, h * w): what each query gives to each coarse token, 1 in all."""
+    scores: torch.Tensor
+    """Selection scores of the coarse tokens (B, heads, h * w)."""
+    selected: torch.Tensor
+    """Selected coarse tokens (B, heads, k), the best first; k is 0 for coarse attention alone."""
+    children: torch.Tensor
+    """Fine tokens below the selected ones (B, heads, k, 4), or 1 for equal maps; -1 where an odd edge has none."""
 
 
 def as_topk(value: int, name: str = 'topk') -> int:
@@ -233,11 +249,15 @@ class PyramidSparseAttention(nn.Module):
             logits = logits + bias
         return logits.softmax(dim=-1) @ v
 
-    def _select(self, q: torch.Tensor, k: torch.Tensor, topk: int) -> torch.Tensor:
-        """Indices (B, heads, topk) of the coarse tokens with the highest mean logit over all queries."""
+    def _scores(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """Mean logit of each coarse token over all queries (B, heads, M)."""
         q, k = q.detach(), k.detach()
         # the mean of the logits is the logit of the mean query: s = (mean_n Q_n) K^T / sqrt(d)
-        scores = ((q.mean(dim=2, keepdim=True) * self.scale) @ k.transpose(-2, -1)).squeeze(2)
+        return ((q.mean(dim=2, keepdim=True) * self.scale) @ k.transpose(-2, -1)).squeeze(2)
+
+    def _select(self, q: torch.Tensor, k: torch.Tensor, topk: int) -> torch.Tensor:
+        """Indices (B, heads, topk) of the coarse tokens with the highest scores."""
+        scores = self._scores(q, k)
         if self.training:
             scores = scores - torch.empty_like(scores).exponential_().log()  # plus Gumbel noise
         return scores.topk(topk, dim=-1)[1]
@@ -357,3 +377,28 @@ class PyramidSparseAttention(nn.Module):
 
         pe = F.interpolate(self.pe(self._map(v, (h, w))), size=(H, W), mode='bilinear', align_corners=False)
         return self.proj(self._map(out, (H, W)) + pe)
+
+    def inspect(self, x: torch.Tensor, upper: torch.Tensor, fine: Optional[bool] = None) -> SparseTokens:
+        """What the layer, in eval mode, looks at when it is called with these maps.
+
+        The coarse attention is held whole, N x M numbers per head, which `forward` never does.
+
+        Args:
+            x: See `forward`, as for the next two.
+            upper: Coarse map.
+            fine: Only training reads it.
+
+        Raises:
+            ValueError: If the sizes of the two maps do not fit.
+        """
+        fine_size, coarse_size = (x.shape[2], x.shape[3]), (upper.shape[2], upper.shape[3])
+        ratio = level_ratio(fine_size, coarse_size)
+        q = self._heads(self.q(x))
+        k = self._heads(self.kv(upper)).chunk(2, dim=-1)[0]
+        M = k.shape[2]
+        # attending to unit vectors gives the weights
+        attention = self._attend(q, k, torch.eye(M, device=k.device, dtype=k.dtype).expand(*k.shape[:2], M, M))
+        selected = self._select(q, k, min(self.topk, M))
+        index, exists = self._children(selected, fine_size, coarse_size, ratio)
+        return SparseTokens(
+            fine_size, coarse_size, attention, self._scores(q, k), selected, index.masked_fill(~exists, -1))

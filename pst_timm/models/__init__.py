@@ -1,6 +1,7 @@
 """The architectures, registered with timm on import. They know the layers."""
+from .inspection import Inspection, inspect_tokens
 from .reparameterize import reparameterize
 from .resnet_pst import ResNetPST
 from .trunk import TrunkLoad, load_trunk
 
-__all__ = ['ResNetPST', 'TrunkLoad', 'load_trunk', 'reparameterize']
+__all__ = ['Inspection', 'ResNetPST', 'TrunkLoad', 'inspect_tokens', 'load_trunk', 'reparameterize']
