@@ -14,6 +14,8 @@ commands:
   train      train a model (pst-timm train --help)
   validate   evaluate models (pst-timm validate --help)
   benchmark  measure models and the attention on this machine (pst-timm benchmark --help)
+  study      train and evaluate a grid of models and seeds (pst-timm study --help)
+  visualize  draw what PST looks at in an image (pst-timm visualize --help)
   export     write a model for deployment (pst-timm export --help)
   convert    training checkpoint to safetensors and back (pst-timm convert --help)
   publish    put a checkpoint on the Hub (pst-timm publish --help)
@@ -85,6 +87,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if command == 'benchmark':
         from pst_timm.tools.benchmark import main as benchmark_main
         return benchmark_main(words[1:])
+    if command == 'study':
+        from pst_timm.tools.study import main as study_main
+        return study_main(words[1:])
+    if command == 'visualize':
+        from pst_timm.tools.visualize import main as visualize_main
+        return visualize_main(words[1:])
     if command == 'export':
         from pst_timm.tools.export import main as export_main
         return export_main(words[1:])

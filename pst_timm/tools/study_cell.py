@@ -27,8 +27,8 @@ __all__ = ['Cell', 'hardware_name', 'run_cell']
 Row = Dict[str, Any]
 # what training and evaluation share
 SHARED = (
-    'channels_last', 'crop_mode', 'crop_pct', 'data_on_device', 'device', 'device_modules', 'gp', 'img_size', 'in_chans',
-    'input_size', 'interpolation', 'mean', 'model', 'model_kwargs', 'pin_mem', 'std', 'workers')
+    'channels_last', 'crop_mode', 'crop_pct', 'data_on_device', 'device', 'device_modules', 'gp', 'img_size',
+    'in_chans', 'input_size', 'interpolation', 'mean', 'model', 'model_kwargs', 'pin_mem', 'std', 'workers')
 # what may differ between two runs of the same cell
 PLACE = ('class_map', 'data_dir', 'device', 'experiment', 'output', 'resume', 'workers')
 RECORD = 'cell.json'
@@ -52,6 +52,10 @@ class Cell:
     @property
     def id(self) -> str:
         return f'{self.name}-seed{self.seed}'
+
+    @property
+    def epochs(self) -> int:
+        return train_args(**self.train).epochs
 
     @property
     def settings(self) -> Dict[str, Any]:
@@ -201,7 +205,7 @@ def probe(classes: Sequence[str], common: Mapping[str, Any], settings: Mapping[s
 
     best = max(PROBE_C, key=lambda c: fit(c, ~held).score(x[held], y[held]))
     probabilities = torch.from_numpy(fit(best, np.full(len(y), True)).predict_proba(x_val))
-    logits, target = probabilities.log(), torch.from_numpy(y_val)
+    logits, target = probabilities.clamp(min=1e-12).log(), torch.from_numpy(y_val)
     order = logits.argsort(dim=-1, descending=True)
     hits = order.eq(target[:, None])
     return dict(

@@ -10,7 +10,7 @@ from pst_timm.engine.args import read_yaml, write_yaml
 from pst_timm.engine.flags import TRAIN_FLAGS, VALIDATE_FLAGS
 
 HERE = Path(__file__).parent
-CONFIGS = sorted((HERE.parents[1] / 'configs').glob('**/*.yaml'))
+CONFIGS = sorted((HERE.parents[1] / 'configs').glob('*.yaml'))
 TYPES = {'int': int, 'float': float, 'str': str, 'utils.ParseKwargs': dict, 'ParseKwargs': dict}
 # the differences from timm that docs/training.md lists
 OUR_DEFAULTS = {'device': None}

@@ -1,0 +1,543 @@
+"""A study: a grid of models and seeds, trained with one recipe, evaluated alike, and put on record.
+
+    pst-timm study configs/study/cpu.yaml --data-dir data/tiny-imagenet-200
+
+Every cell of the grid is a process of its own that runs the ordinary training engine, one for each GPU, or one for
+each core of a CPU. A study that was stopped, in whatever way, goes on where it was: finished cells are not run again,
+and those that were at work resume from their last checkpoint.
+"""
+import argparse
+import csv
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Deque, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+import yaml
+from filelock import FileLock
+from timm.utils import setup_default_logging
+from tqdm import tqdm
+
+from pst_timm.engine import EngineError, train_args
+from pst_timm.engine.setup import autocast_for, best_device, import_modules
+from pst_timm.hub import count_gmacs, did_you_mean
+
+from .measure import median_ratio, percentile, time_in_turn
+from .study_cell import RECORD, Cell, Row, hardware_name, read_csv, run_cell, write_whole
+
+__all__ = ['Study', 'main', 'read_study', 'run_study']
+
+_logger = logging.getLogger(__name__)
+
+STOPPED = 130  # as a shell reports a command that was interrupted
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid, as its YAML file describes it."""
+    name: str
+    title: str
+    """What is run, in one sentence without numbers of the result."""
+    cells: List[Cell]
+    """All seeds of the first model, of the second, and so on."""
+    questions: Dict[str, Dict[str, Any]]
+    """What the report asks of the results."""
+
+    @property
+    def names(self) -> List[str]:
+        return list(dict.fromkeys(c.name for c in self.cells))
+
+    @property
+    def seeds(self) -> List[int]:
+        return sorted({c.seed for c in self.cells})
+
+
+# ---------------------------------------------------------------------------------------------- the configuration
+
+STUDY_KEYS = {
+    'name': str, 'title': str, 'seeds': list, 'classes': (list, dict), 'train': dict, 'cells': dict, 'sweep': dict,
+    'probe': dict, 'questions': dict}
+REQUIRED = ('name', 'title', 'seeds', 'train', 'cells')
+
+
+def read_study(path: str, data_dir: str) -> Study:
+    """Read and check the configuration of a study.
+
+    Args:
+        path: YAML file with
+            name, title: of the study;
+            seeds: list of seeds;
+            classes: folder names, or {first: i, step: n} for every n-th of the sorted names, or {except: one of
+                these}; all if left out;
+            train: flags of the training engine for all cells;
+            cells: by name, the flags in which a cell differs, and its own `classes`;
+            sweep: {cells, topk, img_size} of the evaluation with fine attention;
+            probe: {cells, classes} of the linear probe on held-out classes;
+            questions: what the report asks, by number: {title, kind, ...}.
+        data_dir: Image folder, for the names of the classes.
+
+    Raises:
+        EngineError: If the file cannot be read, or names an unknown key, cell, class, flag or model.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as e:
+        raise EngineError(f'Cannot read the study {path}: {e.strerror}.') from None
+    except yaml.YAMLError as e:
+        raise EngineError(f'{path} is not valid YAML: {e}') from None
+    _check_keys(path, values)
+    split = Path(data_dir) / values['train'].get('train_split', 'train')
+    if not split.is_dir():
+        raise EngineError(f'There is no {split}: --data-dir must name the folder with the images of the study.')
+    folders = sorted(p.name for p in split.iterdir() if p.is_dir())
+    classes = choose_classes(values.get('classes'), folders)
+    sweep, probe = values.get('sweep', {}), values.get('probe', {})
+    probe_classes = choose_classes(probe.get('classes'), folders) if probe else []
+    for part, names in (('sweep', sweep.get('cells', [])), ('probe', probe.get('cells', []))):
+        for name in names:
+            if name not in values['cells']:
+                raise EngineError(f'{path}: {part} names an unknown cell {name!r}{did_you_mean(name, values["cells"])}')
+    cells = []
+    for name, own in values['cells'].items():
+        own = dict(own)
+        own_classes = choose_classes(own.pop('classes'), folders) if 'classes' in own else classes
+        if name in probe.get('cells', []) and (seen := set(own_classes) & set(probe_classes)):
+            raise EngineError(f'{path}: the probe of {name} needs classes it was not trained on; it saw {min(seen)}.')
+        flags = {**values['train'], **own}
+        try:
+            train_args(**flags)
+        except EngineError as e:
+            raise EngineError(f'{path}, cell {name}: {e}') from None
+        cells += [
+            Cell(
+                name=name,
+                seed=seed,
+                train=flags,
+                classes=own_classes,
+                sweep={k: sweep[k] for k in ('topk', 'img_size')} if name in sweep.get('cells', []) else {},
+                probe=probe_classes if name in probe.get('cells', []) else [],
+            )
+            for seed in values['seeds']]
+    _check_models(path, cells)
+    return Study(values['name'], values['title'], cells, values.get('questions', {}))
+
+
+def _check_keys(path: str, values: Any) -> None:
+    if not isinstance(values, dict):
+        raise EngineError(f'{path} must hold one mapping with {", ".join(REQUIRED)}.')
+    problems = [f'unknown key {k!r}{did_you_mean(str(k), STUDY_KEYS)}' for k in values if k not in STUDY_KEYS]
+    problems += [f'{k} is missing' for k in REQUIRED if not values.get(k)]
+    problems += [
+        f'{k} must be a {getattr(t, "__name__", "list or dict")}, got {values[k]!r}'
+        for k, t in STUDY_KEYS.items() if k in values and not isinstance(values[k], t)]
+    for part, keys in (('sweep', {'cells', 'topk', 'img_size'}), ('probe', {'cells', 'classes'})):
+        if isinstance(values.get(part), dict) and set(values[part]) != keys:
+            problems.append(f'{part} needs {", ".join(sorted(keys))}, got {", ".join(map(str, values[part]))}')
+    if isinstance(values.get('cells'), dict):
+        problems += [
+            f'cell {name!r} needs a mapping with its model' for name, own in values['cells'].items()
+            if not isinstance(own, dict) or not {**(values.get('train') or {}), **own}.get('model')]
+    if problems:
+        raise EngineError('\n'.join(f'{path}: {p}' for p in problems))
+
+
+def _check_models(path: str, cells: Iterable[Cell]) -> None:
+    for cell in cells:
+        import_modules(cell.train.get('device_modules'))
+        model = cell.train['model']
+        if not timm.is_model(model):
+            raise EngineError(f'{path}, cell {cell.name}: unknown model {model!r}'
+                              f'{did_you_mean(model, timm.list_models())}')
+
+
+def choose_classes(choice: Any, folders: Sequence[str]) -> List[str]:
+    """Names of class folders.
+
+    Args:
+        choice: None for all, a list of names, {first: i, step: n}, or {except: one of these}.
+        folders: All names, sorted.
+    """
+    if choice is None:
+        return list(folders)
+    if isinstance(choice, dict) and set(choice) == {'except'}:
+        out = set(choose_classes(choice['except'], folders))
+        return [f for f in folders if f not in out]
+    if isinstance(choice, dict) and set(choice) == {'first', 'step'}:
+        return list(folders[choice['first']::choice['step']])
+    if not isinstance(choice, list):
+        raise EngineError(f'classes must be names, {{first, step}} or {{except}}, got {choice!r}.')
+    missing = [c for c in choice if c not in folders]
+    if missing:
+        raise EngineError(f'The data has no class {missing[0]!r}{did_you_mean(str(missing[0]), folders)}')
+    return sorted(choice)
+
+
+# ------------------------------------------------------------------------------------------------------ the cells
+
+def finished(cell: Cell, output: Path) -> bool:
+    """Whether a cell is done.
+
+    Raises:
+        EngineError: If it was done with other settings.
+    """
+    path = output / cell.id / RECORD
+    if not path.is_file():
+        return False
+    if json.loads(path.read_text())['settings'] != cell.settings:
+        raise EngineError(
+            f'{path.parent} was run with other settings than the study now has: choose another --output, or remove '
+            f'that folder to run the cell again.')
+    return True
+
+
+def epochs_done(cell: Cell, output: Path) -> int:
+    """Epochs that a cell has trained so far."""
+    summary = output / cell.id / 'summary.csv'
+    return max(0, len(summary.read_text().splitlines()) - 1) if summary.is_file() else 0
+
+
+@dataclass
+class Slot:
+    """A place where one cell at a time can run."""
+    device: str
+    environment: Dict[str, str]
+    process: Optional[subprocess.Popen] = None
+    cell: Optional[Cell] = None
+
+
+def make_slots(device: str, jobs: int, cells: int) -> List[Slot]:
+    """Places for the cells: one per GPU, or one per core of a CPU.
+
+    Args:
+        device: 'cuda', 'mps' or 'cpu', or one GPU as in 'cuda:1'.
+        jobs: Places to make, 0 for as many as there are GPUs or cores.
+        cells: No more than these are made.
+    """
+    if device == 'cuda':
+        # a visible device may be a number or a name
+        visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+        gpus = visible.split(',') if visible else [str(i) for i in range(torch.cuda.device_count())]
+        count = min(jobs or len(gpus), cells)
+        return [Slot('cuda', {'CUDA_VISIBLE_DEVICES': gpus[i % len(gpus)]}) for i in range(count)]
+    if device != 'cpu':
+        return [Slot(device, {}) for _ in range(min(jobs or 1, cells))]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    count = min(jobs or cores, cells)
+    return [Slot('cpu', {'OMP_NUM_THREADS': str(max(1, cores // count))}) for _ in range(count)]
+
+
+def start(slot: Slot, cell: Cell, config: str, data_dir: str, output: Path, jobs: int) -> None:
+    """Start a cell in a process that ends when this one does."""
+    folder = output / cell.id
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [
+        sys.executable, '-m', 'pst_timm.tools.study', config, '--cell', cell.id, '--data-dir', data_dir,
+        '--output', str(output.parent), '--device', slot.device, '--jobs', str(jobs)]
+    with open(folder / 'cell.log', 'a') as log:
+        slot.process = subprocess.Popen(
+            words,
+            stdin=subprocess.PIPE,  # never written: it closes when this process dies, and the cell notices
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **slot.environment},
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the cells
+        )
+    slot.cell = cell
+
+
+def stop(slots: Iterable[Slot], patience: float = 120.) -> None:
+    """Ask the cells at work to stop, which leaves a checkpoint each, and wait for them; a second Ctrl-C kills them."""
+    at_work = [s.process for s in slots if s.process is not None]
+    for process in at_work:
+        process.stdin.close()
+    deadline = time.monotonic() + patience
+    try:
+        for process in at_work:
+            process.wait(max(0.1, deadline - time.monotonic()))
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        for process in at_work:
+            process.kill()
+            process.wait()
+
+
+def stop_with_parent() -> None:
+    """Within a cell: stop politely when the study does, even if it was killed."""
+    def watch() -> None:
+        os.read(0, 1)  # not sys.stdin, whose lock the loader workers would inherit and wait for
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def last_words(cell: Cell, output: Path) -> str:
+    """The last line of a cell's log."""
+    lines = (output / cell.id / 'cell.log').read_text(errors='replace').splitlines()
+    return next((line for line in reversed(lines) if line.strip()), 'it said nothing')
+
+
+def run_study(
+        study: Study,
+        config: str,
+        data_dir: str,
+        output: Path,
+        results: Path,
+        device: str,
+        jobs: int = 0,
+) -> List[str]:
+    """Run the cells that are not finished, and collect the results of all that are.
+
+    Args:
+        study: The study.
+        config: The file it was read from.
+        data_dir: Image folder with the splits.
+        output: Folder for the runs; each study has a folder in it, each cell one in that.
+        results: Folder for the tables.
+        device: Device, as in `make_slots`.
+        jobs: Cells at once, 0 for one per GPU or core.
+
+    Returns:
+        Ids of the cells that failed.
+    """
+    output = output / study.name
+    missing: Deque[Cell] = deque(c for c in study.cells if not finished(c, output))
+    done = [c for c in study.cells if c not in missing]
+    _logger.info(f'{study.name}: {len(done)} of {len(study.cells)} cells are finished, {len(missing)} to run.')
+    collect(study, output, results)
+    slots = make_slots(device, jobs, len(missing)) if missing else []
+    failed: List[str] = []
+    epochs = {c.id: c.epochs for c in study.cells}
+    with tqdm(total=sum(epochs.values()), desc=study.name, unit='epoch', disable=None) as bar:
+        def show() -> None:
+            bar.n = sum(epochs[c.id] if c in done else epochs_done(c, output) for c in study.cells)
+            at_work = ', '.join(s.cell.id for s in slots if s.cell)
+            bar.set_postfix_str(f'{len(done)}/{len(study.cells)} cells; {at_work}')
+
+        try:
+            while missing or any(s.process for s in slots):
+                for slot in slots:
+                    if slot.process is None and missing:
+                        start(slot, missing.popleft(), config, data_dir, output, len(slots))
+                        _logger.info(f'{slot.cell.id}: started, log in {output / slot.cell.id / "cell.log"}')
+                    elif slot.process is not None and slot.process.poll() is not None:
+                        cell, code = slot.cell, slot.process.returncode
+                        slot.process.stdin.close()
+                        slot.process = slot.cell = None
+                        if code == 0 and finished(cell, output):
+                            done.append(cell)
+                            collect(study, output, results)
+                            row = json.loads((output / cell.id / RECORD).read_text())['cell']
+                            _logger.info(
+                                f'{cell.id}: top1 {row["top1"]:.2f}, {row["train_seconds"]:.0f} s of training at '
+                                f'{row["images_per_second"]:.0f} images/s ({len(done)} of {len(study.cells)} cells)')
+                        else:
+                            failed.append(cell.id)
+                            _logger.error(f'{cell.id} failed (exit code {code}): {last_words(cell, output)}')
+                show()
+                time.sleep(0.5)
+        finally:
+            stop(slots)
+    return failed
+
+
+# ---------------------------------------------------------------------------------------------------- the records
+
+def collect(study: Study, output: Path, results: Path) -> None:
+    """Bring the records of the finished cells into the tables of the results; rows of other cells there stay."""
+    paths = [(c, output / c.id / RECORD) for c in study.cells]
+    records = [(c, json.loads(path.read_text())) for c, path in paths if path.is_file()]
+    if not records:
+        return
+    who = [dict(cell=c.name, model=c.train['model'], seed=c.seed) for c, _ in records]
+    merge(results, study, 'cells', [r['cell'] for _, r in records])
+    merge(results, study, 'evaluations', [dict(w, **e) for w, (_, r) in zip(who, records) for e in r['evaluations']])
+    curves = [dict(cell=w['cell'], seed=w['seed'], **e) for w, (_, r) in zip(who, records) for e in r['curves']]
+    merge(results, study, 'curves', curves)
+    rows = read_csv(results / 'cells.csv')
+    there = {(r['cell'], r['seed']) for r in rows}
+    write_whole(results / 'study.json', json.dumps(dict(
+        name=study.name,
+        setting=describe(study, rows),
+        cells=study.names,
+        seeds=study.seeds,
+        missing=[c.id for c in study.cells if (c.name, str(c.seed)) not in there],
+        questions=study.questions,
+    ), indent=2) + '\n')
+
+
+def merge(results: Path, study: Study, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows into a table of the results, in place of those of the same cells, in the order of the study."""
+    path = results / f'{table}.csv'
+    results.mkdir(parents=True, exist_ok=True)
+
+    def cell_of(row: Mapping[str, Any]) -> Tuple[str, str]:
+        return row['cell'], str(row.get('seed'))
+
+    new = {cell_of(r) for r in rows}
+    old = [r for r in read_csv(path) if cell_of(r) not in new] if path.is_file() else []
+    order = study.names
+    merged = [r for r in old if r['cell'] in order] + list(rows)
+    merged.sort(key=lambda r: (order.index(r['cell']), int(r.get('seed', 0))))
+    columns = list(dict.fromkeys(k for r in merged for k in r))
+    temporary = path.with_name(path.name + '.tmp')
+    with open(temporary, 'w', newline='') as f:
+        writer = csv.DictWriter(f, columns, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(merged)
+    temporary.replace(path)
+
+
+def describe(study: Study, rows: Sequence[Mapping[str, str]]) -> str:
+    """One sentence on what was run and on what."""
+    def some(*keys: str) -> str:
+        return '; '.join(dict.fromkeys(', '.join(r[k] for k in keys) for r in rows))
+
+    first = rows[0]
+    seeds = sorted({r['seed'] for r in rows}, key=int)
+    return (
+        f'{study.title}: {int(first["train_images"]):,} training and {int(first["val_images"]):,} validation images of '
+        f'{first["classes"]} classes, {first["img_size"]} px, {first["epochs"]} epochs, seeds {", ".join(seeds)}; '
+        f'{some("precision")}, {some("hardware")}, torch {some("torch")}, timm {some("timm")}')
+
+
+# ---------------------------------------------------------------------------------------------------- the latency
+
+def measure_latency(study: Study, device: torch.device, repeats: int = 20, train_repeats: int = 5) -> List[Row]:
+    """Time the models of a study in turn, nothing else running: weights do not matter, and are random.
+
+    Args:
+        study: The study.
+        device: Device.
+        repeats: Timed rounds of inference in float32, a validation batch each.
+        train_repeats: Timed rounds of forward and backward pass as in training, a training batch each.
+
+    Returns:
+        A row per cell name: params, gmacs, img_size, and for both (latency_ms, train_ms) the median of a batch in
+        milliseconds and the median of the paired ratios to the first cell (ratio, train_ratio).
+    """
+    infer, step, rows = {}, {}, []
+    for name in study.names:
+        cell = next(c for c in study.cells if c.name == name)
+        args = train_args(**cell.train)
+        import_modules(args.device_modules)
+        memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+        model = timm.create_model(args.model, num_classes=len(cell.classes), **args.model_kwargs)
+        model = model.to(device=device, memory_format=memory_format)
+        size = args.img_size or model.default_cfg['input_size'][-1]
+        batches = args.validation_batch_size or args.batch_size, args.batch_size
+        images = [torch.randn(n, 3, size, size, device=device).contiguous(memory_format=memory_format) for n in batches]
+        infer[name] = partial(_infer, model, images[0])
+        step[name] = partial(_step, model, images[1], autocast_for(args, device))
+        rows.append(dict(
+            cell=name, params=sum(p.numel() for p in model.parameters()),
+            gmacs=round(count_gmacs(model, (3, size, size)), 4), img_size=size, batch_size=batches[0],
+            train_batch_size=batches[1]))
+    for calls, count, keys in (
+            (infer, repeats, ('latency_ms', 'ratio')),
+            (step, train_repeats, ('train_ms', 'train_ratio'))):
+        times = time_in_turn(calls, count)
+        for row in rows:
+            mine = times[row['cell']]
+            values = 1000 * percentile(mine, 50), median_ratio(mine, times[study.names[0]])
+            row.update(zip(keys, (round(v, 4) for v in values)))
+    about = dict(device=device.type, hardware=hardware_name(device), threads=torch.get_num_threads())
+    return [dict(row, **about) for row in rows]
+
+
+@torch.inference_mode()
+def _infer(model: nn.Module, images: torch.Tensor) -> None:
+    model.eval()(images)
+
+
+def _step(model: nn.Module, images: torch.Tensor, autocast: Callable[[], AbstractContextManager]) -> None:
+    with autocast():
+        output = model.train()(images)
+    output.float().logsumexp(dim=-1).mean().backward()
+    model.zero_grad()
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='pst-timm study',
+        description='Train and evaluate a grid of models and seeds. Start it again to go on after a stop.')
+    parser.add_argument('config', help='YAML file of the study, such as configs/study/cpu.yaml')
+    parser.add_argument('--data-dir', required=True, help='image folder with the splits')
+    parser.add_argument('--output', type=Path, default=Path('output/study'), help='folder for the runs')
+    parser.add_argument('--results', type=Path, help='folder for the tables (default: results/study/NAME)')
+    parser.add_argument('--device', default='', help='cpu, cuda, ... (default: the best present)')
+    parser.add_argument('-j', '--jobs', type=int, default=0, help='cells at once (default: one per GPU, or per core)')
+    parser.add_argument('--cell', help='run this cell alone, in this process')
+    parser.add_argument('--list', action='store_true', help='show the cells and their state, and run nothing')
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """`pst-timm study`; returns the exit code."""
+    args = _parser().parse_args(argv)
+    setup_default_logging()
+    try:
+        study = read_study(args.config, args.data_dir)
+        if args.list:
+            for cell in study.cells:
+                state = 'finished' if finished(cell, args.output / study.name) else (
+                    f'{epochs_done(cell, args.output / study.name)} of {cell.epochs} epochs')
+                print(f'{cell.id}: {state}')
+            return 0
+        if args.cell:
+            return _main_cell(study, args)
+        return _main_study(study, args)
+    except EngineError as e:
+        print(f'pst-timm study: error: {e}', file=sys.stderr)
+        return e.exit_code
+
+
+def _main_cell(study: Study, args: argparse.Namespace) -> int:
+    cells = {c.id: c for c in study.cells}
+    if args.cell not in cells:
+        raise EngineError(f'{args.config} has no cell {args.cell!r}{did_you_mean(args.cell, cells)}')
+    stop_with_parent()
+    output = args.output / study.name
+    # a cell of a study that was killed may still be writing its last checkpoint
+    with FileLock(output / args.cell / 'cell.lock'):
+        if not finished(cells[args.cell], output):
+            run_cell(cells[args.cell], args.data_dir, output, args.device, args.jobs)
+    return 0
+
+
+def _main_study(study: Study, args: argparse.Namespace) -> int:
+    def interrupt(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # some senders say it twice, to the process and to its group
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    results = args.results or Path('results/study') / study.name
+    device = args.device or best_device()
+    try:
+        failed = run_study(study, args.config, args.data_dir, args.output, results, device, args.jobs)
+        if failed:
+            raise EngineError(
+                f'{len(failed)} cells failed: {", ".join(failed)}. Their logs say why; start the study again to run '
+                f'what is missing.')
+        merge(results, study, 'latency', measure_latency(study, torch.empty(0, device=device).device))
+    except KeyboardInterrupt:
+        print('\nStopped. Start the same command again to go on.', file=sys.stderr)
+        return STOPPED
+    print(f'All {len(study.cells)} cells are finished: {results}/. `pst-timm report` makes tables and plots of them.')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
