@@ -123,6 +123,7 @@ class PyramidSparseAttention(nn.Module):
     """
     fused_attn: Final[bool]
     sparse_kv: Final[bool]
+    pos_enc: Final[bool]
 
     def __init__(
             self,
@@ -132,6 +133,7 @@ class PyramidSparseAttention(nn.Module):
             fine_fusion: str = 'gate',
             train_topk: int = 0,
             train_fine_prob: float = 1.0,
+            pos_enc: bool = True,
             norm_layer: LayerType = nn.BatchNorm2d,
             device=None,
             dtype=None,
@@ -144,6 +146,7 @@ class PyramidSparseAttention(nn.Module):
             fine_fusion: How coarse and fine attention are combined, 'gate' or 'joint'.
             train_topk: Coarse tokens selected in training, 0 for coarse-only training.
             train_fine_prob: Share of the training steps in which the fine branch runs, if `train_topk` is set.
+            pos_enc: Whether to add the position encoding; without it for ablations.
             norm_layer: Norm of every projection. With anything but a batch norm, the keys and values of the fine
                 branch are projected on the whole map at inference too, as such a norm may depend on it.
 
@@ -171,7 +174,8 @@ class PyramidSparseAttention(nn.Module):
         self.q = ConvNorm(dim, dim, 1, **conv_kwargs)
         self.kv = ConvNorm(dim, 2 * dim, 1, **conv_kwargs)  # per head: d keys, then d values
         self.proj = ConvNorm(dim, dim, 1, **conv_kwargs)
-        self.pe = ConvNorm(dim, dim, 7, groups=dim, **conv_kwargs)
+        self.pos_enc = pos_enc
+        self.pe = ConvNorm(dim, dim, 7, groups=dim, **conv_kwargs) if pos_enc else nn.Identity()
         self.gate = nn.Linear(2 * self.head_dim, self.head_dim, **dd)  # shared by all heads
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
@@ -375,8 +379,11 @@ class PyramidSparseAttention(nn.Module):
             # the gate takes part, with no effect, in steps that do not run it: DDP wants every parameter used
             out = out + 0. * (self.gate.weight.sum() + self.gate.bias.sum())
 
-        pe = F.interpolate(self.pe(self._map(v, (h, w))), size=(H, W), mode='bilinear', align_corners=False)
-        return self.proj(self._map(out, (H, W)) + pe)
+        out = self._map(out, (H, W))
+        if self.pos_enc:
+            pe = self.pe(self._map(v, (h, w)))
+            out = out + F.interpolate(pe, size=(H, W), mode='bilinear', align_corners=False)
+        return self.proj(out)
 
     def inspect(self, x: torch.Tensor, upper: torch.Tensor, fine: Optional[bool] = None) -> SparseTokens:
         """What the layer, in eval mode, looks at when it is called with these maps.

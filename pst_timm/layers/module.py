@@ -30,6 +30,7 @@ class PyramidSparseBlock(nn.Module):
             fine_fusion: str = 'gate',
             train_topk: int = 0,
             train_fine_prob: float = 1.0,
+            pos_enc: bool = True,
             drop_path: float = 0.,
             act_layer: LayerType = nn.SiLU,
             norm_layer: LayerType = nn.BatchNorm2d,
@@ -45,6 +46,7 @@ class PyramidSparseBlock(nn.Module):
             fine_fusion: How coarse and fine attention are combined.
             train_topk: Coarse tokens selected in training.
             train_fine_prob: Share of the training steps in which the fine branch runs.
+            pos_enc: Whether the attention has its position encoding.
             drop_path: Probability of dropping each residual branch in training.
             act_layer: Activation of the MLP.
             norm_layer: Norm of every convolution.
@@ -64,6 +66,7 @@ class PyramidSparseBlock(nn.Module):
             fine_fusion=fine_fusion,
             train_topk=train_topk,
             train_fine_prob=train_fine_prob,
+            pos_enc=pos_enc,
             norm_layer=norm_layer,
             **dd,
         )
@@ -101,6 +104,7 @@ class PyramidSparseTransformer(nn.Module):
             fine_fusion: str = 'gate',
             train_topk: int = 0,
             train_fine_prob: float = 1.0,
+            pos_enc: bool = True,
             drop_path: float = 0.,
             act_layer: LayerType = nn.SiLU,
             norm_layer: LayerType = nn.BatchNorm2d,
@@ -120,6 +124,7 @@ class PyramidSparseTransformer(nn.Module):
             fine_fusion: How coarse and fine attention are combined.
             train_topk: Coarse tokens selected in training.
             train_fine_prob: Share of the training steps in which the fine branch runs.
+            pos_enc: Whether the attention has its position encoding.
             drop_path: Probability of dropping each residual branch in training.
             act_layer: Activation of the convolutions and the MLPs.
             norm_layer: Norm of every convolution.
@@ -154,6 +159,7 @@ class PyramidSparseTransformer(nn.Module):
                 fine_fusion=fine_fusion,
                 train_topk=train_topk,
                 train_fine_prob=train_fine_prob,
+                pos_enc=pos_enc,
                 drop_path=drop_path,
                 **conv_kwargs,
             )

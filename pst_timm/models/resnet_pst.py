@@ -56,6 +56,7 @@ class ResNetPST(ResNet):
             pst_depth: int = 1,
             pst_head_dim: int = 32,
             pst_mlp_ratio: float = 2.,
+            pst_pos_enc: bool = True,
             pst_act_layer: LayerType = nn.SiLU,
             topk: int = 0,
             fine_fusion: str = 'gate',
@@ -82,6 +83,7 @@ class ResNetPST(ResNet):
             pst_depth: Number of PST blocks. 0 keeps the fusion convolutions and drops attention, for ablations.
             pst_head_dim: Channels per attention head.
             pst_mlp_ratio: Hidden channels of the blocks' MLP over their width.
+            pst_pos_enc: Whether the attention has its position encoding; without it for ablations.
             pst_act_layer: Activation of the PST, the fusion and the head.
             topk: Coarse tokens selected per image and head at inference, 0 for coarse attention alone.
             fine_fusion: How coarse and fine attention are combined, 'gate' or 'joint'.
@@ -129,6 +131,7 @@ class ResNetPST(ResNet):
             fine_fusion=fine_fusion,
             train_topk=train_topk,
             train_fine_prob=train_fine_prob,
+            pos_enc=pst_pos_enc,
             drop_path=drop_path_rate,
             **conv_kwargs,
         )

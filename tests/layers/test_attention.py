@@ -144,6 +144,21 @@ def test_a_fresh_gate_is_an_even_mix():
     assert torch.count_nonzero(layer.gate.weight) == 0 and torch.count_nonzero(layer.gate.bias) == 0
 
 
+@fusions
+def test_without_position_encoding(fusion):
+    """It is the layer whose encoding is zero, and has none of its weights."""
+    layer = build_attention(topk=3, fine_fusion=fusion)
+    bare = build_attention(topk=3, fine_fusion=fusion, pos_enc=False)
+    state = {k: v for k, v in layer.state_dict().items() if not k.startswith('pe.')}
+    bare.load_state_dict(state)
+    x, upper = build_maps(sizes=((13, 21), (7, 11)))
+    assert relative_error(bare(x, upper), layer(x, upper)) > 1e-2
+    for p in (layer.pe.bn.weight, layer.pe.bn.bias):
+        torch.nn.init.zeros_(p)
+    assert relative_error(bare(x, upper), layer(x, upper)) < 1e-12
+    assert relative_error(torch.jit.script(bare)(x, upper), bare(x, upper)) < 1e-12
+
+
 @backends
 @fusions
 def test_repeated_calls_are_bitwise_equal(fusion, fused):

@@ -278,9 +278,11 @@ class TestArguments:
         assert all(n.startswith(('pst.blocks.', 'pst.conv_upper.')) for n in full - names)
 
     def test_widths(self):
-        model = build(pst_width=96, pst_head_dim=8, pst_mlp_ratio=3, head_hidden_size=40, num_classes=7)
+        model = build(
+            pst_width=96, pst_head_dim=8, pst_mlp_ratio=3, pst_pos_enc=False, head_hidden_size=40, num_classes=7)
         attn, mlp = model.pst.blocks[0].attn, model.pst.blocks[0].mlp
         assert (model.num_features, attn.dim, attn.num_heads, attn.head_dim) == (96, 48, 6, 8)
+        assert not attn.pos_enc
         assert mlp[0].conv.out_channels == 144 and model.conv_head.conv.out_channels == 40
         assert model(images()).shape == (2, 7)
 
