@@ -13,7 +13,7 @@ from .conversion import DTYPES, convert
 from .errors import HubError
 from .publishing import publish
 
-__all__ = ['convert_main', 'publish_main']
+__all__ = ['convert_main', 'publish_main', 'read_class_names']
 
 CHECKPOINT_HELP = 'training checkpoint, run folder, .safetensors file, or folder with config.json'
 
@@ -74,7 +74,7 @@ def publish_main(argv: Optional[Sequence[str]] = None) -> int:
         done = publish(
             args.checkpoint, args.repo_id, private=args.private, revision=args.revision, dry_run=args.dry_run,
             folder=args.folder, use_ema=not args.no_ema, topk=args.topk, fine_fusion=args.fine_fusion,
-            results=args.results, class_names=_read_names(args.class_names), data_set=args.data_set,
+            results=args.results, class_names=read_class_names(args.class_names), data_set=args.data_set,
             license=args.license)
     except HubError as e:
         return _fail(parser, e)
@@ -87,10 +87,15 @@ def publish_main(argv: Optional[Sequence[str]] = None) -> int:
     return 0
 
 
-def _read_names(path: Optional[Path]) -> Optional[List[str]]:
+def read_class_names(path: Optional[Path]) -> Optional[List[str]]:
+    """The lines of a text file that are not empty, None for no file.
+
+    Raises:
+        HubError: If it cannot be read as text.
+    """
     if path is None:
         return None
     try:
-        return [name for name in path.read_text().split('\n') if name]
-    except OSError as e:
-        raise HubError(f'Cannot read the class names {path}: {e.strerror}.') from None
+        return [name for name in path.read_text(encoding='utf-8').split('\n') if name]
+    except (OSError, UnicodeDecodeError) as e:
+        raise HubError(f'Cannot read the class names {path}: {e}.') from None

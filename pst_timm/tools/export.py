@@ -12,6 +12,7 @@ from timm.data import create_transform, resolve_data_config
 
 from pst_timm import reparameterize
 from pst_timm.hub import attention_settings, load_model
+from pst_timm.hub.commands import read_class_names
 
 __all__ = ['FORMATS', 'check_export', 'export', 'load_exported', 'main']
 
@@ -203,10 +204,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 raise ValueError(f'{args.source} has no sparse attention to set --topk or --fine-fusion on.')
             topk = args.topk if args.topk is not None else attention_settings(model)['topk']
             model.set_topk(topk, args.fine_fusion)
-        names = args.class_names.read_text().split('\n') if args.class_names else None
+        names = read_class_names(args.class_names)
         exported = export(
             model, path, args.format, args.dynamic, getattr(torch, args.dtype), args.img_size, not args.no_reparam,
-            [n for n in names if n] if names else None)
+            names)
         print(f'Written: {path} ({path.stat().st_size / 2 ** 20:.1f} MiB)')
         if not args.check:
             return 0
