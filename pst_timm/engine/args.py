@@ -158,6 +158,10 @@ def _finish(args: Namespace) -> Namespace:
         values = getattr(args, key, None)
         if values is not None and (len(values) != 2 or values[0] > values[1]):
             problems.append(f'--{key.replace("_", "-")} needs a smallest and a largest value, got {values}.')
+    if args.data_on_device and args.no_prefetcher:
+        problems.append('--data-on-device and --no-prefetcher exclude each other: choose one.')
+    if getattr(args, 'stored_size', None) and not args.data_on_device:
+        problems.append('--stored-size is for --data-on-device: add it, or leave the size out.')
     if args.torchscript and args.torchcompile:
         problems.append('--torchscript and --torchcompile exclude each other: choose one.')
     if args.torchscript and any(getattr(args, key, None) for key in ('freeze', 'freeze_trunk', 'linear_probe')):

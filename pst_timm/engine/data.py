@@ -7,8 +7,10 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import torch
 from PIL import Image
 from timm.data import FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
+from timm.utils import is_primary
 from torch.utils.data import DataLoader, Dataset
 
+from .device_data import DeviceLoader, RandomCrop, check_flags, reading_loader, store, storing_transform
 from .errors import EngineError
 
 __all__ = ['BadImages', 'TrainData', 'create_eval_dataset', 'create_eval_loader', 'create_train_data']
@@ -213,8 +215,11 @@ def create_train_data(
         dtype: Precision of the images on the device.
 
     Raises:
-        EngineError: If the data is missing, empty, or has other classes than the model.
+        EngineError: If the data is missing, empty, or has other classes than the model, or if it cannot be kept on the
+            device as asked.
     """
+    if args.data_on_device:
+        check_flags(args)
     dataset = _open_dataset(
         args, args.train_split, args.train_num_samples,
         is_training=True, batch_size=args.batch_size, seed=args.seed, repeats=args.epoch_repeats)
@@ -266,6 +271,13 @@ def create_train_data(
         raise EngineError(
             f'The {args.train_split!r} split has fewer images than one batch of {args.batch_size} in each of '
             f'{args.world_size} process(es): use a smaller --batch-size.')
+    if args.data_on_device:
+        crop = None
+        if not args.no_aug:
+            crop = RandomCrop(
+                data_config['input_size'][-2:], args.scale, args.ratio, args.hflip, args.vflip, interpolation)
+            dataset.transform = storing_transform(args.stored_size)
+        loader, mixup_fn = _move_to_device(args, loader, 'training', crop, mixup_fn), None
     evaluation = None
     if dataset_eval is not None:
         evaluation = create_eval_loader(
@@ -300,7 +312,7 @@ def _create_mixup(args: Namespace) -> Tuple[Optional[Callable], Optional[Mixup]]
     )
     if args.batch_size % 2:
         raise EngineError(f'Mixup and CutMix need an even --batch-size, got {args.batch_size}.')
-    return (None, Mixup(**kwargs)) if args.no_prefetcher else (FastCollateMixup(**kwargs), None)
+    return (None, Mixup(**kwargs)) if args.no_prefetcher or args.data_on_device else (FastCollateMixup(**kwargs), None)
 
 
 def create_eval_dataset(args: Namespace, split: str, num_samples: Optional[int]) -> Dataset:
@@ -317,7 +329,7 @@ def create_eval_loader(
         distributed: bool = False,
 ) -> DataLoader:
     """Loader over a split in order, with the preprocessing of inference."""
-    return create_loader(
+    loader = create_loader(
         dataset,
         batch_size=batch_size,
         is_training=False,
@@ -328,6 +340,23 @@ def create_eval_loader(
         distributed=distributed,
         **_loader_kwargs(args, data_config, dtype),
     )
+    # here the stored images are those that the transform of inference makes
+    return _move_to_device(args, loader, 'validation') if args.data_on_device else loader
+
+
+def _move_to_device(
+        args: Namespace,
+        loader: DataLoader,
+        title: str,
+        crop: Optional[RandomCrop] = None,
+        mixup_fn: Optional[Mixup] = None,
+) -> DeviceLoader:
+    """Read the images behind a loader to the device; returns a loader of batches made there."""
+    reading = reading_loader(loader.dataset, args.workers, args.pin_mem)
+    stored = store(reading, checked_batches(reading), torch.device(args.device), title, is_primary(args))
+    report_bad_images(reading)
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    return DeviceLoader(loader, stored, crop, mixup_fn, memory_format)
 
 
 def checked_batches(loader: DataLoader) -> Iterator[Any]:

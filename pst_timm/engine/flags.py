@@ -161,6 +161,7 @@ _DATA = [
     _flag('--input-key', str, None, 'Name of the image in a sample of a dataset that names them.'),
     _flag('--target-key', str, None, 'Name of the label in a sample of a dataset that names them.'),
     _switch('--dataset-trust-remote-code', 'Let a Hugging Face dataset run its own loading code.'),
+    _switch('--data-on-device', 'Read all images once, keep them on the device as bytes, and make the batches there.'),
 ]
 
 _PREPROCESSING = [
@@ -189,6 +190,8 @@ _BACKEND = [
 TRAIN_FLAGS: FlagGroups = [
     ('data', [
         *_DATA,
+        _flag('--stored-size', int, None, 'Side of the training images of --data-on-device: the shorter side is '
+              'resized to it, the middle kept; as they are if unset.', low=1),
         _flag('--train-split', str, 'train', 'Split, or folder below the data, to train on.'),
         _flag('--val-split', str, 'validation', 'Split, or folder below the data, to validate on; empty for none.'),
         _flag('--train-num-samples', int, None, 'Training samples, where the dataset cannot tell (shards).', low=1),
