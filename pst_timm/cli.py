@@ -15,6 +15,7 @@ commands:
   validate   evaluate models (pst-timm validate --help)
   benchmark  measure models and the attention on this machine (pst-timm benchmark --help)
   study      train and evaluate a grid of models and seeds (pst-timm study --help)
+  report     make the tables and plots of README and docs from results (pst-timm report --help)
   visualize  draw what PST looks at in an image (pst-timm visualize --help)
   export     write a model for deployment (pst-timm export --help)
   convert    training checkpoint to safetensors and back (pst-timm convert --help)
@@ -90,6 +91,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if command == 'study':
         from pst_timm.tools.study import main as study_main
         return study_main(words[1:])
+    if command == 'report':
+        from pst_timm.tools.report import main as report_main
+        return report_main(words[1:])
     if command == 'visualize':
         from pst_timm.tools.visualize import main as visualize_main
         return visualize_main(words[1:])

@@ -27,12 +27,17 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
 def test_configs_named_exist(page):
-    for target in re.findall(r'--config (configs/[\w./]+)', page.read_text()):
+    for target in re.findall(r'(?:--config|pst-timm study) (configs/[\w./]+)', page.read_text()):
         assert (ROOT / target).is_file(), f'{page.name} names {target}'
 
 
-@pytest.mark.parametrize('page', report.PAGES)
+@pytest.mark.parametrize('page', report.pages(ROOT), ids=lambda p: p.name)
 def test_tables_are_those_of_the_measurements(page):
-    text = (ROOT / page).read_text()
-    assert '<!-- end -->' in text
-    assert report.fill_page(text, ROOT / report.PAGES[page]) == text
+    assert report.fill_page(page, ROOT, report.load_studies(ROOT)) == page.read_text()
+
+
+def test_pages_ask_for_what_was_measured():
+    marks = {page.name: re.findall(r'^<!-- ((?:study|performance) .*) -->$', page.read_text(), re.M) for page in PAGES}
+    assert marks['performance.md'] == ['performance figures', 'performance parts', 'performance layers']
+    names = ('setting', 'models', *(f'question{i}' for i in range(1, 6)), 'plots')
+    assert set(marks['evidence.md']) == {f'study {study} {name}' for study in ('cpu', 'gpu') for name in names}
