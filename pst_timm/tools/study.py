@@ -26,7 +26,6 @@ from typing import Any, Callable, Deque, Dict, Iterable, List, Mapping, Optional
 import timm
 import torch
 import torch.nn as nn
-import yaml
 from filelock import FileLock
 from timm.utils import setup_default_logging
 from tqdm import tqdm
@@ -36,156 +35,15 @@ from pst_timm.engine.setup import autocast_for, best_device, import_modules
 from pst_timm.hub import count_gmacs, did_you_mean
 
 from .measure import median_ratio, percentile, time_in_turn
-from .study_cell import RECORD, Cell, Row, hardware_name, read_csv, run_cell, write_whole
+from .study_cell import RECORD, Row, hardware_name, read_csv, run_cell, write_whole
+from .study_config import Cell, Study, read_study
 
-__all__ = ['Study', 'main', 'read_study', 'run_study']
+__all__ = ['main', 'run_study']
 
 _logger = logging.getLogger(__name__)
 
 STOPPED = 130  # as a shell reports a command that was interrupted
 
-
-@dataclass(frozen=True)
-class Study:
-    """A grid, as its YAML file describes it."""
-    name: str
-    title: str
-    """What is run, in one sentence without numbers of the result."""
-    cells: List[Cell]
-    """All seeds of the first model, of the second, and so on."""
-    questions: Dict[str, Dict[str, Any]]
-    """What the report asks of the results."""
-
-    @property
-    def names(self) -> List[str]:
-        return list(dict.fromkeys(c.name for c in self.cells))
-
-    @property
-    def seeds(self) -> List[int]:
-        return sorted({c.seed for c in self.cells})
-
-
-# ---------------------------------------------------------------------------------------------- the configuration
-
-STUDY_KEYS = {
-    'name': str, 'title': str, 'seeds': list, 'classes': (list, dict), 'train': dict, 'cells': dict, 'sweep': dict,
-    'probe': dict, 'questions': dict}
-REQUIRED = ('name', 'title', 'seeds', 'train', 'cells')
-
-
-def read_study(path: str, data_dir: str) -> Study:
-    """Read and check the configuration of a study.
-
-    Args:
-        path: YAML file with
-            name, title: of the study;
-            seeds: list of seeds;
-            classes: folder names, or {first: i, step: n} for every n-th of the sorted names, or {except: one of
-                these}; all if left out;
-            train: flags of the training engine for all cells;
-            cells: by name, the flags in which a cell differs, and its own `classes`;
-            sweep: {cells, topk, img_size} of the evaluation with fine attention;
-            probe: {cells, classes} of the linear probe on held-out classes;
-            questions: what the report asks, by number: {title, kind, ...}.
-        data_dir: Image folder, for the names of the classes.
-
-    Raises:
-        EngineError: If the file cannot be read, or names an unknown key, cell, class, flag or model.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as e:
-        raise EngineError(f'Cannot read the study {path}: {e.strerror}.') from None
-    except yaml.YAMLError as e:
-        raise EngineError(f'{path} is not valid YAML: {e}') from None
-    _check_keys(path, values)
-    split = Path(data_dir) / values['train'].get('train_split', 'train')
-    if not split.is_dir():
-        raise EngineError(f'There is no {split}: --data-dir must name the folder with the images of the study.')
-    folders = sorted(p.name for p in split.iterdir() if p.is_dir())
-    classes = choose_classes(values.get('classes'), folders)
-    sweep, probe = values.get('sweep', {}), values.get('probe', {})
-    probe_classes = choose_classes(probe.get('classes'), folders) if probe else []
-    for part, names in (('sweep', sweep.get('cells', [])), ('probe', probe.get('cells', []))):
-        for name in names:
-            if name not in values['cells']:
-                raise EngineError(f'{path}: {part} names an unknown cell {name!r}{did_you_mean(name, values["cells"])}')
-    cells = []
-    for name, own in values['cells'].items():
-        own = dict(own)
-        own_classes = choose_classes(own.pop('classes'), folders) if 'classes' in own else classes
-        if name in probe.get('cells', []) and (seen := set(own_classes) & set(probe_classes)):
-            raise EngineError(f'{path}: the probe of {name} needs classes it was not trained on; it saw {min(seen)}.')
-        flags = {**values['train'], **own}
-        try:
-            train_args(**flags)
-        except EngineError as e:
-            raise EngineError(f'{path}, cell {name}: {e}') from None
-        cells += [
-            Cell(
-                name=name,
-                seed=seed,
-                train=flags,
-                classes=own_classes,
-                sweep={k: sweep[k] for k in ('topk', 'img_size')} if name in sweep.get('cells', []) else {},
-                probe=probe_classes if name in probe.get('cells', []) else [],
-            )
-            for seed in values['seeds']]
-    _check_models(path, cells)
-    return Study(values['name'], values['title'], cells, values.get('questions', {}))
-
-
-def _check_keys(path: str, values: Any) -> None:
-    if not isinstance(values, dict):
-        raise EngineError(f'{path} must hold one mapping with {", ".join(REQUIRED)}.')
-    problems = [f'unknown key {k!r}{did_you_mean(str(k), STUDY_KEYS)}' for k in values if k not in STUDY_KEYS]
-    problems += [f'{k} is missing' for k in REQUIRED if not values.get(k)]
-    problems += [
-        f'{k} must be a {getattr(t, "__name__", "list or dict")}, got {values[k]!r}'
-        for k, t in STUDY_KEYS.items() if k in values and not isinstance(values[k], t)]
-    for part, keys in (('sweep', {'cells', 'topk', 'img_size'}), ('probe', {'cells', 'classes'})):
-        if isinstance(values.get(part), dict) and set(values[part]) != keys:
-            problems.append(f'{part} needs {", ".join(sorted(keys))}, got {", ".join(map(str, values[part]))}')
-    if isinstance(values.get('cells'), dict):
-        problems += [
-            f'cell {name!r} needs a mapping with its model' for name, own in values['cells'].items()
-            if not isinstance(own, dict) or not {**(values.get('train') or {}), **own}.get('model')]
-    if problems:
-        raise EngineError('\n'.join(f'{path}: {p}' for p in problems))
-
-
-def _check_models(path: str, cells: Iterable[Cell]) -> None:
-    for cell in cells:
-        import_modules(cell.train.get('device_modules'))
-        model = cell.train['model']
-        if not timm.is_model(model):
-            raise EngineError(f'{path}, cell {cell.name}: unknown model {model!r}'
-                              f'{did_you_mean(model, timm.list_models())}')
-
-
-def choose_classes(choice: Any, folders: Sequence[str]) -> List[str]:
-    """Names of class folders.
-
-    Args:
-        choice: None for all, a list of names, {first: i, step: n}, or {except: one of these}.
-        folders: All names, sorted.
-    """
-    if choice is None:
-        return list(folders)
-    if isinstance(choice, dict) and set(choice) == {'except'}:
-        out = set(choose_classes(choice['except'], folders))
-        return [f for f in folders if f not in out]
-    if isinstance(choice, dict) and set(choice) == {'first', 'step'}:
-        return list(folders[choice['first']::choice['step']])
-    if not isinstance(choice, list):
-        raise EngineError(f'classes must be names, {{first, step}} or {{except}}, got {choice!r}.')
-    missing = [c for c in choice if c not in folders]
-    if missing:
-        raise EngineError(f'The data has no class {missing[0]!r}{did_you_mean(str(missing[0]), folders)}')
-    return sorted(choice)
-
-
-# ------------------------------------------------------------------------------------------------------ the cells
 
 def finished(cell: Cell, output: Path) -> bool:
     """Whether a cell is done.
@@ -236,7 +94,8 @@ def make_slots(device: str, jobs: int, cells: int) -> List[Slot]:
         return [Slot(device, {}) for _ in range(min(jobs or 1, cells))]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     count = min(jobs or cores, cells)
-    return [Slot('cpu', {'OMP_NUM_THREADS': str(max(1, cores // count))}) for _ in range(count)]
+    threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, cores // count))
+    return [Slot('cpu', {'OMP_NUM_THREADS': threads}) for _ in range(count)]
 
 
 def start(slot: Slot, cell: Cell, config: str, data_dir: str, output: Path, jobs: int) -> None:
@@ -351,8 +210,6 @@ def run_study(
     return failed
 
 
-# ---------------------------------------------------------------------------------------------------- the records
-
 def collect(study: Study, output: Path, results: Path) -> None:
     """Bring the records of the finished cells into the tables of the results; rows of other cells there stay."""
     paths = [(c, output / c.id / RECORD) for c in study.cells]
@@ -411,8 +268,6 @@ def describe(study: Study, rows: Sequence[Mapping[str, str]]) -> str:
         f'{some("precision")}, {some("hardware")}, torch {some("torch")}, timm {some("timm")}')
 
 
-# ---------------------------------------------------------------------------------------------------- the latency
-
 def measure_latency(study: Study, device: torch.device, repeats: int = 20, train_repeats: int = 5) -> List[Row]:
     """Time the models of a study in turn, nothing else running: weights do not matter, and are random.
 
@@ -466,8 +321,6 @@ def _step(model: nn.Module, images: torch.Tensor, autocast: Callable[[], Abstrac
     output.float().logsumexp(dim=-1).mean().backward()
     model.zero_grad()
 
-
-# ---------------------------------------------------------------------------------------------------- the command
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(

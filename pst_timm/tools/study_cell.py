@@ -3,7 +3,6 @@ import csv
 import json
 import platform
 from argparse import Namespace
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
@@ -22,47 +21,18 @@ from pst_timm.engine.measures import calibration_error, pack_answers
 from pst_timm.engine.validation import load_model
 from pst_timm.hub import count_gmacs
 
-__all__ = ['Cell', 'hardware_name', 'run_cell']
+from .study_config import Cell
+
+__all__ = ['hardware_name', 'read_csv', 'run_cell', 'write_whole']
 
 Row = Dict[str, Any]
 # what training and evaluation share
 SHARED = (
     'channels_last', 'crop_mode', 'crop_pct', 'data_on_device', 'device', 'device_modules', 'gp', 'img_size',
     'in_chans', 'input_size', 'interpolation', 'mean', 'model', 'model_kwargs', 'pin_mem', 'std', 'workers')
-# what may differ between two runs of the same cell
-PLACE = ('class_map', 'data_dir', 'device', 'experiment', 'output', 'resume', 'workers')
 RECORD = 'cell.json'
 # inverse strengths of the regularisation that a probe chooses from
 PROBE_C = (1e-4, 1e-3, 1e-2, 1e-1)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What one cell of the grid is to do."""
-    name: str
-    seed: int
-    train: Dict[str, Any]
-    """Flags of the training engine, without those of the place."""
-    classes: List[str]
-    sweep: Dict[str, List[int]] = field(default_factory=dict)
-    """`topk` and `img_size` of the fine-attention sweep, empty for none."""
-    probe: List[str] = field(default_factory=list)
-    """Held-out classes of the linear probe, empty for none."""
-
-    @property
-    def id(self) -> str:
-        return f'{self.name}-seed{self.seed}'
-
-    @property
-    def epochs(self) -> int:
-        return train_args(**self.train).epochs
-
-    @property
-    def settings(self) -> Dict[str, Any]:
-        """Everything that decides the result, to tell a finished cell from one of an earlier configuration."""
-        return dict(
-            train={k: v for k, v in self.train.items() if k not in PLACE}, seed=self.seed, classes=self.classes,
-            sweep=self.sweep, probe=self.probe)
 
 
 def hardware_name(device: torch.device) -> str:
