@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 import timm
 import torch
 from PIL import Image, ImageOps
@@ -41,6 +42,8 @@ def open_image(path: os.PathLike, mode: str = 'RGB') -> Image.Image:
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
+            if image.mode.startswith('I;16'):
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert('RGBA')
                 image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
@@ -91,7 +94,7 @@ def look(
     """
     if model.num_classes == 0:
         raise ValueError('The model has no classifier, whose prediction could be drawn.')
-    names = class_names or model.pretrained_cfg.get('label_names') or [f'class {i}' for i in range(model.num_classes)]
+    names = _class_names(model) if class_names is None else class_names
     if len(names) != model.num_classes:
         raise ValueError(f'{len(names)} class names for a model of {model.num_classes} classes.')
     config = resolve_data_config({'img_size': img_size} if img_size else {}, model=model)
@@ -105,7 +108,7 @@ def look(
         raise ValueError('topk must be at least 1 to draw what is selected: with 0 nothing is.')
     mean, std = (torch.tensor(config[k])[:, None, None] for k in ('mean', 'std'))
     fine_cell = model.feature_info[3]['reduction']
-    ratio = 1 if tokens.coarse_size == tokens.fine_size else 2
+    ratio = 2 if tokens.children.shape[3] == 4 else 1
     return View(
         name=Path(path).name,
         pixels=(x[0] * std + mean).clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy(),
@@ -121,6 +124,12 @@ def look(
         fine=_array(fine[0].softmax(dim=0)),
         class_names=list(names),
     )
+
+
+def _class_names(model: ResNetPST) -> Sequence[str]:
+    known = model.pretrained_cfg.get('label_names') or ()
+    # a classifier that was replaced has other classes
+    return known if len(known) == model.num_classes else [f'class {i}' for i in range(model.num_classes)]
 
 
 def _array(x: torch.Tensor) -> Any:
