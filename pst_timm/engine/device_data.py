@@ -235,8 +235,8 @@ class RandomCrop:
         crop_w = torch.where(found, widths.gather(0, first)[0], middle_w)
         place_y, place_x, vflip, hflip, cubic = rest[:5]
         return Crops(
-            top=torch.where(found, _place(place_y, height - crop_h), (height - middle_h) // 2),
-            left=torch.where(found, _place(place_x, width - crop_w), (width - middle_w) // 2),
+            top=torch.where(found, (place_y * (height - crop_h + 1)).floor(), (height - middle_h) // 2),
+            left=torch.where(found, (place_x * (width - crop_w + 1)).floor(), (width - middle_w) // 2),
             height=crop_h,
             width=crop_w,
             vflip=vflip < self.vflip,
@@ -247,11 +247,6 @@ class RandomCrop:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Bytes (B, C, H, W) to levels (B, C, *size), see `take_crops`."""
         return take_crops(images, self.draw(len(images), *images.shape[2:], images.device), self.size)
-
-
-def _place(draw: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
-    # the product may round up to one too many
-    return (draw * (room + 1)).floor().minimum(room)
 
 
 def take_crops(images: torch.Tensor, crops: Crops, size: Sequence[int]) -> torch.Tensor:

@@ -214,16 +214,24 @@ def test_crops_have_the_distribution_of_timm(size, scale, ratio):
         assert abs((ours == timms.mode(1, keepdim=True).values).all(0).float().mean() - whole) < 0.05 and whole > 0.05
 
 
-def test_crops_stay_inside_and_flip_as_often_as_asked():
+def test_crops_stay_inside_and_flip_as_often_as_asked(monkeypatch):
     torch.manual_seed(0)
     crops = dd.RandomCrop((8, 8), (0.0001, 1.), (0.1, 10.), hflip=0.3, vflip=0.1).draw(4000, 20, 30, CPU)
     assert crops.height.min() >= 1 and crops.width.min() >= 1 and crops.top.min() == 0 and crops.left.min() == 0
     assert (crops.top + crops.height).max() == 20 and (crops.left + crops.width).max() == 30
     for flag, share in ((crops.hflip, 0.3), (crops.vflip, 0.1), (crops.cubic, 0.5)):
         assert abs(flag.float().mean() - share) < 0.04
+    for one, other in ((crops.hflip, crops.vflip), (crops.hflip, crops.cubic), (crops.hflip, crops.top > 9)):
+        apart = one.float().mean() * other.float().mean()
+        assert abs((one & other).float().mean() - apart) < 0.02
     for interpolation, share in (('bilinear', 0.), ('bicubic', 1.)):
         assert dd.RandomCrop((8, 8), (0.5, 1.), (1., 1.), interpolation=interpolation).draw(
             50, 20, 20, CPU).cubic.float().mean() == share
+    # the largest number that is drawn
+    monkeypatch.setattr(torch, 'rand', lambda *size, device: torch.full(size, 1 - 2 ** -24))
+    for n in range(4, 300):
+        crops = dd.RandomCrop((8, 8), (0.1, 0.3), (1., 1.)).draw(1, n, n, CPU)
+        assert crops.top == n - crops.height and crops.left == n - crops.width
 
 
 # epochs
