@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pst_timm.cli import main as cli
@@ -18,7 +18,7 @@ from pst_timm.tools.intervals import student_quantile
 from pst_timm.tools.report import fill_page, fill_text, load_studies, main
 from pst_timm.tools.study_data import Attention, ReportError, load_study, unpack_answers
 from pst_timm.tools.study_plots import draw_accuracy, draw_curves, draw_plots, draw_sweep, spread_out
-from pst_timm.tools.study_tables import study_block
+from pst_timm.tools.study_tables import signed, study_block
 
 from .study_folder import CELLS, QUESTIONS, read_table, write_study, write_table
 
@@ -115,6 +115,7 @@ def test_answers_by_hand():
     assert unpack_answers('123', 12).tolist() == [bool(int(b)) for b in '000100100011']
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.booleans(), min_size=1, max_size=70))
 def test_answers_come_back(right):
     assert unpack_answers(pack_answers(right), len(right)).tolist() == right
@@ -180,6 +181,10 @@ GATE = dict(evaluation='sweep', fine_fusion='gate')
     ('curves.csv', lambda path: edit(path, lambda row: row.update(epoch='')), "curves.csv, line 2, column 'epoch'"),
     ('latency.csv', lambda path: edit(path, lambda row: row.update(ratio='fast')),
      "latency.csv, line 2, column 'ratio': expected a number, got 'fast'"),
+    ('latency.csv', lambda path: edit_one(path, dict(cell='resnet18'), cell='resnet18_pst'),
+     'latency.csv has two rows for cell resnet18; keep one'),
+    ('curves.csv', lambda path: edit_one(path, dict(epoch='2'), epoch='3'),
+     'curves.csv has two rows for cell resnet18, seed 0, epoch 2; keep one'),
 ])
 def test_bad_files_are_named(folder, tmp_path, capsys, name, change, message):
     change(folder / name)
@@ -202,6 +207,20 @@ def test_models_are_means_over_seeds(folder):
         'ECE': f'{np.mean(top1) / 1000:.3f} ± {statistics.stdev(top1) / 1000:.3f}',
         # 660, 661 and 662 seconds
         'training (min)': '11.0 ± 0.0', 'images/s': '49 ± 0', 'latency, times `resnet18`': '1.062'}
+
+
+def test_cost_that_was_not_measured_is_left_open(folder):
+    edit(folder / 'cells.csv', lambda row: row.update(train_seconds='') if row['cell'] == 'resnet18' else None)
+    edit(folder / 'latency.csv', lambda row: row['cell'] != 'resnet18')
+    [rows] = tables(study_block(load_study(folder), 'models'))
+    assert [row['training (min)'] for row in rows[:2]] == ['-', '11.0 ± 0.0']
+    # ratios are those to the first cell that was timed
+    assert [row['latency, times `resnet18_pst`'] for row in rows[:2]] == ['-', '1.062']
+
+
+@pytest.mark.parametrize('value, text', [(0.0004, '+0.000'), (-0.0004, '+0.000'), (-0.0006, '-0.001'), (2, '+2.000')])
+def test_signs(value, text):
+    assert signed(value, 3) == text
 
 
 def test_setting_says_with_what_and_when(folder):
@@ -274,6 +293,13 @@ def test_sweep_compares_with_coarse_attention_of_the_same_size(folder):
     assert text.partition('Of 6 settings of fine attention at 96 px, ')[2].startswith(
         f'{better} are better than coarse attention and {worse} worse, with both intervals away from zero.')
     assert f'chosen after the fact, is {best["attention"]}: {best["difference in top-1"].strip("*")} points' in text
+
+
+def test_sentences_are_about_the_size_trained_at(folder):
+    edit(folder / 'cells.csv', lambda row: row.update(img_size='224'))
+    study = load_study(folder)
+    assert 'Of 8 settings of fine attention at 224 px, ' in study_block(study, 'question2')
+    assert '\n\nAt 224 px, ' in study_block(study, 'question3')
 
 
 def test_training_through_the_fine_branch_is_compared_coarse_and_fine(folder):
@@ -386,6 +412,8 @@ Marks such as `<!-- study cpu models -->` stay in prose.
 
 ```
 <!-- study cpu models -->
+```py
+<!-- study cpu models -->
 <!-- end -->
 ```
 
@@ -424,6 +452,7 @@ PIECES = st.sampled_from([
     'see `<!-- study cpu setting -->`', '<!-- other -->', '| a | b |'])
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(PIECES, max_size=14))
 def test_filling_twice_is_filling_once(pieces):
     text = '\n'.join(pieces)
@@ -513,6 +542,7 @@ def test_tables_come_without_matplotlib_too(checkout, small, monkeypatch, capsys
 
 # ------------------------------------------------------------------------------------------------------- the plots
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.floats(0., 1.), min_size=1, max_size=9).map(sorted))
 def test_labels_keep_their_distance_and_order(values):
     gap = 0.1
