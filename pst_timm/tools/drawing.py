@@ -12,15 +12,16 @@ __all__ = ['HEAD_COLORS', 'View', 'draw_sheet', 'draw_view']
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; the last for their yellow, faint on white
 HEAD_COLORS = ('#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#6A3D9A')
-VARIANTS = (('coarse', '#808080'), ('fine', '#0072B2'))
-TITLE_TEXT, TEXT = 8.5, 7  # points; the second for names, numbers and ticks
+VARIANTS = (('coarse', '#6E6E6E'), ('fine', '#0072B2'))
+TITLE_TEXT, TITLE_PAD, TEXT = 9, 3, 7.5  # points; the last for names, numbers and ticks
 GREY = 0.75  # beyond the image, and the middle of it below the heat
 HEAT, CONTRAST = 0.65, 0.5  # opacity of the attention over the image, and contrast of that image
 VEIL = 0.72  # opacity of the white over tokens that are not selected
 
-PANEL, GAP, EDGE, TITLE = 1.1, 0.07, 0.06, 0.21  # inches
-BAR, TICKS = 0.07, 0.62  # inches, colour bar and what stands beside it
-NAME = 0.17  # inches, names beside the rows of a sheet
+PANEL, GAP, EDGE, TITLE = 1.1, 0.07, 0.06, 0.22  # inches
+BAR_GAP, BAR, TICKS = 0.05, 0.07, 0.66  # inches, before a colour bar, the bar, and what stands beside it
+NAME, PREDICTION, BAR_BELOW = 0.17, 1.7, 0.34  # inches, what stands beside and below the rows of a sheet
+CLASS = 0.21  # inches, least height of a class among the predictions
 BAR_LENGTH = 0.55  # of a certain class, over the width of the predictions
 PER_ROW = 4  # panels of heads beside each other
 
@@ -66,7 +67,8 @@ def draw_view(view: View) -> 'Figure':
     heat = _show_attention(canvas.panel(0, 1, 'Coarse attention'), view, view.attention.max())
     canvas.bar(0, 1, heat, 'share (%)')
     left = canvas.left(2) + BAR + TICKS
-    axes = canvas.axes(left, canvas.top(0), canvas.left(PER_ROW) - GAP - left, canvas.height)
+    # as far to the right as the colour bar of the last head
+    axes = canvas.axes(left, canvas.top(0), canvas.left(PER_ROW) - GAP + BAR_GAP + BAR - left, canvas.height)
     _show_prediction(axes, view, 5)
 
     row = 1
@@ -78,7 +80,7 @@ def draw_view(view: View) -> 'Figure':
         for i, head in enumerate(heads):
             axes = canvas.panel(row, start + i, f'Head {head + 1}: scores', head)
             scores = _show_scores(axes, view, head)
-        canvas.bar(row, start + len(heads) - 1, scores, 'mean logit, centred')
+        canvas.bar(row, start + len(heads) - 1, scores, 'score, centred')
         row += 1
     return figure
 
@@ -87,20 +89,19 @@ def draw_sheet(views: Sequence[View]) -> 'Figure':
     """One row per image: input, coarse attention, the selection of each head, prediction."""
     heads = len(views[0].scores)
     canvas = _Canvas(views[0], titled=False)
-    prediction = 1.7
-    width = NAME + (2 + heads) * (PANEL + GAP) + prediction + EDGE
-    figure = canvas.figure(width, TITLE + len(views) * canvas.row + BAR + 0.32, top=TITLE, margin=NAME)
+    width = NAME + (2 + heads) * (PANEL + GAP) + PREDICTION + EDGE
+    figure = canvas.figure(width, TITLE + len(views) * canvas.row + BAR + BAR_BELOW, top=TITLE, margin=NAME)
     highest = max(view.attention.max() for view in views)
     for row, view in enumerate(views):
         titles = ['Input', 'Coarse attention', *(f'Head {i + 1}' for i in range(heads))]
         titles = titles if row == 0 else [''] * len(titles)
         axes = canvas.panel(row, 0, titles[0])
         _show_image(axes, view)
-        axes.set_ylabel(_short(view.name, 20), fontsize=TEXT, labelpad=2, parse_math=False)
+        axes.set_ylabel(_short(view.name, int(18 * canvas.height)), fontsize=TEXT, labelpad=2, parse_math=False)
         heat = _show_attention(canvas.panel(row, 1, titles[1]), view, highest)
         for head in range(heads):
             _show_tokens(canvas.panel(row, 2 + head, titles[2 + head], head), view, head)
-        axes = canvas.axes(canvas.left(2 + heads), canvas.top(row), prediction, canvas.height)
+        axes = canvas.axes(canvas.left(2 + heads), canvas.top(row), PREDICTION, canvas.height)
         _show_prediction(axes, view, 3, legend=row == 0)
     canvas.bar_below(len(views) - 1, 1, heat, 'share (%)')
     return figure
@@ -135,22 +136,22 @@ class _Canvas:
             left / total_width, 1 - (top + height) / total_height, width / total_width, height / total_height))
 
     def panel(self, row: int, column: int, title: str, head: int = -1) -> 'Axes':
-        """An empty panel in pixels of the image, framed in the colour of a head if one is given."""
+        """An empty panel in pixels of the image, its title in the colour of a head if one is given."""
         axes = self.axes(self.left(column), self.top(row), PANEL, self.height)
         axes.set(xlim=(0, self.shape[1]), ylim=(self.shape[0], 0), xticks=[], yticks=[], facecolor=str(GREY))
-        axes.set_title(title, fontsize=TITLE_TEXT, pad=3, color='black' if head < 0 else _head_color(head))
+        axes.set_title(title, fontsize=TITLE_TEXT, pad=TITLE_PAD, color='black' if head < 0 else _head_color(head))
         for spine in axes.spines.values():
             spine.set_linewidth(0.6)
         return axes
 
     def bar(self, row: int, column: int, mappable: Any, label: str) -> None:
         """A colour bar at the right of a panel."""
-        axes = self.axes(self.left(column) + PANEL + 0.05, self.top(row), BAR, self.height)
+        axes = self.axes(self.left(column) + PANEL + BAR_GAP, self.top(row), BAR, self.height)
         self._bar(axes, mappable, label, 'vertical')
 
     def bar_below(self, row: int, column: int, mappable: Any, label: str) -> None:
         """A colour bar below a panel."""
-        axes = self.axes(self.left(column), self.top(row) + self.height + 0.05, PANEL, BAR)
+        axes = self.axes(self.left(column), self.top(row) + self.height + BAR_GAP, PANEL, BAR)
         self._bar(axes, mappable, label, 'horizontal')
 
     def _bar(self, axes: 'Axes', mappable: Any, label: str, orientation: str) -> None:
@@ -246,12 +247,14 @@ def _outline(
 
 
 def _show_prediction(axes: 'Axes', view: View, most: int, legend: bool = True) -> None:
-    """The likeliest classes, coarse above fine."""
+    """The likeliest classes, as many as there is room for, coarse above fine."""
+    height = axes.figure.get_figheight() * axes.get_position().height
+    most = min(most, max(1, int(height / CLASS)))
     axes.set(xlim=(0, 1), ylim=(most, 0))
     axes.axis('off')
     ends = (0.79, 1.)  # of the columns of numbers
     if legend:
-        header = dict(y=1 + 3 / 72 / PANEL, transform=axes.transAxes, va='baseline')  # of the panels' titles
+        header = dict(y=1 + TITLE_PAD / (72 * height), transform=axes.transAxes, va='baseline')  # as the panels' titles
         axes.text(0, s='Prediction (%)', fontsize=TITLE_TEXT, **header)
         for (name, color), end in zip(VARIANTS, ends):
             axes.text(end, s=name, fontsize=TEXT, color=color, ha='right', **header)
@@ -265,5 +268,5 @@ def _show_prediction(axes: 'Axes', view: View, most: int, legend: bool = True) -
                 end, place + 0.685, f'{100 * value:.1f}', fontsize=TEXT, color=color, ha='right', va='center_baseline')
 
 
-def _short(name: str, most: int = 26) -> str:
+def _short(name: str, most: int = 24) -> str:
     return name if len(name) <= most else f'{name[:most - 1]}…'

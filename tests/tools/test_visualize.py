@@ -138,11 +138,13 @@ def written(axes):
     return [text for text in texts if text.get_text()]
 
 
-@pytest.mark.parametrize('heads', [1, 2, 4, 8])
-def test_no_text_overlaps_or_leaves_the_figure(photo, heads):
+@pytest.mark.parametrize('heads, size', [(1, (81, 81)), (2, (96, 160)), (4, (160, 96)), (8, (81, 81))])
+def test_no_text_overlaps_or_leaves_the_figure(photo, heads, size):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    view = look(build(pst_head_dim=32 // heads), photo, 3, img_size=81, class_names=NAMES)
+    model = build(pst_head_dim=32 // heads, pretrained_cfg_overlay=dict(input_size=(3, *size)))
+    view = look(model, photo, 3, class_names=NAMES)
+    assert view.pixels.shape == (*size, 3) and len(view.scores) == heads
     for figure in (draw_view(view), draw_sheet([view, view])):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
