@@ -43,7 +43,7 @@ STILL = dict(scale=[1., 1.], ratio=[1., 1.], hflip=0., img_size=32)
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """A few images at a time are read, so that these few are several chunks."""
-    monkeypatch.setattr(dd, 'READ_BYTES', 5 * 3 * 32 * 32)
+    monkeypatch.setattr(dd, 'READ_BYTES', 4000)
 
 
 def resolved(args):
