@@ -91,11 +91,11 @@ def fill_text(text: str, block: Callable[[str, List[str]], str]) -> str:
 
 
 def _fenced(lines: Sequence[str]) -> Iterator[bool]:
-    """Whether each line belongs to fenced code."""
+    """Whether each line is within fenced code; the line that opens it is not."""
     fence = ''
     for line in lines:
         match = FENCE.match(line)
-        yield bool(fence or match)
+        yield bool(fence)
         if match and not fence:
             fence = match[1]
         elif match and match[1].startswith(fence) and not match[2].strip():
