@@ -91,7 +91,8 @@ def draw_sheet(views: Sequence[View]) -> 'Figure':
     canvas = _Canvas(views[0], titled=False)
     width = NAME + (2 + heads) * (PANEL + GAP) + PREDICTION + EDGE
     figure = canvas.figure(width, TITLE + len(views) * canvas.row + BAR + BAR_BELOW, top=TITLE, margin=NAME)
-    highest = max(view.attention.max() for view in views)
+    # one scale for all rows; half of them may go beyond it, so that one bright token does not darken the others
+    highest = float(np.median([view.attention.max() for view in views]))
     for row, view in enumerate(views):
         titles = ['Input', 'Coarse attention', *(f'Head {i + 1}' for i in range(heads))]
         titles = titles if row == 0 else [''] * len(titles)
@@ -103,7 +104,7 @@ def draw_sheet(views: Sequence[View]) -> 'Figure':
             _show_tokens(canvas.panel(row, 2 + head, titles[2 + head], head), view, head)
         axes = canvas.axes(canvas.left(2 + heads), canvas.top(row), PREDICTION, canvas.height)
         _show_prediction(axes, view, 3, legend=row == 0)
-    canvas.bar_below(len(views) - 1, 1, heat, 'share (%)')
+    canvas.bar_below(len(views) - 1, 1, heat, 'share (%)', extend='max' if len(views) > 1 else 'neither')
     return figure
 
 
@@ -149,13 +150,13 @@ class _Canvas:
         axes = self.axes(self.left(column) + PANEL + BAR_GAP, self.top(row), BAR, self.height)
         self._bar(axes, mappable, label, 'vertical')
 
-    def bar_below(self, row: int, column: int, mappable: Any, label: str) -> None:
-        """A colour bar below a panel."""
+    def bar_below(self, row: int, column: int, mappable: Any, label: str, extend: str) -> None:
+        """A colour bar below a panel, pointed where values go beyond it."""
         axes = self.axes(self.left(column), self.top(row) + self.height + BAR_GAP, PANEL, BAR)
-        self._bar(axes, mappable, label, 'horizontal')
+        self._bar(axes, mappable, label, 'horizontal', extend)
 
-    def _bar(self, axes: 'Axes', mappable: Any, label: str, orientation: str) -> None:
-        bar = self._figure.colorbar(mappable, cax=axes, orientation=orientation)
+    def _bar(self, axes: 'Axes', mappable: Any, label: str, orientation: str, extend: str = 'neither') -> None:
+        bar = self._figure.colorbar(mappable, cax=axes, orientation=orientation, extend=extend)
         bar.locator = _ticks()
         bar.ax.tick_params(labelsize=TEXT, length=2, width=0.6, pad=1.5)
         bar.set_label(label, fontsize=TEXT, labelpad=2)
@@ -265,7 +266,7 @@ def _show_prediction(axes: 'Axes', view: View, most: int, legend: bool = True) -
             value = probabilities[i]
             axes.barh(place + offset, BAR_LENGTH * value, 0.17, color=color, align='edge', lw=0)
             axes.text(
-                end, place + 0.685, f'{100 * value:.1f}', fontsize=TEXT, color=color, ha='right', va='center_baseline')
+                end, place + 0.685, f'{100 * value:.1f}', fontsize=TEXT, color=color, ha='right', va='center')
 
 
 def _short(name: str, most: int = 24) -> str:
