@@ -57,7 +57,9 @@ EVALUATIONS = dict(
     cell=NAME, seed=WHOLE, evaluation=NAME, img_size=_or_none(WHOLE), topk=_or_none(WHOLE), fine_fusion=TEXT,
     images=WHOLE, top1=PERCENT, loss=NUMBER, ece=NUMBER, answers=HEX)
 CURVES = dict(cell=NAME, seed=WHOLE, epoch=WHOLE, train_loss=NUMBER, eval_top1=_or_none(PERCENT))
-LATENCY = dict(cell=NAME, batch_size=WHOLE, img_size=WHOLE, latency_ms=NUMBER, ratio=NUMBER)
+LATENCY = dict(
+    cell=NAME, batch_size=WHOLE, img_size=WHOLE, latency_ms=NUMBER, ratio=NUMBER, train_batch_size=WHOLE,
+    train_ms=NUMBER, train_ratio=NUMBER)
 
 
 def read_table(path: Path, columns: Mapping[str, Kind]) -> List[Row]:

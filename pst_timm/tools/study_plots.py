@@ -56,15 +56,19 @@ def draw_plots(study: StudyData, folder: Path) -> List[Path]:
 
 
 def draw_accuracy(study: StudyData) -> Optional['Figure']:
-    """Top-1 against GMACs, latency and training time: means with standard deviations, and every seed beside them."""
+    """Top-1 against GMACs, latency and training time: means with standard deviations, and every seed beside them.
+
+    The training time is that of a step, timed in turn with the others: whole runs met the machine in other moods.
+    """
     cells = comparable_cells(study)
     costs: Dict[str, Dict[str, float]] = {'GMACs of an image': {c: study.runs_of(c)[0]['gmacs'] for c in cells}}
     if study.latency:
         first = next(iter(study.latency.values()))
-        label = f'latency of {first["batch_size"]} images (ms)'
-        costs[label] = {c: study.latency[c]['latency_ms'] for c in cells if c in study.latency}
-    minutes = {c: [r['train_seconds'] for r in study.runs_of(c)] for c in cells}
-    costs['training (min)'] = {c: np.mean(m) / 60 for c, m in minutes.items() if None not in m}
+        for what, size, key in (
+                ('latency', 'batch_size', 'latency_ms'),
+                ('training step', 'train_batch_size', 'train_ms')):
+            label = f'{what}, {first[size]} images (ms)'
+            costs[label] = {c: study.latency[c][key] for c in cells if c in study.latency}
     costs = {label: values for label, values in costs.items() if values}
     if not cells:
         return None

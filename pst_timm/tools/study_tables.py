@@ -86,7 +86,7 @@ def _model_row(study: StudyData, cell: str) -> Row:
         'loss': column('loss', 3),
         'ECE': column('ece', 3),
         'training (min)': column('train_seconds', 1, 60.),
-        'images/s': column('images_per_second', 0),
+        f'training step, times `{first}`': f'{latency["train_ratio"]:.3f}' if latency else NONE,
         f'latency, times `{first}`': f'{latency["ratio"]:.3f}' if latency else NONE,
     }
 
@@ -130,7 +130,7 @@ def _compare(study: StudyData, cells: Sequence[str], evaluation: str) -> List[st
             sentences.append(f'`{of}` minus `{cell}`: {in_words(top1, own)}.')
     if not sentences:
         return []
-    return [f'Differences are those of `{of}` to the model of the row.', markdown_table(table), sentences[0]]
+    return [f'Differences are those of `{of}` to the model of the row.', markdown_table(table), '\n'.join(sentences)]
 
 
 def _sweep(study: StudyData, cells: Sequence[str]) -> List[str]:

@@ -57,7 +57,9 @@ def write_study(
     for i, cell in enumerate(cells):
         tables['latency'].append(dict(
             cell=cell, params=11_000_000 + i, gmacs=0.3 + 0.02 * i, batch_size=100, img_size=96,
-            latency_ms=80. + 5 * i, ratio=1 + i / 16, device='cpu', hardware='made up', threads=2))
+            latency_ms=80. + 5 * i, ratio=1 + i / 16,
+            train_batch_size=64, train_ms=300. + 60 * i, train_ratio=1 + i / 5,
+            device='cpu', hardware='made up', threads=2))
         for seed in seeds:
             def answers(bonus: float = 0., seed: int = seed, i: int = i) -> np.ndarray:
                 return difficulty + 0.1 * rng.standard_normal(images) < 0.5 + 0.02 * i + 0.01 * seed + bonus
