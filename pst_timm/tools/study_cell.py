@@ -1,11 +1,12 @@
 """One cell of a study: a model trained with one seed, evaluated, and put on record."""
 import csv
+import importlib.util
 import json
 import platform
 from argparse import Namespace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import timm
@@ -15,7 +16,7 @@ from timm.data import resolve_data_config
 from torch.nn.functional import cross_entropy
 
 import pst_timm
-from pst_timm.engine import setup, train, train_args, validate, validate_args
+from pst_timm.engine import EngineError, setup, train, train_args, validate, validate_args
 from pst_timm.engine.data import create_eval_dataset, create_eval_loader
 from pst_timm.engine.measures import calibration_error, pack_answers
 from pst_timm.engine.validation import load_model
@@ -23,7 +24,7 @@ from pst_timm.hub import count_gmacs
 
 from .study_config import Cell
 
-__all__ = ['hardware_name', 'read_csv', 'run_cell', 'write_whole']
+__all__ = ['check_packages', 'hardware_name', 'read_csv', 'read_record', 'run_cell', 'settings_of', 'write_whole']
 
 Row = Dict[str, Any]
 # what training and evaluation share
@@ -31,6 +32,7 @@ SHARED = (
     'channels_last', 'crop_mode', 'crop_pct', 'data_on_device', 'device', 'device_modules', 'gp', 'img_size',
     'in_chans', 'input_size', 'interpolation', 'mean', 'model', 'model_kwargs', 'pin_mem', 'std', 'workers')
 RECORD = 'cell.json'
+SETTINGS = 'settings.json'
 # inverse strengths of the regularisation that a probe chooses from
 PROBE_C = (1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -44,6 +46,13 @@ def hardware_name(device: torch.device) -> str:
         return next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def check_packages(cells: Iterable[Cell]) -> None:
+    """Raise an EngineError if cells need what is not installed; after the training it would be late to say so."""
+    if any(c.probe for c in cells) and importlib.util.find_spec('sklearn') is None:
+        raise EngineError(
+            "The linear probe needs scikit-learn: pip install 'pst_timm[demo]', or take probe out of the study.")
 
 
 def run_cell(cell: Cell, data_dir: str, output: Path, device: str = '', jobs: int = 1) -> Row:
@@ -62,9 +71,13 @@ def run_cell(cell: Cell, data_dir: str, output: Path, device: str = '', jobs: in
     Raises:
         EngineError: As `train` and `validate`.
     """
+    check_packages([cell])
     folder = output / cell.id
     folder.mkdir(parents=True, exist_ok=True)
-    settings = dict(
+    write_whole(folder / SETTINGS, json.dumps(cell.settings, indent=1) + '\n')
+    defaults = vars(train_args(**cell.train))
+    settings = {k: defaults[k] for k in ('batch_size', 'train_split', 'val_split')}
+    settings.update(
         cell.train,
         seed=cell.seed,
         data_dir=data_dir,
@@ -85,6 +98,32 @@ def run_cell(cell: Cell, data_dir: str, output: Path, device: str = '', jobs: in
     )
     write_whole(folder / RECORD, json.dumps(record, indent=1) + '\n')
     return record
+
+
+def read_record(path: Path) -> Optional[Row]:
+    """The record of a cell, None if it is not there.
+
+    Raises:
+        EngineError: If it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        if {'settings', 'cell', 'evaluations', 'curves'} <= set(record):
+            return record
+    except (TypeError, ValueError):
+        pass
+    raise EngineError(f'{path} is damaged: remove it, and the cell is evaluated again; its training is kept.')
+
+
+def settings_of(folder: Path) -> Optional[Row]:
+    """The settings that a cell was begun with, None if it was not."""
+    path = folder / SETTINGS
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError:
+        raise EngineError(f'{path} is damaged: remove its folder to run the cell again.') from None
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -116,7 +155,7 @@ def evaluation_settings(settings: Mapping[str, Any], folder: Path) -> Row:
         split=settings['val_split'],
         class_map=settings['class_map'],
         num_classes=settings['num_classes'],
-        batch_size=settings.get('validation_batch_size', settings['batch_size']),
+        batch_size=settings.get('validation_batch_size') or settings['batch_size'],
     )
 
 
@@ -166,7 +205,7 @@ def probe(classes: Sequence[str], common: Mapping[str, Any], settings: Mapping[s
     from sklearn.preprocessing import StandardScaler
 
     class_map = write_classes(folder / 'probe_classes.txt', classes)
-    x, y = pooled_features(common, settings.get('train_split', 'train'), class_map)
+    x, y = pooled_features(common, settings['train_split'], class_map)
     x_val, y_val = pooled_features(common, settings['val_split'], class_map)
     held = np.arange(len(y)) % 5 == 0
 
@@ -209,7 +248,7 @@ def describe(cell: Cell, settings: Mapping[str, Any], folder: Path, final: Mappi
     """Everything about a cell in one row: seed, data, metrics, speed, versions, hardware."""
     args = train_args(**settings)
     device = setup.init_device(args)
-    _, dataset = open_split(evaluation_settings(settings, folder), settings.get('train_split', 'train'))
+    _, dataset = open_split(evaluation_settings(settings, folder), settings['train_split'])
     model = setup.build_model(args)
     speed = read_csv(folder / 'speed.csv')
     seconds = sum(float(r['train_seconds']) for r in speed)

@@ -1,4 +1,5 @@
 """The YAML file of a study: which cells there are, and what each of them is to do."""
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Sequence
@@ -7,7 +8,7 @@ import timm
 import yaml
 
 from pst_timm.engine import EngineError, train_args
-from pst_timm.engine.setup import import_modules
+from pst_timm.engine.setup import build_model, import_modules
 from pst_timm.hub import did_you_mean
 
 __all__ = ['Cell', 'Study', 'choose_classes', 'read_study']
@@ -17,6 +18,8 @@ PLACE = ('class_map', 'data_dir', 'device', 'experiment', 'output', 'resume', 'w
 STUDY_KEYS = {
     'name': str, 'title': str, 'seeds': list, 'classes': (list, dict), 'train': dict, 'cells': dict, 'sweep': dict,
     'probe': dict, 'questions': dict}
+# what a study gives to each cell itself
+GIVEN = ('class_map', 'data_dir', 'device', 'experiment', 'num_classes', 'output', 'resume', 'seed')
 REQUIRED = ('name', 'title', 'seeds', 'train', 'cells')
 
 
@@ -89,10 +92,10 @@ def read_study(path: str, data_dir: str) -> Study:
         EngineError: If the file cannot be read, or names an unknown key, cell, class, flag or model.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
     except OSError as e:
         raise EngineError(f'Cannot read the study {path}: {e.strerror}.') from None
-    except yaml.YAMLError as e:
+    except (UnicodeDecodeError, yaml.YAMLError) as e:
         raise EngineError(f'{path} is not valid YAML: {e}') from None
     _check_keys(path, values)
     split = Path(data_dir) / values['train'].get('train_split', 'train')
@@ -114,9 +117,11 @@ def read_study(path: str, data_dir: str) -> Study:
             raise EngineError(f'{path}: the probe of {name} needs classes it was not trained on; it saw {min(seen)}.')
         flags = {**values['train'], **own}
         try:
-            train_args(**flags)
+            args = train_args(**flags)
         except EngineError as e:
             raise EngineError(f'{path}, cell {name}: {e}') from None
+        if not args.val_split:
+            raise EngineError(f'{path}, cell {name}: a study needs images to evaluate on, and val_split is empty.')
         cells += [
             Cell(
                 name=name,
@@ -139,24 +144,53 @@ def _check_keys(path: str, values: Any) -> None:
     problems += [
         f'{k} must be a {getattr(t, "__name__", "list or dict")}, got {values[k]!r}'
         for k, t in STUDY_KEYS.items() if k in values and not isinstance(values[k], t)]
-    for part, keys in (('sweep', {'cells', 'topk', 'img_size'}), ('probe', {'cells', 'classes'})):
-        if values.get(part) and isinstance(values[part], dict) and set(values[part]) != keys:
-            problems.append(f'{part} needs {", ".join(sorted(keys))}, got {", ".join(map(str, values[part]))}')
-    if isinstance(values.get('cells'), dict):
-        problems += [
-            f'cell {name!r} needs a mapping with its model' for name, own in values['cells'].items()
-            if not isinstance(own, dict) or not {**(values.get('train') or {}), **own}.get('model')]
+    # the parts can be looked into once they are what they should be
+    problems = problems or [*_wrong_cells(values), *_wrong_lists(values)]
     if problems:
         raise EngineError('\n'.join(f'{path}: {p}' for p in problems))
 
 
+def _wrong_cells(values: Dict[str, Any]) -> Iterable[str]:
+    for name in (values['name'], *values['cells']):
+        if not isinstance(name, str) or not re.fullmatch(r'\w[\w.-]*', name):
+            yield f'{name!r} is no name for a folder: use letters, digits, "_", "." and "-"'
+    for name, own in values['cells'].items():
+        if not isinstance(own, dict) or not {**values['train'], **own}.get('model'):
+            yield f'cell {name!r} needs a mapping with its model'
+    for where, flags in (('train', values['train']), *values['cells'].items()):
+        for key in GIVEN:
+            if isinstance(flags, dict) and key in flags:
+                yield f'{where}: leave out {key}, which the study gives to each cell'
+
+
+def _wrong_lists(values: Dict[str, Any]) -> Iterable[str]:
+    if not _whole_numbers(values['seeds'], 0) or len(set(values['seeds'])) < len(values['seeds']):
+        yield f'seeds must be different whole numbers, got {values["seeds"]}'
+    for part, keys in (('sweep', {'cells', 'topk', 'img_size'}), ('probe', {'cells', 'classes'})):
+        found = values.get(part)
+        if found and set(found) != keys:
+            yield f'{part} needs {", ".join(sorted(keys))}, got {", ".join(map(str, found))}'
+        elif found and not isinstance(found['cells'], list):
+            yield f'{part}: cells must be a list, got {found["cells"]!r}'
+        elif found and part == 'sweep':
+            for key, least in (('topk', 0), ('img_size', 1)):
+                if not _whole_numbers(found[key], least):
+                    yield f'sweep: {key} must be a list of whole numbers from {least} on, got {found[key]!r}'
+
+
+def _whole_numbers(values: Any, least: int) -> bool:
+    return isinstance(values, list) and all(type(v) is int and v >= least for v in values)
+
+
 def _check_models(path: str, cells: Iterable[Cell]) -> None:
-    for cell in cells:
+    for cell in {c.name: c for c in cells}.values():
         import_modules(cell.train.get('device_modules'))
         model = cell.train['model']
         if not timm.is_model(model):
             raise EngineError(f'{path}, cell {cell.name}: unknown model {model!r}'
                               f'{did_you_mean(model, timm.list_models())}')
+        if cell.sweep and not hasattr(build_model(train_args(**{**cell.train, 'pretrained': False})), 'set_topk'):
+            raise EngineError(f'{path}: sweep needs models with fine attention, and {model} of {cell.name} has none.')
 
 
 def choose_classes(choice: Any, folders: Sequence[str]) -> List[str]:
@@ -165,17 +199,28 @@ def choose_classes(choice: Any, folders: Sequence[str]) -> List[str]:
     Args:
         choice: None for all, a list of names, {first: i, step: n}, or {except: one of these}.
         folders: All names, sorted.
+
+    Raises:
+        EngineError: If it is none of these, or names a class that is not there, or none at all.
     """
     if choice is None:
         return list(folders)
     if isinstance(choice, dict) and set(choice) == {'except'}:
         out = set(choose_classes(choice['except'], folders))
-        return [f for f in folders if f not in out]
+        return _some([f for f in folders if f not in out], choice, folders)
     if isinstance(choice, dict) and set(choice) == {'first', 'step'}:
-        return list(folders[choice['first']::choice['step']])
+        first, step = choice['first'], choice['step']
+        if _whole_numbers([first], 0) and _whole_numbers([step], 1):
+            return _some(list(folders[first::step]), choice, folders)
     if not isinstance(choice, list):
         raise EngineError(f'classes must be names, {{first, step}} or {{except}}, got {choice!r}.')
     missing = [c for c in choice if c not in folders]
     if missing:
         raise EngineError(f'The data has no class {missing[0]!r}{did_you_mean(str(missing[0]), folders)}')
-    return sorted(choice)
+    return _some(sorted(set(choice)), choice, folders)
+
+
+def _some(chosen: List[str], choice: Any, folders: Sequence[str]) -> List[str]:
+    if not chosen:
+        raise EngineError(f'The classes {choice!r} are none of the {len(folders)} in the data.')
+    return chosen

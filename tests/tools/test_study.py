@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from pst_timm.engine import EngineError, validate, validate_args
 from pst_timm.engine.flags import TRAIN_FLAGS
 from pst_timm.engine.measures import pack_answers
-from pst_timm.tools.study import epochs_done, finished, main, make_slots, merge, read_csv
+from pst_timm.tools import study as study_module
+from pst_timm.tools import study_cell
+from pst_timm.tools.study import describe, epochs_done, finished, main, make_slots, merge, read_csv
 from pst_timm.tools.study_config import Study, choose_classes, read_study
 from tests.engine.helpers import ROOT, TINY, script_env, write_images
 
@@ -236,6 +239,19 @@ def test_a_cell_that_fails_does_not_stop_the_others(data, tmp_path):
     (dict(probe=dict(cells=['pst'], classes=['class0'])), 'classes it was not trained on; it saw class0'),
     (dict(classes=['class0', 'class9']), "no class 'class9'.*class4"),
     (dict(classes=dict(every=3)), 'classes must be names'),
+    (dict(classes=dict(first=0, step=0)), 'classes must be names'),
+    (dict(classes=dict(first=9, step=1)), 'are none of the 5 in the data'),
+    (dict(seeds=[0, 0]), r'seeds must be different whole numbers, got \[0, 0\]'),
+    (dict(seeds=['one']), 'seeds must be different whole numbers'),
+    (dict(name='../toy'), "'../toy' is no name for a folder"),
+    (dict(cells={'a/b': dict(model='resnet18')}), "'a/b' is no name for a folder"),
+    (dict(cells={'a b': dict(model='resnet18')}), "'a b' is no name for a folder"),
+    (dict(train=[1]), 'train must be a dict'),
+    (dict(train=dict(SHARED, seed=3)), 'train: leave out seed'),
+    (dict(train=dict(SHARED, val_split='')), 'val_split is empty'),
+    (dict(sweep=dict(cells=['plain'], topk=[1], img_size=[32])), 'test_resnet of plain has none'),
+    (dict(sweep=dict(cells=['pst'], topk=[1], img_size=96)), 'img_size must be a list of whole numbers from 1 on'),
+    (dict(sweep=dict(cells='pst', topk=[1], img_size=[96])), 'sweep: cells must be a list'),
 ])
 def test_mistakes_in_the_configuration(data, tmp_path, capsys, changes, message):
     assert main(words(write_config(tmp_path, **changes), data, tmp_path)) == 1
@@ -255,6 +271,114 @@ def test_missing_data_and_configuration(data, tmp_path, capsys):
     assert 'not valid YAML' in capsys.readouterr().err
 
 
+class TestBeforeTheFirstCell:
+    """What would lose hours later is said at once."""
+
+    def refused(self, capsys, folder, *args):
+        assert main(words(*args)) == 1
+        said = capsys.readouterr().err
+        assert not list(folder.glob('output/toy/*/cell.log')) and 'Traceback' not in said
+        return said
+
+    def test_no_scikit_learn_for_the_probe(self, data, tmp_path, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, 'sklearn', None)
+        config = write_config(tmp_path)
+        assert "pip install 'pst_timm[demo]'" in self.refused(capsys, tmp_path, config, data, tmp_path)
+        said = self.refused(capsys, tmp_path, config, data, tmp_path, '--cell', 'pst-seed0')
+        assert 'needs scikit-learn' in said
+
+    def test_no_gpu(self, data, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr('torch.cuda.device_count', lambda: 1)
+        config = write_config(tmp_path)
+        for device, message in (('cuda:1', 'torch sees 1 GPUs'), ('gpu', '--device gpu cannot be used here')):
+            assert message in self.refused(capsys, tmp_path, config, data, tmp_path, '--device', device)
+        monkeypatch.setattr('torch.cuda.device_count', lambda: 0)
+        assert 'torch sees 0 GPUs' in self.refused(capsys, tmp_path, config, data, tmp_path, '--device', 'cuda')
+
+    def test_the_same_study_at_work(self, data, tmp_path, capsys):
+        config = write_config(tmp_path)
+        with FileLock(tmp_path / 'output' / 'toy' / 'study.lock'):
+            assert 'already at work in' in self.refused(capsys, tmp_path, config, data, tmp_path)
+
+    def test_an_output_that_cannot_be_written(self, data, tmp_path, capsys):
+        config = write_config(tmp_path)
+        (tmp_path / 'output').write_text('a file')
+        assert 'Make room, or mend the permissions' in self.refused(capsys, tmp_path, config, data, tmp_path)
+
+    @pytest.mark.parametrize('text', [
+        b'<<<<<<< HEAD\ncell,seed\n', b'cell,seed\npst\n', b'cell,seed\npst,0,1\n', b'cell,seed\npst,x\n',
+        b'\xff\xfe\n1'])
+    def test_garbled_results(self, data, tmp_path, capsys, text):
+        config = write_config(tmp_path)
+        (tmp_path / 'results').mkdir()
+        (tmp_path / 'results' / 'curves.csv').write_bytes(text)
+        assert 'curves.csv is garbled: restore it' in self.refused(capsys, tmp_path, config, data, tmp_path)
+        assert (tmp_path / 'results' / 'curves.csv').read_bytes() == text
+
+    @pytest.mark.parametrize('text', ['{"settings": ', '[]', '{"settings": {}}'])
+    def test_a_damaged_record(self, data, tmp_path, capsys, text):
+        config = write_config(tmp_path)
+        path = tmp_path / 'output' / 'toy' / 'pst-seed0' / 'cell.json'
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+        for more in ((), ('--list',), ('--cell', 'pst-seed0')):
+            assert f'{path} is damaged: remove it' in self.refused(capsys, tmp_path, config, data, tmp_path, *more)
+
+    def test_a_cell_begun_with_other_settings(self, data, tmp_path, capsys):
+        config = write_config(tmp_path)
+        cell = read_study(str(config), str(data)).cells[0]
+        folder = tmp_path / 'output' / 'toy' / cell.id
+        folder.mkdir(parents=True)
+        (folder / 'settings.json').write_text(json.dumps(cell.settings))
+        assert not finished(cell, folder.parent)
+        changed = write_config(tmp_path, train=dict(TOY['train'], lr=0.1))
+        said = self.refused(capsys, tmp_path, changed, data, tmp_path)
+        assert f'{folder} was run with other settings' in said
+
+    @pytest.mark.parametrize('jobs', ['-1', 'all', '1.5'])
+    def test_jobs(self, data, tmp_path, capsys, jobs):
+        with pytest.raises(SystemExit):
+            main(words(write_config(tmp_path), data, tmp_path, f'--jobs={jobs}'))
+        assert f"expected a whole number from 0 on, got '{jobs}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('more', [(), ('--of-study',)])
+def test_a_cell_alone_does_not_look_at_its_input(data, tmp_path, monkeypatch, more):
+    """A batch system gives it none; within a study, the end of the input is the end of the study."""
+    calls = []
+    monkeypatch.setattr(study_module, 'stop_with_parent', lambda: calls.append('stops with its parent'))
+    monkeypatch.setattr(study_module, 'run_cell', lambda *args: calls.append('runs'))
+    assert main(words(write_config(tmp_path), data, tmp_path, '--cell', 'plain-seed1', *more)) == 0
+    assert calls == (['stops with its parent', 'runs'] if more else ['runs'])
+
+
+def test_flags_that_the_configuration_leaves_out(data, tmp_path, monkeypatch):
+    train = {k: v for k, v in TOY['train'].items() if k not in ('batch_size', 'val_split')}
+    cell = read_study(str(write_config(tmp_path, train=train)), str(data)).cells[0]
+    evaluated = []
+    monkeypatch.setattr(study_cell, 'train', lambda args: None)
+    monkeypatch.setattr(study_cell, 'evaluate_cell', lambda *args: evaluated.append(args) or [{}])
+    monkeypatch.setattr(study_cell, 'describe', lambda *args: {})
+    monkeypatch.setattr(study_cell, 'read_csv', lambda path: [])
+    study_cell.run_cell(cell, str(data), tmp_path)
+    _, settings, folder = evaluated[0]
+    flags = study_cell.evaluation_settings(settings, folder)
+    assert (flags['split'], flags['batch_size'], settings['train_split']) == ('validation', 128, 'train')
+    assert json.loads((folder / 'settings.json').read_text()) == cell.settings and finished(cell, tmp_path)
+
+
+def test_the_sentence_names_every_length_of_training(done, data):
+    study = read_study(str(done[1]), str(data))
+    rows = table(done[0], 'cells')
+    assert ', 32 px, 3 epochs, seeds 0, 1; float32, ' in describe(study, rows)
+    assert ', 3 or 9 epochs, ' in describe(study, [*rows[:2], *(dict(r, epochs='9') for r in rows[2:])])
+
+
+def test_cells_read_a_copy_of_the_configuration(done):
+    folder, config, *_ = done
+    assert (folder / 'output' / 'toy' / 'study.yaml').read_text() == config.read_text()
+
+
 def test_classes():
     folders = list('abcdefg')
     assert choose_classes(None, folders) == folders
@@ -270,6 +394,12 @@ def test_slots(monkeypatch):
     assert [s.environment['CUDA_VISIBLE_DEVICES'] for s in make_slots('cuda', 0, 9)] == ['3', '5']
     assert [s.environment['CUDA_VISIBLE_DEVICES'] for s in make_slots('cuda', 4, 9)] == ['3', '5', '3', '5']
     assert len(make_slots('cuda', 0, 1)) == 1
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', 'GPU-1a, GPU-2b,')
+    assert [s.environment['CUDA_VISIBLE_DEVICES'] for s in make_slots('cuda', 0, 9)] == ['GPU-1a', 'GPU-2b']
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    assert [s.environment['CUDA_VISIBLE_DEVICES'] for s in make_slots('cuda', 0, 9)] == ['0', '1']
+    assert [(s.device, s.environment) for s in make_slots('cuda:1', 0, 9)] == [('cuda:1', {})]
     cores = len(os.sched_getaffinity(0))
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     assert [s.environment['OMP_NUM_THREADS'] for s in make_slots('cpu', 1, 9)] == [str(cores)]
