@@ -462,6 +462,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         best = torch.accelerator.current_accelerator(check_available=True) or 'cpu'
         device = torch.empty(0, device=args.device or best).device
+        if device.type == 'cuda':
+            torch.cuda.set_device(device)  # the timer waits for the current one
         accuracy = _read_accuracy(args.results_file) if args.results_file else None
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
