@@ -61,13 +61,13 @@ def draw_accuracy(study: StudyData) -> Optional['Figure']:
     The training time is that of a step, timed in turn with the others: whole runs met the machine in other moods.
     """
     cells = comparable_cells(study)
-    costs: Dict[str, Dict[str, float]] = {'GMACs of an image': {c: study.runs_of(c)[0]['gmacs'] for c in cells}}
+    costs: Dict[str, Dict[str, float]] = {'GMACs\nof an image': {c: study.runs_of(c)[0]['gmacs'] for c in cells}}
     if study.latency:
         first = next(iter(study.latency.values()))
         for what, size, key in (
                 ('latency', 'batch_size', 'latency_ms'),
                 ('training step', 'train_batch_size', 'train_ms')):
-            label = f'{what}, {first[size]} images (ms)'
+            label = f'{what} (ms)\nof {first[size]} images'
             costs[label] = {c: study.latency[c][key] for c in cells if c in study.latency}
     costs = {label: values for label, values in costs.items() if values}
     if not cells:

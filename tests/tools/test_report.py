@@ -557,7 +557,7 @@ def test_labels_keep_their_distance_and_order(values):
 def test_accuracy_plot_shows_every_cell_at_its_cost(folder):
     study = load_study(folder)
     panels = draw_accuracy(study).axes
-    labels = ['GMACs of an image', 'latency, 100 images (ms)', 'training step, 64 images (ms)']
+    labels = ['GMACs\nof an image', 'latency (ms)\nof 100 images', 'training step (ms)\nof 64 images']
     assert [axes.get_xlabel() for axes in panels] == labels
     costs = ([0.3, 0.32, 0.34, 0.36], [80., 85., 90., 95.], [300., 360., 420., 480.])
     top1 = [[row['top1'] for row in study.runs_of(cell)] for cell in CELLS]
