@@ -101,6 +101,8 @@ def train(args: Namespace) -> TrainResult:
     try:
         with stop:
             train_epochs(run, stop, result)
+        if run.args.distributed:
+            dist.barrier()  # with torch 2.8, a process that leaves before the others may hang as it ends
     except RuntimeError as e:
         if stop.received is None or isinstance(e, Interrupted):
             raise
