@@ -8,6 +8,7 @@ and those that were at work resume from their last checkpoint.
 """
 import argparse
 import csv
+import io
 import json
 import logging
 import os
@@ -298,12 +299,11 @@ def merge(results: Path, study: Study, table: str, rows: Sequence[Mapping[str, A
     merged = [r for r in old if r['cell'] in order] + list(rows)
     merged.sort(key=lambda r: (order.index(r['cell']), int(r.get('seed', 0))))
     columns = list(dict.fromkeys(k for r in merged for k in r))
-    temporary = path.with_name(path.name + '.tmp')
-    with open(temporary, 'w', newline='') as f:
-        writer = csv.DictWriter(f, columns, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(merged)
-    temporary.replace(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(merged)
+    write_whole(path, text.getvalue())
 
 
 def describe(study: Study, rows: Sequence[Mapping[str, str]]) -> str:
