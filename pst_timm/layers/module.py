@@ -31,6 +31,7 @@ class PyramidSparseBlock(nn.Module):
             train_topk: int = 0,
             train_fine_prob: float = 1.0,
             pos_enc: bool = True,
+            zero_init: bool = False,
             drop_path: float = 0.,
             act_layer: LayerType = nn.SiLU,
             norm_layer: LayerType = nn.BatchNorm2d,
@@ -47,6 +48,7 @@ class PyramidSparseBlock(nn.Module):
             train_topk: Coarse tokens selected in training.
             train_fine_prob: Share of the training steps in which the fine branch runs.
             pos_enc: Whether the attention has its position encoding.
+            zero_init: Start both residual branches at zero, by the weight of their last norm.
             drop_path: Probability of dropping each residual branch in training.
             act_layer: Activation of the MLP.
             norm_layer: Norm of every convolution.
@@ -76,6 +78,10 @@ class PyramidSparseBlock(nn.Module):
             ConvNorm(hidden, dim, 1, norm_layer=norm_layer, apply_act=False, **dd),
         )
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        if zero_init:
+            for last in (self.attn.proj, self.mlp[1]):
+                if getattr(last.bn, 'weight', None) is not None:
+                    nn.init.zeros_(last.bn.weight)
 
     def forward(self, x: torch.Tensor, upper: torch.Tensor, fine: Optional[bool] = None) -> torch.Tensor:
         """Fine map (B, C, H, W) and coarse map (B, C, h, w) in, fine map out; see `PyramidSparseAttention.forward`."""
@@ -105,6 +111,7 @@ class PyramidSparseTransformer(nn.Module):
             train_topk: int = 0,
             train_fine_prob: float = 1.0,
             pos_enc: bool = True,
+            zero_init: bool = False,
             drop_path: float = 0.,
             act_layer: LayerType = nn.SiLU,
             norm_layer: LayerType = nn.BatchNorm2d,
@@ -125,6 +132,7 @@ class PyramidSparseTransformer(nn.Module):
             train_topk: Coarse tokens selected in training.
             train_fine_prob: Share of the training steps in which the fine branch runs.
             pos_enc: Whether the attention has its position encoding.
+            zero_init: Start both residual branches at zero, by the weight of their last norm.
             drop_path: Probability of dropping each residual branch in training.
             act_layer: Activation of the convolutions and the MLPs.
             norm_layer: Norm of every convolution.
@@ -160,6 +168,7 @@ class PyramidSparseTransformer(nn.Module):
                 train_topk=train_topk,
                 train_fine_prob=train_fine_prob,
                 pos_enc=pos_enc,
+                zero_init=zero_init,
                 drop_path=drop_path,
                 **conv_kwargs,
             )

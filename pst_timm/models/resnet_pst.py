@@ -57,6 +57,7 @@ class ResNetPST(ResNet):
             pst_head_dim: int = 32,
             pst_mlp_ratio: float = 2.,
             pst_pos_enc: bool = True,
+            pst_zero_init: bool = False,
             pst_act_layer: LayerType = nn.SiLU,
             topk: int = 0,
             fine_fusion: str = 'gate',
@@ -84,6 +85,7 @@ class ResNetPST(ResNet):
             pst_head_dim: Channels per attention head.
             pst_mlp_ratio: Hidden channels of the blocks' MLP over their width.
             pst_pos_enc: Whether the attention has its position encoding; without it for ablations.
+            pst_zero_init: Start the residual branches of the PST blocks at zero, as `zero_init_last` does the trunk's.
             pst_act_layer: Activation of the PST, the fusion and the head.
             topk: Coarse tokens selected per image and head at inference, 0 for coarse attention alone.
             fine_fusion: How coarse and fine attention are combined, 'gate' or 'joint'.
@@ -93,8 +95,7 @@ class ResNetPST(ResNet):
             norm_layer: Norm of trunk, PST, fusion and head.
             drop_rate: Dropout probability before the classifier.
             drop_path_rate: Stochastic depth, linear over the trunk; the PST blocks take the rate itself.
-            zero_init_last: Start the trunk's residual branches at zero. Those of the PST never do: in a module of
-                one block that would start without attention.
+            zero_init_last: Start the trunk's residual branches at zero.
             trunk_kwargs: Further arguments of `timm.models.resnet.ResNet`.
 
         Raises:
@@ -132,6 +133,7 @@ class ResNetPST(ResNet):
             train_topk=train_topk,
             train_fine_prob=train_fine_prob,
             pos_enc=pst_pos_enc,
+            zero_init=pst_zero_init,
             drop_path=drop_path_rate,
             **conv_kwargs,
         )

@@ -182,3 +182,13 @@ def test_fuse_leaves_the_source_and_its_mode_alone():
 def test_a_norm_without_running_statistics_is_not_folded(norm_layer):
     layer = ConvNorm(4, 4, 1, norm_layer=norm_layer)
     assert not layer.can_fold() and layer.fuse() is layer
+
+
+def test_zero_init_starts_every_block_as_the_identity():
+    """Both residual branches end in a norm of weight zero, as timm's ResNet starts its own."""
+    block = PyramidSparseBlock(32, 2, zero_init=True).eval()
+    x, upper = torch.randn(2, 32, 6, 6), torch.randn(2, 32, 3, 3)
+    assert torch.equal(block(x, upper), x)
+    block.train()(x, upper).square().sum().backward()
+    assert block.attn.proj.bn.weight.grad.abs().sum() > 0 and block.mlp[1].bn.weight.grad.abs().sum() > 0
+    assert not torch.equal(PyramidSparseBlock(32, 2).eval()(x, upper), x)
