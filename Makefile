@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m pst_timm.tools.demo
+	$(BIN)/python -m scripts.demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

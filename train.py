@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-from pst_timm.cli import train_main
+from pst_timm.commands.train import main
 
 if __name__ == '__main__':
-    raise SystemExit(train_main())
+    raise SystemExit(main(prog='train.py'))

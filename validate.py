@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-from pst_timm.cli import validate_main
+from pst_timm.commands.validate import main
 
 if __name__ == '__main__':
-    raise SystemExit(validate_main())
+    raise SystemExit(main(prog='validate.py'))

@@ -1,22 +1,30 @@
 """Image-classification backbones with Pyramid Sparse Transformer fusion, registered with timm on import."""
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from . import layers, models
-from .models import Inspection, ResNetPST, TrunkLoad, inspect_tokens, load_trunk, reparameterize
 from .version import __version__
 
-__all__ = [
-    'Inspection', 'ResNetPST', 'TrunkLoad', '__version__', 'hub', 'inspect_tokens', 'layers', 'load_trunk', 'models',
-    'publish', 'register_weights', 'reparameterize',
-]
-# loaded when asked for, so that the import stays light
-_FROM_HUB = ('publish', 'register_weights')
+# the room that each public name comes from; loaded when it is asked for
+_ROOMS = {
+    'Inspection': 'models', 'ResNetPST': 'models', 'TrunkLoad': 'checkpoints', 'inspect_tokens': 'models',
+    'reparameterize': 'models', 'load_model': 'checkpoints', 'load_trunk': 'checkpoints', 'publish': 'hub',
+    'register_weights': 'hub',
+}
+_SUBPACKAGES = ('checkpoints', 'engine', 'hub', 'layers', 'models')
+
+__all__ = [*_ROOMS, *_SUBPACKAGES, '__version__']
 
 
 def __getattr__(name: str) -> Any:
-    if name == 'hub':
-        return import_module('.hub', __name__)
-    if name in _FROM_HUB:
-        return getattr(import_module('.hub', __name__), name)
+    if name in _SUBPACKAGES:
+        return import_module(f'.{name}', __name__)
+    if name in _ROOMS:
+        return getattr(import_module(f'.{_ROOMS[name]}', __name__), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+# the command line loads what its command needs, so that its help does not wait for torch
+if not Path(sys.argv[0] if sys.argv else '').stem.startswith('pst-timm') and sys.argv[:1] != ['-m']:
+    from . import models  # noqa: F401

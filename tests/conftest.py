@@ -1,10 +1,13 @@
 """What the tests of several rooms share."""
 import logging
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from tests.engine.helpers import write_images
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +27,9 @@ def unlogged():
     for handler in [h for h in root.handlers if h not in before]:
         root.removeHandler(handler)
     root.setLevel(level)
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory) -> Path:
+    """An image folder of three easy classes: 16 training and 6 validation images each. Not to be written to."""
+    return write_images(tmp_path_factory.mktemp('images'), {'train': 16, 'validation': 6})

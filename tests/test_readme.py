@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pst_timm.tools import report
-from pst_timm.tools.table import bundled_weights, model_rows
+from pst_timm.commands import report
+from pst_timm.commands.list import bundled_weights, model_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')])

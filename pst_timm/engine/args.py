@@ -4,24 +4,18 @@ A mistake (unknown name, wrong type, value out of range) is an error before any 
 valid spelling.
 """
 import argparse
-import difflib
 from argparse import Namespace
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import yaml
 
-from .errors import EngineError
+from pst_timm.utils.errors import PSTError, did_you_mean
+
 from .flags import TRAIN_FLAGS, VALIDATE_FLAGS, Flag, FlagGroups
 
 __all__ = ['parse_train_args', 'parse_validate_args', 'read_yaml', 'train_args', 'validate_args', 'write_yaml']
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence that suggests the known names closest to a wrong one, empty if none is close."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
-    return f' Did you mean {" or ".join(close)}?' if close else ''
 
 
 def _by_key(groups: FlagGroups) -> Dict[str, Flag]:
@@ -29,15 +23,15 @@ def _by_key(groups: FlagGroups) -> Dict[str, Flag]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are `EngineError`s."""
+    """A parser whose errors are `PSTError`s."""
 
     def error(self, message: str) -> None:
-        raise EngineError(f'{message}. See {self.prog} --help.')
+        raise PSTError(f'{message}. See {self.prog} --help.')
 
 
 class _Refused(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        raise EngineError(f'{option_string}: {self.const}')
+        raise PSTError(f'{option_string}: {self.const}')
 
 
 def _argparse_type(flag: Flag) -> Callable[[str], Any]:
@@ -79,20 +73,20 @@ def read_yaml(path: str, groups: FlagGroups = TRAIN_FLAGS) -> Dict[str, Any]:
         Checked values by key.
 
     Raises:
-        EngineError: If the file cannot be read, or names an unknown key or an unfit value; all of them are listed.
+        PSTError: If the file cannot be read, or names an unknown key or an unfit value; all of them are listed.
     """
     try:
         text = Path(path).read_text()
     except OSError as e:
-        raise EngineError(f'Cannot read the config {path}: {e.strerror}.') from None
+        raise PSTError(f'Cannot read the config {path}: {e.strerror}.') from None
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as e:
-        raise EngineError(f'{path} is not valid YAML: {e}') from None
+        raise PSTError(f'{path} is not valid YAML: {e}') from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise EngineError(f'{path} must hold one mapping of flags to values, such as "epochs: 10".')
+        raise PSTError(f'{path} must hold one mapping of flags to values, such as "epochs: 10".')
     return _check_values(values, groups, where=f'{path}: ')
 
 
@@ -103,7 +97,7 @@ def _check_values(values: Dict[str, Any], groups: FlagGroups, where: str = '') -
     for key, value in values.items():
         flag = flags.get(key)
         if flag is None:
-            problems.append(f'{where}unknown key {key!r}.{nearest(str(key), known)}')
+            problems.append(f'{where}unknown key {key!r}.{did_you_mean(str(key), known)}')
         elif flag.refused:
             problems.append(f'{where}{key}: {flag.refused}')
         else:
@@ -112,7 +106,7 @@ def _check_values(values: Dict[str, Any], groups: FlagGroups, where: str = '') -
             except (TypeError, ValueError):
                 problems.append(f'{where}{key} must be {flag.expected()}, got {value!r}.')
     if problems:
-        raise EngineError('\n'.join(problems))
+        raise PSTError('\n'.join(problems))
     return checked
 
 
@@ -132,8 +126,8 @@ def _parse(groups: FlagGroups, prog: str, description: str, argv: Optional[Seque
     if unknown:
         wrong = next((a for a in unknown if a.startswith('-')), unknown[0])
         names = [n for _, flags in groups for f in flags if not f.refused for n in f.names]
-        raise EngineError(
-            f'unknown argument {wrong!r}.{nearest(wrong.split("=")[0], names)} See {prog} --help.')
+        raise PSTError(
+            f'unknown argument {wrong!r}.{did_you_mean(wrong.split("=")[0], names)} See {prog} --help.')
     del args.config
     return _finish(Namespace(**deepcopy(vars(args))))
 
@@ -169,7 +163,7 @@ def _finish(args: Namespace) -> Namespace:
     if args.amp and args.model_dtype not in (None, 'float32'):
         problems.append(f'--amp needs float32 weights: leave out --model-dtype {args.model_dtype}, or --amp.')
     if problems:
-        raise EngineError('\n'.join(problems))
+        raise PSTError('\n'.join(problems))
     return args
 
 

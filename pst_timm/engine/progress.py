@@ -1,25 +1,18 @@
 """What a run shows and leaves behind: bars, log lines, summary.csv, curves, TensorBoard and Weights & Biases."""
 import csv
 import logging
-import sys
 import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, Mapping
 
 from timm.utils import AverageMeter, trim_summary, update_summary
-from tqdm import tqdm
 
-from .errors import EngineError
+from pst_timm.utils.errors import PSTError
 
-__all__ = ['RunLog', 'StepTimer', 'format_metrics', 'plot_summary', 'progress_bar']
+__all__ = ['RunLog', 'StepTimer', 'format_metrics', 'plot_summary']
 
 _logger = logging.getLogger(__name__)
-
-
-def progress_bar(items: Iterable, total: int, title: str, enabled: bool = True) -> tqdm:
-    """A bar over an iterable that shows nothing where standard error is not a terminal."""
-    return tqdm(items, total=total, desc=title, leave=False, disable=not (enabled and sys.stderr.isatty()))
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
@@ -81,7 +74,7 @@ class RunLog:
             start_epoch: First epoch; rows of an earlier try from there on are dropped.
 
         Raises:
-            EngineError: If a logger is asked for that is not installed.
+            PSTError: If a logger is asked for that is not installed.
         """
         self.folder = folder
         self.summary = folder / 'summary.csv'
@@ -124,7 +117,7 @@ def _open_tensorboard(folder: Path, start_epoch: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise EngineError('--log-tensorboard needs it: pip install tensorboard, or leave the flag out.') from None
+        raise PSTError('--log-tensorboard needs it: pip install tensorboard, or leave the flag out.') from None
     return SummaryWriter(str(folder / 'tensorboard'), purge_step=start_epoch or None)
 
 
@@ -132,7 +125,7 @@ def _open_wandb(args: Namespace) -> Any:
     try:
         import wandb
     except ImportError:
-        raise EngineError('--log-wandb needs it: pip install wandb, or leave the flag out.') from None
+        raise PSTError('--log-wandb needs it: pip install wandb, or leave the flag out.') from None
     wandb.init(
         project=args.wandb_project or args.experiment or None,
         name=args.experiment or None,
@@ -178,4 +171,3 @@ def plot_summary(summary: Path, image: Path) -> bool:
     figure.savefig(temporary, dpi=120)
     temporary.replace(image)
     return True
-

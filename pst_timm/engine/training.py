@@ -20,13 +20,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from . import setup
+from pst_timm.data.loaders import TrainData, checked_batches, create_train_data, report_bad_images
+from pst_timm.utils.errors import Interrupted, PSTError
+from pst_timm.utils.progress import progress_bar
+
+from . import factories
 from .args import write_yaml
-from .checkpoint import AtomicSaver, Position, find_newest, resume
-from .data import TrainData, checked_batches, create_train_data, report_bad_images
-from .errors import EngineError, Interrupted
-from .evaluate import evaluate
-from .progress import RunLog, StepTimer, format_metrics, progress_bar
+from .inference import evaluate
+from .progress import RunLog, StepTimer, format_metrics
+from .recovery import AtomicSaver, Position, find_newest, resume
 from .seeding import seed_model, seeded_batches
 from .signals import StopSignals
 from .transfer import Frozen, apply_transfer
@@ -90,7 +92,7 @@ def train(args: Namespace) -> TrainResult:
         args: From `parse_train_args` or `train_args`; not changed.
 
     Raises:
-        EngineError: If anything the user can mend is wrong; the message says what.
+        PSTError: If anything the user can mend is wrong; the message says what.
         Interrupted: If the process was asked to stop; a recovery checkpoint has been written.
     """
     run = prepare(copy.deepcopy(args))
@@ -202,7 +204,7 @@ def to_device(run: Run, images: torch.Tensor, target: torch.Tensor) -> Tuple[tor
     """Images and labels where, and as, the model wants them."""
     images, target = images.to(run.device), target.to(run.device)
     if run.args.no_prefetcher:  # otherwise the loader has done this
-        images = images.to(setup.resolve_dtype(run.args))
+        images = images.to(factories.resolve_dtype(run.args))
         if run.data.mixup_fn is not None:
             images, target = run.data.mixup_fn(images, target)
     if run.args.channels_last:
@@ -248,11 +250,11 @@ class LossWatch:
         self.lr_at[step] = self.run.lr
 
     def check(self) -> None:
-        """Raise an EngineError if a loss was NaN or infinite."""
+        """Raise an PSTError if a loss was NaN or infinite."""
         step = int(self.first_bad)
         if step >= 0:
             good = find_newest(self.run.output_dir) if self.run.output_dir is not None else None
-            raise EngineError(
+            raise PSTError(
                 f'The loss became NaN or infinite in epoch {self.epoch}, step {step}, at a learning rate of '
                 f'{self.lr_at[step]:.3g}. The last good checkpoint is {good or "none"}. Try a smaller --lr, '
                 f'--clip-grad, more --warmup-epochs, or --amp-dtype bfloat16.')
@@ -356,7 +358,7 @@ def finish_epoch(
         try:
             run.log.epoch(epoch, train_metrics, eval_metrics, lr, speed)
         except OSError as e:
-            raise EngineError(
+            raise PSTError(
                 f'Cannot write the log to {run.output_dir}: {e}. The last checkpoint there is intact: make room, and '
                 f'start again with --resume auto.') from e
     if run.saver is not None:
@@ -366,28 +368,28 @@ def finish_epoch(
 def prepare(args: Namespace) -> Run:
     """Make every part of a training run; what is wrong with the arguments or the data shows here."""
     given = copy.deepcopy(args)
-    setup.import_modules(args.device_modules)
-    device = setup.init_device(args)
-    dtype = setup.resolve_dtype(args)
+    factories.import_modules(args.device_modules)
+    device = factories.init_device(args)
+    dtype = factories.resolve_dtype(args)
     if not is_primary(args):
         logging.getLogger().setLevel(logging.WARNING)
     random_seed(args.seed, args.rank)
 
     explicit_classes = args.num_classes is not None
-    model = setup.create_train_model(args)
+    model = factories.create_train_model(args)
     frozen = apply_transfer(args, model)
     data_config = resolve_data_config(vars(args), model=model)
     data = create_train_data(args, data_config, explicit_classes, dtype)
 
     model.to(device=device, dtype=dtype, memory_format=torch.channels_last if args.channels_last else None)
     if args.sync_bn and args.distributed:
-        model = setup.sync_batchnorm(model, device)
+        model = factories.sync_batchnorm(model, device)
     if args.torchscript:
-        model = setup.script(model)
-    task = setup.create_task(args, model, device, dtype)
-    args.lr = setup.resolve_lr(args)
-    optimizer = setup.optimizer_for(args, task.get_trainable_module())
-    loss_scaler = setup.loss_scaler_for(args, device)
+        model = factories.script(model)
+    task = factories.create_task(args, model, device, dtype)
+    args.lr = factories.resolve_lr(args)
+    optimizer = factories.optimizer_for(args, task.get_trainable_module())
+    loss_scaler = factories.loss_scaler_for(args, device)
     if args.model_ema and (is_primary(args) or not args.model_ema_force_cpu):
         task.setup_ema(
             decay=args.model_ema_decay,
@@ -415,7 +417,7 @@ def prepare(args: Namespace) -> Run:
         task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None, **buffers)
 
     updates_per_epoch = math.ceil(len(data.train) / args.grad_accum_steps)
-    scheduler, num_epochs = setup.schedule_for(args, optimizer, updates_per_epoch)
+    scheduler, num_epochs = factories.schedule_for(args, optimizer, updates_per_epoch)
     run = Run(
         args=args,
         device=device,
@@ -425,7 +427,7 @@ def prepare(args: Namespace) -> Run:
         scheduler=scheduler,
         num_epochs=num_epochs,
         data=data,
-        autocast=setup.autocast_for(args, device),
+        autocast=factories.autocast_for(args, device),
         loss_scaler=loss_scaler,
         output_dir=folder,
         saver=saver,
@@ -453,7 +455,7 @@ def place_schedule(run: Run) -> None:
 def run_folder(args: Namespace, given: Namespace, data_config: Dict[str, Any]) -> Optional[Path]:
     """Make the folder of the run, with args.yaml in it; None in all processes but the first."""
     if args.resume == 'auto' and not args.experiment:
-        raise EngineError('--resume auto needs --experiment, to know which run to go on with.')
+        raise PSTError('--resume auto needs --experiment, to know which run to go on with.')
     if not is_primary(args):
         return None
     name = args.experiment or '-'.join([
@@ -463,7 +465,7 @@ def run_folder(args: Namespace, given: Namespace, data_config: Dict[str, Any]) -
         folder.mkdir(parents=True, exist_ok=True)
         write_yaml(given, str(folder / 'args.yaml'))
     except OSError as e:
-        raise EngineError(f'Cannot write to {folder} ({e.strerror}): choose another --output.') from e
+        raise PSTError(f'Cannot write to {folder} ({e.strerror}): choose another --output.') from e
     return folder
 
 

@@ -5,10 +5,8 @@ from typing import List, Set
 
 import torch.nn as nn
 
-from pst_timm.models import load_trunk
-
-from .args import nearest
-from .errors import EngineError
+from pst_timm.checkpoints.trunk import load_trunk
+from pst_timm.utils.errors import PSTError, did_you_mean
 
 __all__ = ['Frozen', 'apply_transfer']
 
@@ -57,8 +55,8 @@ def _named(model: nn.Module, names: List[str]) -> Set[str]:
             chosen |= _groups(model, name)
         else:
             known = [n for n, _ in model.named_children()] + list(model.group_matcher(coarse=True))
-            raise EngineError(
-                f'--freeze {name}: the model has no such module.{nearest(name, [*known, *modules])} '
+            raise PSTError(
+                f'--freeze {name}: the model has no such module.{did_you_mean(name, [*known, *modules])} '
                 f'Its parts are {", ".join(dict.fromkeys(known))}.')
     return chosen
 
@@ -73,13 +71,13 @@ def apply_transfer(args: Namespace, model: nn.Module) -> Frozen:
     """Load a trunk and freeze what --freeze, --freeze-trunk and --linear-probe name.
 
     Raises:
-        EngineError: If the trunk does not fit, or a name is not part of the model.
+        PSTError: If the trunk does not fit, or a name is not part of the model.
     """
     if args.trunk_checkpoint:
         try:
             load_trunk(model, args.trunk_checkpoint)
         except (ValueError, RuntimeError, OSError) as e:
-            raise EngineError(f'--trunk-checkpoint {args.trunk_checkpoint}: {e}') from e
+            raise PSTError(f'--trunk-checkpoint {args.trunk_checkpoint}: {e}') from e
     names = _named(model, args.freeze or [])
     if args.freeze_trunk:
         names |= _groups(model, 'stem', 'blocks')
@@ -87,5 +85,5 @@ def apply_transfer(args: Namespace, model: nn.Module) -> Frozen:
         names |= _all_but(model, model.get_classifier())
     frozen = Frozen(model, names)
     if not any(p.requires_grad for p in model.parameters()):
-        raise EngineError('Nothing is left to train: freeze less.')
+        raise PSTError('Nothing is left to train: freeze less.')
     return frozen

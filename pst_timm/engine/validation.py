@@ -1,13 +1,12 @@
 """`validate` evaluates models on a split, and writes the results as timm does."""
 import copy
-import csv
-import json
 import logging
 from argparse import Namespace
 from collections import OrderedDict
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -16,12 +15,18 @@ from timm.layers import apply_test_time_pool
 from timm.task import ClassificationEvaluator
 from timm.utils import check_batch_size_retry, decay_batch_step, random_seed, reparameterize_model
 
-from . import setup
-from .checkpoint import read_weights
-from .data import check_classes, create_eval_dataset, create_eval_loader
-from .errors import EngineError
-from .evaluate import evaluate
-from .measures import AnswerMeasure, CalibrationMeasure, ClassMeasure, Measure, RealLabelsMeasure, SweepMeasure
+from pst_timm.data.datasets import check_classes, create_eval_dataset
+from pst_timm.data.loaders import create_eval_loader
+from pst_timm.metrics.answers import Answers
+from pst_timm.metrics.base import Metric
+from pst_timm.metrics.calibration import Calibration
+from pst_timm.metrics.classification import ClassReport, RealLabels
+from pst_timm.utils.errors import PSTError
+from pst_timm.utils.files import write_csv, write_json
+
+from . import factories
+from .inference import evaluate
+from .recovery import read_weights
 
 __all__ = ['load_model', 'validate', 'write_results']
 
@@ -40,9 +45,9 @@ def validate(args: Namespace) -> List[Results]:
         One mapping per model, best first: model, top1, top5, loss, images_per_second and what else was asked for.
 
     Raises:
-        EngineError: If anything the user can mend is wrong; the message says what.
+        PSTError: If anything the user can mend is wrong; the message says what.
     """
-    setup.import_modules(args.device_modules)
+    factories.import_modules(args.device_modules)
     jobs = [
         Namespace(**dict(vars(copy.deepcopy(args)), model=model, checkpoint=checkpoint))
         for model, checkpoint in _models_and_checkpoints(args)
@@ -51,7 +56,7 @@ def validate(args: Namespace) -> List[Results]:
     for job in jobs:
         try:
             results += _validate_with_retry(job)
-        except EngineError as e:
+        except PSTError as e:
             if len(jobs) == 1:
                 raise
             _logger.error(f'{job.checkpoint or job.model}: {e}')
@@ -70,7 +75,7 @@ def _models_and_checkpoints(args: Namespace) -> List[Tuple[str, str]]:
     endings = ('.pth.tar', '.pth', '.pt', '.safetensors')
     files = sorted(p for p in Path(args.checkpoint).iterdir() if p.name.endswith(endings))
     if not files:
-        raise EngineError(f'The folder {args.checkpoint} has no checkpoints ({", ".join(endings)}).')
+        raise PSTError(f'The folder {args.checkpoint} has no checkpoints ({", ".join(endings)}).')
     return [(model, str(f)) for model in models for f in files]
 
 
@@ -80,7 +85,7 @@ def _validate_with_retry(args: Namespace) -> List[Results]:
             return _validate_one(copy.deepcopy(args))
         except RuntimeError as e:
             smaller = decay_batch_step(args.batch_size) if args.retry and check_batch_size_retry(str(e)) else 0
-            if isinstance(e, EngineError) or not smaller:
+            if isinstance(e, PSTError) or not smaller:
                 raise
             _logger.warning(f'{e}\nTrying again with a batch of {smaller}.')
             args.batch_size = smaller
@@ -91,13 +96,13 @@ def _validate_with_retry(args: Namespace) -> List[Results]:
 def load_model(args: Namespace) -> nn.Module:
     """The model that the arguments name, with the weights of --checkpoint, on the CPU."""
     args.pretrained = args.pretrained or not args.checkpoint
-    model = setup.build_model(args)
+    model = factories.build_model(args)
     if args.checkpoint:
         weights = read_weights(args.checkpoint, args.use_ema)
         try:
             model.load_state_dict(weights)
         except RuntimeError as e:
-            raise EngineError(
+            raise PSTError(
                 f'{args.checkpoint} does not fit {args.model} with {args.num_classes} classes: {e} '
                 f'Check --model, --num-classes and --model-kwargs.') from e
     return reparameterize_model(model) if args.reparam else model
@@ -105,7 +110,7 @@ def load_model(args: Namespace) -> nn.Module:
 
 def _compile(args: Namespace, model: nn.Module) -> nn.Module:
     if args.torchscript:
-        return setup.script(model)
+        return factories.script(model)
     if args.torchcompile:
         return torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
     if args.aot_autograd:
@@ -119,7 +124,7 @@ def _valid_labels(args: Namespace) -> Optional[List[int]]:
     try:
         return [int(line) for line in Path(args.valid_labels).read_text().split()]
     except (OSError, ValueError) as e:
-        raise EngineError(f'--valid-labels {args.valid_labels}: expected a text file of class indices ({e}).') from e
+        raise PSTError(f'--valid-labels {args.valid_labels}: expected a text file of class indices ({e}).') from e
 
 
 class _Subset(nn.Module):
@@ -137,8 +142,8 @@ class _Subset(nn.Module):
 def _validate_one(args: Namespace) -> List[Results]:
     random_seed(args.seed)
     explicit_classes = args.num_classes is not None
-    device = setup.init_device(args)
-    dtype = setup.resolve_dtype(args)
+    device = factories.init_device(args)
+    dtype = factories.resolve_dtype(args)
     model = load_model(args)
     params = sum(p.numel() for p in model.parameters())
     data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
@@ -154,66 +159,87 @@ def _validate_one(args: Namespace) -> List[Results]:
     runnable = _compile(args, model)
     runnable = runnable if labels is None else _Subset(runnable, labels)
 
-    autocast = setup.autocast_for(args, device)
-    measures = partial(_measures, args, dataset)
-    sweep = SweepMeasure(model, runnable, args.topk_sweep, autocast, measures) if args.topk_sweep else None
-    observers = [sweep] if sweep else measures()
-    metrics = evaluate(
-        runnable,
+    autocast = factories.autocast_for(args, device)
+    run = partial(_evaluate, args, runnable, loader, device, autocast, partial(_metrics, args, dataset))
+    facts = dict(
+        param_count=round(params / 1e6, 2),
+        img_size=data_config['input_size'][-1],
+        crop_pct=data_config['crop_pct'],
+        interpolation=data_config['interpolation'],
+    )
+    if args.checkpoint:
+        facts['checkpoint'] = args.checkpoint
+    if not args.topk_sweep:
+        return [OrderedDict(model=args.model, **run(), **facts)]
+    rows = []
+    for setting in sweep_settings(args, model):
+        with model.with_settings(**setting):
+            rows.append(OrderedDict(model=args.model, **setting, **run(), **facts))
+    return rows
+
+
+def sweep_settings(args: Namespace, model: nn.Module) -> List[Dict[str, Any]]:
+    """The settings that --topk-sweep asks for, from a model that offers `sweep_settings` and `with_settings`.
+
+    Raises:
+        PSTError: If the model offers none, or is compiled in a way that keeps the setting it had.
+    """
+    if not hasattr(model, 'sweep_settings'):
+        raise PSTError('--topk-sweep needs a model with fine attention (set_topk), such as resnet50_pst.')
+    if args.torchscript:
+        raise PSTError('--topk-sweep cannot change a scripted model: leave out --torchscript, or use --torchcompile.')
+    return model.sweep_settings(args.topk_sweep)
+
+
+def _evaluate(
+        args: Namespace,
+        model: nn.Module,
+        loader: Any,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager],
+        make_metrics: Callable[[], List[Metric]],
+) -> Results:
+    """One run of a model over the data."""
+    metrics = make_metrics()
+    found = evaluate(
+        model,
         loader,
         ClassificationEvaluator(device),
         device,
         autocast,
         channels_last=args.channels_last,
         log_interval=args.log_freq,
-        observe=lambda *batch: [o.update(*batch) for o in observers],
+        observe=lambda output, target: [m.update(output, target) for m in metrics],
     )
-    top1, top5 = round(metrics['top1'], 4), round(metrics['top5'], 4)
+    top1, top5 = round(found['top1'], 4), round(found['top5'], 4)
     results = OrderedDict(
-        model=args.model,
         top1=top1, top1_err=round(100 - top1, 4),
         top5=top5, top5_err=round(100 - top5, 4),
-        loss=round(metrics['loss'], 6),
-        param_count=round(params / 1e6, 2),
-        img_size=data_config['input_size'][-1],
-        crop_pct=data_config['crop_pct'],
-        interpolation=data_config['interpolation'],
-        images_per_second=round(metrics['images_per_second'], 2),
+        loss=round(found['loss'], 6),
+        images_per_second=round(found['images_per_second'], 2),
     )
-    if args.checkpoint:
-        results['checkpoint'] = args.checkpoint
-    for observer in observers:
-        results.update(observer.results())
-    return [OrderedDict(results, **row) for row in sweep.rows()] if sweep else [results]
+    for metric in metrics:
+        results.update(metric.results())
+    return results
 
 
-def _measures(args: Namespace, dataset: Any) -> List[Measure]:
-    measures: List[Measure] = []
+def _metrics(args: Namespace, dataset: Any) -> List[Metric]:
+    metrics: List[Metric] = []
     if args.answers:
-        measures.append(AnswerMeasure())
+        metrics.append(Answers())
     if args.calibrate:
-        measures.append(CalibrationMeasure())
+        metrics.append(Calibration())
     if args.metrics_avg:
-        measures.append(ClassMeasure(args.metrics_avg))
+        metrics.append(ClassReport(args.metrics_avg))
     if args.real_labels:
-        measures.append(RealLabelsMeasure(dataset, args.real_labels))
-    return measures
+        metrics.append(RealLabels(dataset, args.real_labels))
+    return metrics
 
 
 def write_results(path: str, results: List[Results], format: str = 'csv') -> None:
     """Write results as a CSV file with a header, or as a JSON list.
 
     Raises:
-        EngineError: If the file cannot be written.
+        PSTError: If the file cannot be written.
     """
-    columns = list(OrderedDict.fromkeys(key for row in results for key in row))
-    try:
-        with open(path, 'w', newline='') as f:
-            if format == 'json':
-                json.dump(results, f, indent=4)
-            else:
-                writer = csv.DictWriter(f, fieldnames=columns)
-                writer.writeheader()
-                writer.writerows(results)
-    except OSError as e:
-        raise EngineError(f'Cannot write --results-file {path}: {e.strerror}.') from e
+    (write_json if format == 'json' else write_csv)(path, results)

@@ -1,13 +1,15 @@
-"""Trained weights: read, convert, publish, and serve by name. It knows the models, not how they were trained."""
-from .card import Accuracy, count_gmacs, model_card
-from .checkpoint import Checkpoint, attention_settings, build_model, load_model, read_checkpoint
-from .conversion import Conversion, convert
-from .errors import HubError, HubUnavailable, did_you_mean
+"""Trained weights on the Hub: cards, publishing, and weights served by name. Knows the checkpoints."""
+from pst_timm.checkpoints import Checkpoint, Conversion, build_model, convert, load_model, read_checkpoint
+from pst_timm.utils.cost import count_gmacs
+from pst_timm.utils.errors import PSTError, Unavailable
+
+from .card import Accuracy, model_card
 from .publishing import Publication, publish, save_folder
-from .weights import register_weights
+from .registry import register_weights
+
+HubError, HubUnavailable = PSTError, Unavailable  # their names before there was one root of errors
 
 __all__ = [
-    'Accuracy', 'Checkpoint', 'Conversion', 'HubError', 'HubUnavailable', 'Publication', 'attention_settings',
-    'build_model', 'convert', 'count_gmacs', 'did_you_mean', 'load_model', 'model_card', 'publish',
-    'read_checkpoint', 'register_weights', 'save_folder',
+    'Accuracy', 'Checkpoint', 'Conversion', 'HubError', 'HubUnavailable', 'Publication', 'build_model', 'convert',
+    'count_gmacs', 'load_model', 'model_card', 'publish', 'read_checkpoint', 'register_weights', 'save_folder',
 ]

@@ -1,14 +1,13 @@
 """The model card: what a person wants to know before using a model. Every number is measured or from the checkpoint."""
-import copy
 import re
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
-import torch
 import torch.nn as nn
 import yaml
-from torch.utils.flop_counter import FlopCounterMode
 
-from .checkpoint import Checkpoint, attention_settings
+from pst_timm.checkpoints.building import attention_settings
+from pst_timm.checkpoints.reading import Checkpoint
+from pst_timm.utils.cost import count_gmacs
 
 __all__ = ['CITATION', 'Accuracy', 'count_gmacs', 'model_card']
 
@@ -36,15 +35,6 @@ class Accuracy(NamedTuple):
     interpolation: str
     measured: str
     """How: by validate.py, or while training."""
-
-
-def count_gmacs(model: nn.Module, input_size: Sequence[int]) -> float:
-    """Multiply-accumulates of one image (channels, height, width) in billions."""
-    # on this device every operation has a count, whichever kernel would run elsewhere
-    model = copy.deepcopy(model).to('meta').eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *input_size, device='meta', dtype=next(model.parameters()).dtype))
-    return counter.get_total_flops() / 2e9
 
 
 def _front_matter(license: str, data_set: Optional[str]) -> str:

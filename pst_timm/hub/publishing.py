@@ -14,12 +14,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf, split_model_name_tag
 
+from pst_timm.checkpoints.building import attention_settings, build_model
+from pst_timm.checkpoints.reading import Checkpoint, check_finite, read_checkpoint
 from pst_timm.models import ResNetPST
 from pst_timm.models.digest import digest_note
+from pst_timm.utils.errors import PSTError
 
 from .card import Accuracy, model_card
-from .checkpoint import Checkpoint, attention_settings, build_model, check_finite, read_checkpoint
-from .errors import HubError
 from .upload import FILES, Upload
 
 __all__ = ['Publication', 'publish', 'save_folder']
@@ -55,10 +56,10 @@ def save_folder(
             `test_crop_pct`.
 
     Raises:
-        HubError: If the class names do not fit, the folder cannot be written, or what is read again differs.
+        PSTError: If the class names do not fit, the folder cannot be written, or what is read again differs.
     """
     if class_names and len(class_names) != model.num_classes:
-        raise HubError(f'{len(class_names)} class names for a model of {model.num_classes} classes.')
+        raise PSTError(f'{len(class_names)} class names for a model of {model.num_classes} classes.')
     config: Dict[str, Any] = {'pretrained_cfg': {'notes': [digest_note(model.state_dict())]}}
     if class_names:
         config['label_names'] = list(class_names)
@@ -67,7 +68,7 @@ def save_folder(
             model, os.fspath(folder), model_config=config, model_args=attention_settings(model),
             safe_serialization=True, data_config=data_config)
     except OSError as e:
-        raise HubError(f'Cannot write {folder}: {e}.') from e
+        raise PSTError(f'Cannot write {folder}: {e}.') from e
     _check_reloaded(model, Path(folder))
 
 
@@ -78,12 +79,12 @@ def _check_reloaded(model: nn.Module, folder: Path) -> None:
     try:
         got = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(x)
     except RuntimeError as e:
-        raise HubError(f'What was written to {folder} cannot be loaded again: {e}') from e
+        raise PSTError(f'What was written to {folder} cannot be loaded again: {e}') from e
     difference = float('inf')
     if got.shape == expected.shape:
         difference = ((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
     if not difference <= TOLERANCE:
-        raise HubError(
+        raise PSTError(
             f'What was written to {folder} gives other logits than the checkpoint (by {difference:.1e} of the largest '
             f'one). Nothing was published; please report this.')
 
@@ -130,15 +131,15 @@ def publish(
         attempts: How often an upload is tried.
 
     Raises:
-        HubError: If anything is wrong that the user can mend.
-        HubUnavailable: If the Hub cannot be reached or cannot answer.
+        PSTError: If anything is wrong that the user can mend.
+        Unavailable: If the Hub cannot be reached or cannot answer.
     """
     _check_name(repo_id)
     source = read_checkpoint(checkpoint, use_ema)
     check_finite(source)
     model = build_model(source)
     if not isinstance(model, ResNetPST):
-        raise HubError(
+        raise PSTError(
             f'{source.path} is a checkpoint of {source.arch}, which is no architecture of this package. Use '
             f'timm.models.push_to_hf_hub for it.')
     model.pretrained_cfg['license'] = license
@@ -168,9 +169,9 @@ def _check_name(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as e:
-        raise HubError(f'{repo_id!r} cannot name a repository: {e}') from None
+        raise PSTError(f'{repo_id!r} cannot name a repository: {e}') from None
     if repo_id.count('/') != 1:
-        raise HubError(f"{repo_id!r} must name the owner too, as in 'org/name'.")
+        raise PSTError(f"{repo_id!r} must name the owner too, as in 'org/name'.")
 
 
 @contextmanager
@@ -181,7 +182,7 @@ def _kept_or_temporary(folder: Optional[os.PathLike]) -> Iterator[Path]:
         return
     folder = Path(folder)
     if folder.exists() and any(path.name not in FILES for path in folder.iterdir()):
-        raise HubError(f'{folder} holds other files: name a new or empty folder.')
+        raise PSTError(f'{folder} holds other files: name a new or empty folder.')
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
 
@@ -200,9 +201,9 @@ def _read_results(path: os.PathLike) -> List[Dict[str, Any]]:
             if row.get('topk') not in (None, ''):
                 row['topk'] = int(row['topk'])
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
-        raise HubError(f'{path} is not a results file of validate.py ({e!r}).') from None
+        raise PSTError(f'{path} is not a results file of validate.py ({e!r}).') from None
     if not rows:
-        raise HubError(f'{path} holds no results.')
+        raise PSTError(f'{path} holds no results.')
     return rows
 
 
@@ -212,7 +213,7 @@ def _set_attention(model: nn.Module, topk: Optional[int], fine_fusion: Optional[
     try:
         model.set_topk(before['topk'] if topk is None else topk, fine_fusion)
     except ValueError as e:
-        raise HubError(str(e)) from None
+        raise PSTError(str(e)) from None
     return attention_settings(model) != before
 
 
@@ -225,15 +226,15 @@ def _measured(rows: List[Dict[str, Any]], source: Checkpoint, settings: Dict[str
 
     found = [row for row in rows if fits(row)]
     if len(found) != 1:
-        raise HubError(
+        raise PSTError(
             f'The results have {len(found)} rows for topk={settings["topk"]}, fine_fusion={settings["fine_fusion"]}; '
             f'one was expected. Say which one with topk and fine_fusion, or measure again.')
     row = found[0]
     name = row.get('model') or source.arch
     if ':' not in name and split_model_name_tag(name)[0] != source.arch:
-        raise HubError(f'The results are those of {name}, the checkpoint is one of {source.arch}.')
+        raise PSTError(f'The results are those of {name}, the checkpoint is one of {source.arch}.')
     if source.ema and row.get('checkpoint'):
-        raise HubError(
+        raise PSTError(
             f'The results do not tell whether the moving average in {row["checkpoint"]} was measured. Measure what is '
             f'published: publish with --dry-run, then validate with --model local-dir:FOLDER --pretrained.')
     return Accuracy(

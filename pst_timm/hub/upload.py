@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .errors import HubError, HubUnavailable
+from pst_timm.utils.errors import PSTError, Unavailable
 
 __all__ = ['FILES', 'Upload']
 
@@ -46,7 +46,7 @@ class Upload:
             attempts: How often the upload is tried.
 
         Raises:
-            HubError: If there is no token.
+            PSTError: If there is no token.
         """
         self.repo_id = repo_id
         self.private = private
@@ -54,7 +54,7 @@ class Upload:
         self.attempts = attempts
         self.token = token or get_token()
         if not self.token:
-            raise HubError(
+            raise PSTError(
                 'There is no access token for the Hub: run `hf auth login`, or set HF_TOKEN, with a token that may '
                 'write.')
         self.api = HfApi(token=self.token)
@@ -65,7 +65,7 @@ class Upload:
         me = self._ask(self.api.whoami)
         namespaces = [me['name'], *(org['name'] for org in me.get('orgs', []))]
         if owner not in namespaces:
-            raise HubError(
+            raise PSTError(
                 f'{self.repo_id} is not ours: the token is that of {me["name"]}, who may write to '
                 f'{", ".join(namespaces)}. Name another repository, or use a token of a member of {owner}.')
         try:
@@ -75,12 +75,12 @@ class Upload:
         names = {f.rfilename for f in info.siblings} - {'.gitattributes', *FILES}
         pickles = sorted(n for n in names if n.endswith(PICKLES))
         if pickles:
-            raise HubError(
+            raise PSTError(
                 f'{self.repo_id} holds {pickles[0]}, a pickle, which could be loaded in place of the published '
                 f'weights: delete it there, or name another repository.')
         found = self._architecture_there()
         if found not in (None, arch):
-            raise HubError(
+            raise PSTError(
                 f'{self.repo_id} holds a model of another architecture ({found}, not {arch}): name another '
                 f'repository.')
 
@@ -103,14 +103,14 @@ class Upload:
         for attempt in range(1, self.attempts):
             try:
                 return self._commit(folder)
-            except HubUnavailable as e:
+            except Unavailable as e:
                 wait = 2 ** attempt
                 _logger.warning(f'{e} Trying again in {wait} s.')
                 time.sleep(wait)
         try:
             return self._commit(folder)
-        except HubUnavailable as e:
-            raise HubUnavailable(
+        except Unavailable as e:
+            raise Unavailable(
                 f'{e} Nothing is half published, and what has arrived is not sent again: run the same command again to '
                 f'go on.') from e
 
@@ -125,7 +125,7 @@ class Upload:
         try:
             return call()
         except OfflineModeIsEnabled as e:
-            raise HubUnavailable('The Hub is not asked in offline mode: unset HF_HUB_OFFLINE.') from e
+            raise Unavailable('The Hub is not asked in offline mode: unset HF_HUB_OFFLINE.') from e
         except (HTTPError, OSError, RuntimeError) as e:
             # an upload wraps what went wrong
             cause = e.__cause__ if isinstance(e, RuntimeError) and e.__cause__ is not None else e
@@ -134,28 +134,28 @@ class Upload:
                 if isinstance(cause, expected) and cause.response.status_code == 404:
                     raise
                 raise self._refused(cause.response.status_code) from e
-            raise HubUnavailable(f'The Hub at {self.api.endpoint} cannot be reached ({cause}).') from e
+            raise Unavailable(f'The Hub at {self.api.endpoint} cannot be reached ({cause}).') from e
         except ValueError as e:
-            raise HubError(f'The Hub does not accept what was sent: {e}') from e
+            raise PSTError(f'The Hub does not accept what was sent: {e}') from e
 
-    def _refused(self, status: int) -> HubError:
+    def _refused(self, status: int) -> PSTError:
         if status == 401:
-            return HubError(
+            return PSTError(
                 'The Hub does not accept the access token: run `hf auth login` again, or correct HF_TOKEN.')
         if status == 403:
-            return HubError(
+            return PSTError(
                 f'The token may not write to {self.repo_id}: it needs the role "write", and its owner the right to '
                 f'write there.')
         if status == 404:
-            return HubError(f'The Hub at {self.api.endpoint} knows no repository or branch of that name.')
+            return PSTError(f'The Hub at {self.api.endpoint} knows no repository or branch of that name.')
         if status in (409, 412):
-            return HubError(f'{self.repo_id} was changed by someone else at the same time: run the command again.')
+            return PSTError(f'{self.repo_id} was changed by someone else at the same time: run the command again.')
         if status == 422:
-            return HubError(
+            return PSTError(
                 'The Hub received other bytes than were sent (wrong hash): check the disk and the network, and run the '
                 'command again.')
         if status == 429:
-            return HubUnavailable('The Hub wants fewer requests (rate limit): wait some minutes.')
+            return Unavailable('The Hub wants fewer requests (rate limit): wait some minutes.')
         if status >= 500:
-            return HubUnavailable(f'The Hub has a fault of its own (HTTP {status}).')
-        return HubError(f'The Hub refused the request (HTTP {status}).')
+            return Unavailable(f'The Hub has a fault of its own (HTTP {status}).')
+        return PSTError(f'The Hub refused the request (HTTP {status}).')

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from pst_timm.cli import train_main
+from pst_timm.commands.train import main as train_main
 from pst_timm.engine import training
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pst_timm.engine import EngineError, parse_train_args, parse_validate_args, train_args
+from pst_timm.engine import parse_train_args, parse_validate_args, train_args
 from pst_timm.engine.args import read_yaml, write_yaml
 from pst_timm.engine.flags import TRAIN_FLAGS, VALIDATE_FLAGS
+from pst_timm.utils.errors import PSTError
 
 HERE = Path(__file__).parent
 CONFIGS = sorted((HERE.parents[1] / 'configs').glob('*.yaml'))
@@ -54,7 +55,7 @@ def test_refused_flags_are_refused_with_a_sentence(name, groups):
     assert {'fuser', 'naflex_loader'} <= {f.key for f in refused}
     for flag in refused:
         for option in flag.names:
-            with pytest.raises(EngineError, match=f'{option}: .*(not part|gone)'):
+            with pytest.raises(PSTError, match=f'{option}: .*(not part|gone)'):
                 parse([option] + ([] if flag.is_switch else ['1']))
 
 
@@ -103,12 +104,12 @@ def test_yaml_sets_and_flags_override(tmp_path):
     ('{amp: true, model_dtype: bfloat16}', r'float32 weights'),
 ])
 def test_mistakes_in_yaml_are_named(tmp_path, text, message):
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises(PSTError, match=message):
         parse_train_args(['--config', write(tmp_path, text)])
 
 
 def test_all_mistakes_of_a_file_are_listed(tmp_path):
-    with pytest.raises(EngineError) as e:
+    with pytest.raises(PSTError) as e:
         read_yaml(write(tmp_path, 'epoch: 7\nhflip: 2\n'))
     assert 'epochs' in str(e.value) and 'hflip' in str(e.value)
 
@@ -123,7 +124,7 @@ def test_all_mistakes_of_a_file_are_listed(tmp_path):
     (['--mean', '0.5', '0.5'], r'needs 1 or 3 values'),
 ])
 def test_mistakes_on_the_command_line_are_named(words, message):
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises(PSTError, match=message):
         parse_train_args(words)
 
 
@@ -139,7 +140,7 @@ def test_help_is_printed(parse, capsys):
 def test_keyword_arguments_are_checked_alike():
     assert train_args(epochs=3).epochs == 3
     assert train_args(epochs=3) == parse_train_args(['--epochs', '3'])
-    with pytest.raises(EngineError, match='Did you mean epochs'):
+    with pytest.raises(PSTError, match='Did you mean epochs'):
         train_args(epoch=3)
 
 

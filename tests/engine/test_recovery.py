@@ -11,9 +11,10 @@ from copy import deepcopy
 import pytest
 import torch
 
-from pst_timm.engine import EngineError, Interrupted, train, validate
+from pst_timm.engine import train, validate
 from pst_timm.engine.args import write_yaml
-from pst_timm.engine.checkpoint import check_checkpoint, find_newest
+from pst_timm.engine.recovery import check_checkpoint, find_newest
+from pst_timm.utils.errors import Interrupted, PSTError
 
 from .helpers import (
     ROOT,
@@ -113,7 +114,7 @@ def test_a_checkpoint_that_is_named_has_to_be_good(images, tmp_path):
     for name, message in (
             ('half.pth.tar', 'truncated or not a checkpoint'),
             ('none.pth.tar', 'There is no checkpoint')):
-        with pytest.raises(EngineError, match=message):
+        with pytest.raises(PSTError, match=message):
             train(tiny(images, tmp_path, resume=str(tmp_path / name)))
 
 
@@ -146,7 +147,7 @@ def test_resuming_a_finished_run_is_no_work(images, tmp_path):
 
 def test_resume_auto_starts_afresh_and_needs_a_name(images, tmp_path):
     assert len(train(tiny_train_args(images, tmp_path, epochs=1, resume='auto')).history) == 1
-    with pytest.raises(EngineError, match='needs --experiment'):
+    with pytest.raises(PSTError, match='needs --experiment'):
         train(tiny_train_args(images, tmp_path, resume='auto', experiment=''))
 
 
@@ -156,7 +157,7 @@ def test_corrupt_bytes_are_noticed(images, tmp_path):
     damaged = bytearray(last.read_bytes())
     damaged[len(damaged) // 2] ^= 0xFF
     (folder / 'recovery-9-9.pth.tar').write_bytes(damaged)
-    with pytest.raises(EngineError, match='corrupt'):
+    with pytest.raises(PSTError, match='corrupt'):
         check_checkpoint(folder / 'recovery-9-9.pth.tar')
     assert find_newest(folder).name in ('last.pth.tar', 'checkpoint-1.pth.tar')
 
@@ -182,12 +183,12 @@ def test_full_disk_leaves_the_last_checkpoint_intact(images, tmp_path):
 
 def test_unwritable_output_is_an_error_before_any_work(images, tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(EngineError, match='choose another --output'):
+    with pytest.raises(PSTError, match='choose another --output'):
         train(tiny_train_args(images, tmp_path / 'file'))
 
 
 def test_nan_loss_stops_the_run(images, tmp_path):
-    with pytest.raises(EngineError) as e:
+    with pytest.raises(PSTError) as e:
         train(tiny_train_args(images, tmp_path, warmup_epochs=1, warmup_lr=0.01, lr=1e25, epochs=3, log_interval=50))
     message = str(e.value)
     assert re.search(r'NaN or infinite in epoch 1, step \d, at a learning rate of \d\.?\d*e\+2\d\.', message)
@@ -209,12 +210,12 @@ def test_code_in_a_checkpoint_is_never_run(images, tmp_path):
     bad = tmp_path / 'bad.pth.tar'
     torch.save(dict(state_dict={}, epoch=0, extra=Malicious(trap)), bad)
     for values in (dict(resume=str(bad)), dict(initial_checkpoint=str(bad))):
-        with pytest.raises(EngineError, match=r'refused.*run code'):
+        with pytest.raises(PSTError, match=r'refused.*run code'):
             train(tiny_train_args(images, tmp_path, **values))
     for values in (dict(trunk_checkpoint=str(bad)), dict(pretrained=True, pretrained_path=str(bad))):
-        with pytest.raises(EngineError, match='weights_only=True blocked'):
+        with pytest.raises(PSTError, match='weights_only=True blocked'):
             train(tiny_train_args(images, tmp_path, **values))
-    with pytest.raises(EngineError, match=r'refused.*run code'):
+    with pytest.raises(PSTError, match=r'refused.*run code'):
         validate(tiny_validate_args(images, checkpoint=str(bad)))
     assert not trap.exists()
     torch.load(bad, weights_only=False)
@@ -223,8 +224,8 @@ def test_code_in_a_checkpoint_is_never_run(images, tmp_path):
 
 def test_a_checkpoint_of_another_model_does_not_fit(images, tmp_path):
     folder = train(tiny_train_args(images, tmp_path, epochs=1)).output_dir
-    with pytest.raises(EngineError, match='does not fit'):
+    with pytest.raises(PSTError, match='does not fit'):
         train(tiny_train_args(
             images, tmp_path / 'other', model='test_resnet', resume=str(folder / 'last.pth.tar')))
-    with pytest.raises(EngineError, match='does not fit'):
+    with pytest.raises(PSTError, match='does not fit'):
         validate(tiny_validate_args(images, model='test_resnet', checkpoint=str(folder / 'last.pth.tar')))

@@ -6,8 +6,9 @@ import timm
 import torch
 from timm.models import load_checkpoint
 
-from pst_timm.engine import EngineError, train
+from pst_timm.engine import train
 from pst_timm.engine.training import prepare
+from pst_timm.utils.errors import PSTError
 
 from .helpers import assert_same_weights, load_weights, tiny_train_args
 
@@ -117,10 +118,10 @@ def test_linear_probe_moves_the_classifier_alone(run, start):
 
 
 def test_freezing_mistakes_are_named(images, tmp_path):
-    with pytest.raises(EngineError, match=r'--freeze layer5: the model has no such module. Did you mean layer'):
+    with pytest.raises(PSTError, match=r'--freeze layer5: the model has no such module. Did you mean layer'):
         train(tiny_train_args(images, tmp_path, freeze=['layer5']))
     everything = [n for n, _ in timm.create_model('test_resnet_pst', num_classes=3).named_children()]
-    with pytest.raises(EngineError, match='Nothing is left to train'):
+    with pytest.raises(PSTError, match='Nothing is left to train'):
         train(tiny_train_args(images, tmp_path, freeze=everything))
 
 
@@ -132,10 +133,10 @@ def test_trunk_warm_start(images, tmp_path):
         images, tmp_path, epochs=1, trunk_checkpoint=str(tmp_path / 'trunk.pth'), freeze_trunk=True))
     after = last_weights(result)
     assert all(torch.equal(after[k], v) for k, v in trunk.items())
-    with pytest.raises(EngineError, match=r'--trunk-checkpoint resnet50.pth: No checkpoint'):
+    with pytest.raises(PSTError, match=r'--trunk-checkpoint resnet50.pth: No checkpoint'):
         train(tiny_train_args(images, tmp_path, trunk_checkpoint='resnet50.pth'))
     torch.save(timm.create_model('test_resnet').state_dict(), tmp_path / 'other.pth')
-    with pytest.raises(EngineError, match=r'--trunk-checkpoint .*other.pth: The source is not a ResNet of this trunk'):
+    with pytest.raises(PSTError, match=r'--trunk-checkpoint .*other.pth: The source is not a ResNet of this trunk'):
         train(tiny_train_args(images, tmp_path, trunk_checkpoint=str(tmp_path / 'other.pth')))
 
 
@@ -143,7 +144,7 @@ def test_a_new_class_count_starts_the_classifier_anew(images, start, tmp_path, c
     run = prepare(tiny_train_args(
         images, tmp_path, num_classes=3, initial_checkpoint=str(start[0])))
     assert_same_weights(run.task.get_eval_model().state_dict(), start[1])
-    with pytest.raises(EngineError, match='use --num-classes 3'):
+    with pytest.raises(PSTError, match='use --num-classes 3'):
         prepare(tiny_train_args(images, tmp_path, num_classes=4, initial_checkpoint=str(start[0])))
     args = tiny_train_args(images, tmp_path, initial_checkpoint=str(start[0]))
     args.num_classes = None
@@ -153,9 +154,9 @@ def test_a_new_class_count_starts_the_classifier_anew(images, start, tmp_path, c
 
 
 def test_initial_checkpoint_of_another_model_is_refused(images, start, tmp_path):
-    with pytest.raises(EngineError, match='is of another model'):
+    with pytest.raises(PSTError, match='is of another model'):
         train(tiny_train_args(images, tmp_path, model='test_resnet', initial_checkpoint=str(start[0])))
-    with pytest.raises(EngineError, match=r'There is no checkpoint nowhere.pth'):
+    with pytest.raises(PSTError, match=r'There is no checkpoint nowhere.pth'):
         train(tiny_train_args(images, tmp_path, initial_checkpoint='nowhere.pth'))
 
 
@@ -208,14 +209,14 @@ def test_distillation_pulls_towards_the_teacher(run, teacher, kind):
 
 
 def test_token_distillation_needs_a_model_with_a_token(run, teacher):
-    with pytest.raises(EngineError, match='distilled_training'):
+    with pytest.raises(PSTError, match='distilled_training'):
         run(kd_model_name=teacher, kd_distill_type='token')
 
 
 def test_unknown_teachers_are_named(run):
-    with pytest.raises(EngineError, match=r"Unknown model 'resnet5o'"):
+    with pytest.raises(PSTError, match=r"Unknown model 'resnet5o'"):
         run(kd_model_name='resnet5o')
-    with pytest.raises(EngineError, match='Cannot distil from vovnet39a'):
+    with pytest.raises(PSTError, match='Cannot distil from vovnet39a'):
         run(kd_model_name='vovnet39a')  # without published weights
 
 
@@ -282,7 +283,7 @@ def test_what_cannot_work_here_is_said(run):
             (dict(bn_momentum=0.5), 'Cannot create test_resnet_pst: .*bn_momentum'),
             (dict(opt_kwargs=dict(colour=1)), 'Cannot create the optimizer sgd: .*colour'),
             (dict(freeze_trunk=True, torchscript=True), '--freeze')):
-        with pytest.raises(EngineError, match=message):
+        with pytest.raises(PSTError, match=message):
             run(**values)
 
 
@@ -327,7 +328,7 @@ def test_missing_loggers_are_an_error(run, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, 'wandb', None)
-    with pytest.raises(EngineError, match='pip install wandb'):
+    with pytest.raises(PSTError, match='pip install wandb'):
         run(log_wandb=True)
 
 

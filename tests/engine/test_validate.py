@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.data import create_dataset, create_loader
 
-from pst_timm.cli import validate_main
-from pst_timm.engine import EngineError, train, validate, validation
-from pst_timm.engine.measures import ClassMeasure, RealLabelsMeasure, calibration_error, fit_temperature
+from pst_timm.commands.validate import main as validate_main
+from pst_timm.engine import train, validate, validation
+from pst_timm.metrics.calibration import calibration_error, fit_temperature
+from pst_timm.metrics.classification import ClassReport, RealLabels
+from pst_timm.utils.errors import PSTError
 
 from .helpers import load_weights, tiny_train_args, tiny_validate_args
 
@@ -76,7 +78,7 @@ def test_sweep_is_one_pass_and_equals_single_runs(images, folder, truth, tmp_pat
         assert row['top1'] == pytest.approx(want['top1'], abs=1e-3)
         assert row['loss'] == pytest.approx(want['loss'], abs=1e-4)
     torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), tmp_path / 'plain.pth')
-    with pytest.raises(EngineError, match='needs a model with fine attention'):
+    with pytest.raises(PSTError, match='needs a model with fine attention'):
         run(images, folder, model='test_resnet', checkpoint=str(tmp_path / 'plain.pth'), topk_sweep=[0, 2])
 
 
@@ -145,7 +147,7 @@ def test_precision_recall_and_f1(average):
     sklearn = pytest.importorskip('sklearn.metrics')
     torch.manual_seed(0)
     logits, target = torch.randn(60, 4), torch.randint(0, 4, (60,))
-    measure = ClassMeasure(average)
+    measure = ClassReport(average)
     for x, y in zip(logits.split(25), target.split(25)):
         measure.update(None, x, y)
     want = sklearn.precision_recall_fscore_support(target, logits.argmax(-1), average=average)[:3]
@@ -171,7 +173,7 @@ def test_several_models_and_a_folder_of_checkpoints(images, folder, tmp_path, ca
     assert 'top1' in rows[0] and 'refused' in rows[1]['error']
     printed = capsys.readouterr().out
     assert 'good.safetensors' in printed.split('--result')[0]
-    with pytest.raises(EngineError, match='has no checkpoints'):
+    with pytest.raises(PSTError, match='has no checkpoints'):
         run(images, folder, checkpoint=str(images))
 
 
@@ -185,9 +187,9 @@ def test_moving_average_is_evaluated_on_request(images, tmp_path):
 def test_valid_and_real_labels(images, folder, tmp_path):
     (tmp_path / 'labels.txt').write_text('0\n1\n2\n')
     assert run(images, folder, valid_labels=str(tmp_path / 'labels.txt'))[0]['loss'] == run(images, folder)[0]['loss']
-    with pytest.raises(EngineError, match='text file of class indices'):
+    with pytest.raises(PSTError, match='text file of class indices'):
         run(images, folder, valid_labels='nowhere.txt')
-    with pytest.raises(EngineError, match='50,000 validation images'):
+    with pytest.raises(PSTError, match='50,000 validation images'):
         run(images, folder, real_labels='default')
 
 
@@ -197,7 +199,7 @@ def test_real_labels_count_every_good_answer(tmp_path):
             return [f'ILSVRC2012_val_{i + 1:08d}.JPEG' for i in range(3)]
 
     (tmp_path / 'real.json').write_text(json.dumps([[0, 2], [], [1]]))
-    measure = RealLabelsMeasure(Names(), str(tmp_path / 'real.json'))
+    measure = RealLabels(Names(), str(tmp_path / 'real.json'))
     logits = F.one_hot(torch.tensor([2, 0, 0]), 6).float()
     measure.update(None, logits, None)
     assert measure.results()['real_top1'] == 50.  # the image without labels does not count

@@ -18,12 +18,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 TOKEN = 'hf_alice'
 
 
-@pytest.fixture(autouse=True)
-def no_handlers(monkeypatch):
-    """A command sets up logging for its process, which is not this one."""
-    monkeypatch.setattr('pst_timm.hub.commands.setup_default_logging', lambda level: None)
-
-
 @pytest.fixture
 def registry():
     """timm's registry as it was, after the test."""

@@ -8,12 +8,12 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg
 
+from pst_timm.checkpoints.building import load_model
 from pst_timm.cli import main
-from pst_timm.hub import load_model
+from pst_timm.commands.list import bundled_weights
 from pst_timm.models.resnet_pst import WEIGHTS
-from pst_timm.tools.bundle import bundle, measure
-from pst_timm.tools.demo import write_digits
-from pst_timm.tools.table import bundled_weights
+from scripts.bundle_weights import bundle, measure
+from scripts.demo import write_digits
 
 README = Path(__file__).parents[2] / 'README.md'
 [RECORD] = bundled_weights()

@@ -11,11 +11,11 @@ from safetensors.torch import load
 
 import pst_timm
 from pst_timm.engine import parse_validate_args, train, train_args, validate
-from pst_timm.hub import HubError, publish
-from pst_timm.hub.card import count_gmacs
+from pst_timm.hub.publishing import publish
+from pst_timm.utils.cost import count_gmacs
+from pst_timm.utils.errors import PSTError
+from tests.checkpoints.helpers import build, images, logits, save_checkpoint
 from tests.helpers import randomize
-
-from .helpers import build, images, logits, save_checkpoint
 
 REPO = 'acme/tiny'
 LOAD = """
@@ -160,11 +160,11 @@ def test_a_tag_is_refused_where_it_could_not_load(hub, tmp_path, registry):
     content['args'].model_kwargs = {'pst_depth': 2}
     torch.save(content, deep)
     publish(deep, REPO)
-    with pytest.raises(HubError, match="load it as 'hf-hub:acme/tiny'"):
+    with pytest.raises(PSTError, match="load it as 'hf-hub:acme/tiny'"):
         pst_timm.register_weights('test_resnet_pst.deep', hf_hub_id=REPO)
-    with pytest.raises(HubError, match='holds weights of test_resnet_pst, not of resnet18_pst'):
+    with pytest.raises(PSTError, match='holds weights of test_resnet_pst, not of resnet18_pst'):
         pst_timm.register_weights('resnet18_pst.deep', hf_hub_id=REPO)
-    with pytest.raises(HubError, match='neither from the Hub nor from the cache'):
+    with pytest.raises(PSTError, match='neither from the Hub nor from the cache'):
         pst_timm.register_weights('test_resnet_pst.none', hf_hub_id='acme/none')
     assert timm.list_pretrained('*pst*') == ['test_resnet_pst.digits']
 

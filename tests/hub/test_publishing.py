@@ -11,10 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pst_timm.cli import main
-from pst_timm.hub import HubError, publish
+from pst_timm.hub.publishing import publish
+from pst_timm.utils.errors import PSTError
+from tests.checkpoints.helpers import Payload, build, images, logits, run_args, save_checkpoint
 from tests.helpers import randomize
-
-from .helpers import Payload, build, images, logits, run_args, save_checkpoint
 
 REPO = 'acme/tiny'
 FILES = ['README.md', 'config.json', 'model.safetensors']
@@ -175,10 +175,10 @@ def test_the_card_takes_the_results_of_validate(hub, checkpoint, tmp_path):
     publish(checkpoint, REPO, topk=8)  # with which nothing was measured
     assert 'Not measured for these weights' in hub.read(REPO, 'README.md').decode()
     for topk, message in ((4, 'have 0 rows for topk=4'), (-1, 'non-negative')):
-        with pytest.raises(HubError, match=message):
+        with pytest.raises(PSTError, match=message):
             publish(checkpoint, REPO, results=sweep, topk=topk)
     single.write_text('{}')
-    with pytest.raises(HubError, match='is not a results file'):
+    with pytest.raises(PSTError, match='is not a results file'):
         publish(checkpoint, REPO, results=single)
 
 
@@ -187,10 +187,10 @@ def test_results_of_other_weights_are_refused(hub, tmp_path):
     row = dict(top1=80.5, top5=99.25, img_size=96, crop_pct=0.875, interpolation='bicubic')
     results = tmp_path / 'results.json'
     results.write_text(json.dumps([dict(row, model='resnet18_pst')]))
-    with pytest.raises(HubError, match='results are those of resnet18_pst'):
+    with pytest.raises(PSTError, match='results are those of resnet18_pst'):
         publish(path, REPO, results=results)
     results.write_text(json.dumps([dict(row, model='test_resnet_pst', checkpoint=str(path))]))
-    with pytest.raises(HubError, match=r'whether the moving average in .* was measured'):
+    with pytest.raises(PSTError, match=r'whether the moving average in .* was measured'):
         publish(path, REPO, results=results)
     publish(path, REPO, results=results, use_ema=False)
     results.write_text(json.dumps([dict(row, model='local-dir:output/publish/tiny')]))

@@ -47,7 +47,7 @@ def wheel(tmp_path_factory):
 def digits(tmp_path_factory):
     """One held-out scan of each digit, as image files."""
     pytest.importorskip('sklearn')
-    from pst_timm.tools.demo import write_digits
+    from scripts.demo import write_digits
 
     folder = tmp_path_factory.mktemp('digits')
     write_digits(folder)

@@ -1,0 +1,114 @@
+"""Training checkpoint to safetensors and back."""
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Dict, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+from pst_timm.utils.errors import PSTError
+from pst_timm.utils.files import write_whole
+
+from .building import build_model
+from .reading import HEADER_KEY, Checkpoint, check_finite, read_checkpoint
+
+__all__ = ['DTYPES', 'Conversion', 'convert', 'save_safetensors']
+
+DTYPES = ('float32', 'float16', 'bfloat16')
+
+
+class Conversion(NamedTuple):
+    """What `convert` did."""
+    path: Path
+    """File written."""
+    ema: bool
+    """Whether the weights are the moving average."""
+    difference: float
+    """Largest difference of the logits to those of the source, as a share of the largest logit."""
+    agreement: float
+    """Share of the inputs for which both have the same top-1."""
+
+
+def save_safetensors(weights: Dict[str, torch.Tensor], path: Path, facts: Dict[str, object]) -> None:
+    """Write weights as a safetensors file, whole or not at all.
+
+    Args:
+        weights: State dict.
+        path: File to write.
+        facts: What is known about the weights, kept in the header as JSON.
+    """
+    tensors = {k: v.contiguous().clone() for k, v in weights.items()}
+    metadata = {'format': 'pt', HEADER_KEY: json.dumps(facts)}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def _save_pickle(checkpoint: Checkpoint, path: Path) -> None:
+    content = {'arch': checkpoint.arch, 'state_dict': checkpoint.weights, 'version': 2}
+    if checkpoint.epoch is not None:
+        content['epoch'] = checkpoint.epoch
+    if checkpoint.metric is not None:
+        content['metric'] = checkpoint.metric
+    args = {**checkpoint.args}
+    if checkpoint.model_args:
+        args['model_kwargs'] = {**checkpoint.model_args, **(args.get('model_kwargs') or {})}
+    if args:
+        content['args'] = argparse.Namespace(**args)
+    write_whole(path, lambda temporary: torch.save(content, temporary))
+
+
+def convert(
+        source: os.PathLike,
+        target: os.PathLike,
+        dtype: str = 'float32',
+        use_ema: bool = True,
+) -> Conversion:
+    """Write the weights of a checkpoint in the other format, or in another precision.
+
+    What is known about them (architecture, arguments of the run, epoch, metric) goes along: in the header of a
+    safetensors file, in the entries of a training checkpoint. The optimizer's state does not.
+
+    Args:
+        source: What `read_checkpoint` reads.
+        target: File to write: .safetensors, or a training checkpoint .pth.tar, .pth or .pt.
+        dtype: 'float32', 'float16' or 'bfloat16', for all floating-point tensors.
+        use_ema: Whether to take the moving average of a training checkpoint, if there is one.
+
+    Returns:
+        What was written, and how far its logits are from those of the source, for 16 random images.
+
+    Raises:
+        PSTError: If the source cannot be read, does not fit its architecture, has NaN weights, or the target cannot
+            be written; then nothing is written.
+    """
+    target = Path(target)
+    if dtype not in DTYPES:
+        raise PSTError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}.')
+    if not target.name.endswith(('.safetensors', '.pth.tar', '.pth', '.pt')):
+        raise PSTError(f'The target {target} must end with .safetensors, .pth.tar, .pth or .pt.')
+    checkpoint = read_checkpoint(source, use_ema)
+    check_finite(checkpoint)
+    model = build_model(checkpoint)
+    kind = getattr(torch, dtype)
+    weights = {k: v.to(kind) if v.is_floating_point() else v for k, v in checkpoint.weights.items()}
+    overflown = [k for k, v in weights.items() if not torch.isfinite(v).all()]
+    if overflown:
+        raise PSTError(f'{overflown[0]} has values too large for {dtype}: use bfloat16 or float32.')
+
+    x = torch.randn(16, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model.float()(x)
+        model.load_state_dict(weights)
+        got = model(x)
+    written = Checkpoint(**{**vars(checkpoint), 'weights': weights})
+    if target.suffix == '.safetensors':
+        save_safetensors(weights, target, written.facts())
+    else:
+        _save_pickle(written, target)
+    return Conversion(
+        target,
+        bool(checkpoint.ema),
+        ((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item(),
+        (got.argmax(dim=1) == expected.argmax(dim=1)).float().mean().item(),
+    )

@@ -1,0 +1,18 @@
+"""What the commands share: how they end in an error, and the words that mean the same in all of them."""
+import argparse
+import sys
+
+__all__ = ['CHECKPOINT_HELP', 'add_ema_flag', 'fail']
+
+CHECKPOINT_HELP = 'training checkpoint, run folder, .safetensors file, or folder with config.json'
+
+
+def fail(prog: str, error: Exception) -> int:
+    """Print an error as one sentence; returns the exit code."""
+    print(f'{prog}: error: {error}', file=sys.stderr)
+    return getattr(error, 'exit_code', 1)
+
+
+def add_ema_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--no-ema', action='store_true', help='the weights as trained, even where there is a moving average')

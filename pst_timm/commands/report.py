@@ -1,0 +1,128 @@
+"""Fill the tables of the README and the docs, and draw the plots, from the measurements under `results/`.
+
+    pst-timm report
+
+A page says what it wants by a mark, alone in its line; what follows, up to the line `<!-- end -->`, is made anew:
+
+    <!-- study NAME BLOCK -->    of results/study/NAME: setting, models, question1 to question5, plots
+    <!-- performance NAME -->    the table results/performance/NAME.csv
+
+so that no number is typed in. Marks within fenced code are left alone.
+"""
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import List, Mapping, Optional, Sequence
+
+from pst_timm.study.plots import PLOTS, draw_plots
+from pst_timm.study.results import StudyData, load_study, read_table
+from pst_timm.study.tables import BLOCKS, study_block
+from pst_timm.utils.errors import PSTError
+from pst_timm.utils.pages import fill_text
+from pst_timm.utils.tables import markdown_table
+
+__all__ = ['fill_page', 'fill_text', 'load_studies', 'main', 'pages']
+
+
+
+def pages(root: Path) -> List[Path]:
+    """The pages of a checkout that may have marks."""
+    return [path for path in (root / 'README.md', *sorted((root / 'docs').glob('*.md'))) if path.is_file()]
+
+
+def load_studies(root: Path) -> Mapping[str, StudyData]:
+    """The studies of a checkout by name.
+
+    Raises:
+        PSTError: If a file of theirs is missing or garbled.
+    """
+    return {path.name: load_study(path) for path in sorted((root / 'results' / 'study').glob('*')) if path.is_dir()}
+
+
+def fill_page(path: Path, root: Path, studies: Mapping[str, StudyData]) -> str:
+    """The text of a page with its blocks made anew.
+
+    Args:
+        path: The page.
+        root: The checkout with `results/`.
+        studies: The studies there.
+
+    Raises:
+        PSTError: If a mark asks for what there is not, or a file is garbled.
+    """
+    def performance(words: List[str]) -> str:
+        if len(words) != 1:
+            raise PSTError(f'{path}: unknown mark {" ".join(["performance", *words])!r}; known is "performance NAME".')
+        return performance_block(root / 'results' / 'performance', words[0])
+
+    def study(words: List[str]) -> str:
+        if len(words) != 2 or words[1] not in (*BLOCKS, 'plots'):
+            raise PSTError(
+                f'{path}: unknown mark {" ".join(["study", *words])!r}; known is "study NAME BLOCK" with a block of '
+                f'{", ".join((*BLOCKS, "plots"))}.')
+        name, wanted = words
+        found = None
+        if name in studies:
+            found = plot_links(root / 'results' / 'study' / name, path) if wanted == 'plots' else (
+                study_block(studies[name], wanted))
+        return found or f'Not yet run: `pst-timm study configs/study/{name}.yaml`.'
+
+    return fill_text(path.read_text(encoding='utf-8'), {'performance': performance, 'study': study})
+
+
+def performance_block(folder: Path, name: str) -> str:
+    """How something was measured, and the table of it, numbers with a decimal point cut to three places."""
+    def cell(value: str) -> str:
+        return f'{float(value):.3f}' if re.fullmatch(r'-?\d+\.\d+(e-?\d+)?', value) else value
+
+    rows = [{key: cell(value) for key, value in row.items()} for row in read_table(folder / f'{name}.csv', {})]
+    path = folder / f'{name}.json'
+    try:
+        setting = json.loads(path.read_text(encoding='utf-8'))['setting']
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise PSTError(f"{path} must be a JSON file whose 'setting' says how it was measured ({e!r}).") from None
+    if not rows:
+        raise PSTError(f'{folder / name}.csv has no rows.')
+    return f'{setting}.\n\n{markdown_table(rows)}'
+
+
+def plot_links(folder: Path, page: Path) -> str:
+    """Links from a page to the plots of a study, empty if there are none."""
+    return '\n\n'.join(
+        f'![{what}]({Path(os.path.relpath(folder / f"{name}.png", page.parent)).as_posix()})'
+        for name, what in PLOTS.items() if (folder / f'{name}.png').is_file())
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """`pst-timm report`; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog='pst-timm report', description='Make the tables in README.md and docs/*.md, and the plots, from results/.')
+    parser.add_argument('--root', type=Path, default=Path(), help='the checkout (default: this folder)')
+    args = parser.parse_args(argv)
+    if not (args.root / 'results').is_dir():
+        parser.error(f'{args.root.resolve()} has no folder results; run this in a checkout, or name one with --root')
+    try:
+        studies = load_studies(args.root)
+        _draw(studies, args.root)
+        for path in pages(args.root):
+            text = fill_page(path, args.root, studies)
+            if text != path.read_text(encoding='utf-8'):
+                path.write_text(text, encoding='utf-8')
+                print(f'{path}: made anew')
+    except PSTError as e:
+        print(f'pst-timm report: error: {e}', file=sys.stderr)
+        return 1
+    return 0
+
+
+def _draw(studies: Mapping[str, StudyData], root: Path) -> None:
+    for name, study in studies.items():
+        try:
+            for path in draw_plots(study, root / 'results' / 'study' / name):
+                print(f'{path}: drawn')
+        except ImportError as e:
+            print(f"No plots, {e}: pip install 'pst_timm[train]' brings what draws them.", file=sys.stderr)
+            return

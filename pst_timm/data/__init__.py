@@ -1,0 +1,1 @@
+"""Datasets, loaders, images on the device. Knows utils and metrics."""

@@ -1,0 +1,212 @@
+"""Loaders of training and evaluation, made by timm's factory."""
+import logging
+from argparse import Namespace
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
+
+import torch
+from timm.data import FastCollateMixup, Mixup, create_loader
+from timm.utils import is_primary
+from torch.utils.data import DataLoader, Dataset
+
+from pst_timm.utils.errors import PSTError
+
+from .datasets import (
+    BadImages,
+    check_classes,
+    check_same_classes,
+    class_names,
+    create_eval_dataset,
+    is_folder_or_tar,
+    open_dataset,
+)
+from .on_device import DeviceLoader, RandomCrop, check_flags, reading_loader, store, storing_transform
+
+__all__ = ['TrainData', 'bad_images', 'checked_batches', 'create_eval_loader', 'create_train_data', 'report_bad_images']
+
+_logger = logging.getLogger(__name__)
+
+
+class TrainData(NamedTuple):
+    """Everything a training run reads images from."""
+    train: DataLoader
+    evaluation: Optional[DataLoader]
+    mixup_fn: Optional[Mixup]
+
+
+def _loader_kwargs(args: Namespace, data_config: Dict[str, Any], dtype: torch.dtype) -> Dict[str, Any]:
+    return dict(
+        input_size=data_config['input_size'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        use_prefetcher=not args.no_prefetcher,
+        num_workers=args.workers,
+        pin_memory=args.pin_mem,
+        img_dtype=dtype,
+        device=torch.device(args.device),
+        # fresh workers take their seeds from the random state of the epoch, so that a resumed epoch is the same epoch
+        persistent_workers=False,
+    )
+
+
+def create_train_data(
+        args: Namespace,
+        data_config: Dict[str, Any],
+        explicit_classes: bool,
+        dtype: torch.dtype,
+) -> TrainData:
+    """Open the splits and make the loaders of a training run.
+
+    Args:
+        args: Arguments with the device, the world and `num_classes` resolved.
+        data_config: Preprocessing, from `timm.data.resolve_data_config`.
+        explicit_classes: Whether the user gave the number of classes.
+        dtype: Precision of the images on the device.
+
+    Raises:
+        PSTError: If the data is missing, empty, or has other classes than the model, or if it cannot be kept on the
+            device as asked.
+    """
+    if args.data_on_device:
+        check_flags(args)
+    dataset = open_dataset(
+        args, args.train_split, args.train_num_samples,
+        is_training=True, batch_size=args.batch_size, seed=args.seed, repeats=args.epoch_repeats)
+    check_classes(dataset, args.num_classes, explicit_classes, args.train_split)
+    dataset_eval = None
+    if args.val_split:
+        dataset_eval = create_eval_dataset(args, args.val_split, args.val_num_samples)
+        check_same_classes(args, class_names(dataset), class_names(dataset_eval))
+        if is_folder_or_tar(args) and dataset.reader.root == dataset_eval.reader.root:
+            _logger.warning(
+                f'Training and validation read the same images, {dataset.reader.root}: the accuracy will tell nothing '
+                f"new. Add a split, or --val-split '' for no validation.")
+    if args.aug_repeats and not args.distributed:
+        raise PSTError(
+            f'--aug-repeats {args.aug_repeats:g} spreads the copies of an image over several processes and this run '
+            f'has one: start it with torchrun, or add --aug-repeats 0.')
+
+    collate_fn, mixup_fn = _create_mixup(args)
+    interpolation = args.train_interpolation
+    if args.no_aug or not interpolation:
+        interpolation = data_config['interpolation']
+    loader = create_loader(
+        dataset,
+        batch_size=args.batch_size,
+        is_training=True,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob or 0.,
+        gaussian_blur_prob=args.gaussian_blur_prob or 0.,
+        auto_augment=args.aa,
+        num_aug_repeats=args.aug_repeats,
+        interpolation=interpolation,
+        distributed=args.distributed,
+        collate_fn=collate_fn,
+        use_multi_epochs_loader=args.use_multi_epochs_loader,
+        worker_seeding=args.worker_seeding,
+        **_loader_kwargs(args, data_config, dtype),
+    )
+    if len(loader) == 0:
+        raise PSTError(
+            f'The {args.train_split!r} split has fewer images than one batch of {args.batch_size} in each of '
+            f'{args.world_size} process(es): use a smaller --batch-size.')
+    if args.data_on_device:
+        crop = None
+        if not args.no_aug:
+            crop = RandomCrop(
+                data_config['input_size'][-2:], args.scale, args.ratio, args.hflip, args.vflip, interpolation)
+            dataset.transform = storing_transform(args.stored_size)
+        loader, mixup_fn = _move_to_device(args, loader, 'training', crop, mixup_fn), None
+    evaluation = None
+    if dataset_eval is not None:
+        evaluation = create_eval_loader(
+            args, dataset_eval, data_config, args.validation_batch_size or args.batch_size, dtype,
+            distributed=args.distributed)
+    return TrainData(loader, evaluation, mixup_fn)
+
+
+def _create_mixup(args: Namespace) -> Tuple[Optional[Callable], Optional[Mixup]]:
+    """Mixup as a collate function where the prefetcher mixes bytes, else as a function of the batch."""
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None):
+        return None, None
+    kwargs = dict(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=args.num_classes,
+    )
+    if args.batch_size % 2:
+        raise PSTError(f'Mixup and CutMix need an even --batch-size, got {args.batch_size}.')
+    return (None, Mixup(**kwargs)) if args.no_prefetcher or args.data_on_device else (FastCollateMixup(**kwargs), None)
+
+
+def create_eval_loader(
+        args: Namespace,
+        dataset: Dataset,
+        data_config: Dict[str, Any],
+        batch_size: int,
+        dtype: torch.dtype,
+        distributed: bool = False,
+) -> DataLoader:
+    """Loader over a split in order, with the preprocessing of inference."""
+    loader = create_loader(
+        dataset,
+        batch_size=batch_size,
+        is_training=False,
+        interpolation=data_config['interpolation'],
+        crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
+        crop_border_pixels=getattr(args, 'crop_border_pixels', None),
+        distributed=distributed,
+        **_loader_kwargs(args, data_config, dtype),
+    )
+    # here the stored images are those that the transform of inference makes
+    return _move_to_device(args, loader, 'validation') if args.data_on_device else loader
+
+
+def _move_to_device(
+        args: Namespace,
+        loader: DataLoader,
+        title: str,
+        crop: Optional[RandomCrop] = None,
+        mixup_fn: Optional[Mixup] = None,
+) -> DeviceLoader:
+    """Read the images behind a loader to the device; returns a loader of batches made there."""
+    reading = reading_loader(loader.dataset, args.workers, args.pin_mem)
+    stored = store(reading, checked_batches(reading), torch.device(args.device), title, is_primary(args))
+    report_bad_images(reading)
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    return DeviceLoader(loader, stored, crop, mixup_fn, memory_format)
+
+
+def checked_batches(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a loader, with the errors of its workers in plain words."""
+    try:
+        yield from loader
+    except PSTError:
+        report_bad_images(loader)  # the same complaint, without the worker's traceback
+        raise
+
+
+def report_bad_images(loader: DataLoader) -> None:
+    """Name the images behind a loader that could not be read; raise an PSTError if they are too many."""
+    if (bad := bad_images(loader)) is not None:
+        bad.report(loader.dataset)
+
+
+def bad_images(loader: DataLoader) -> Optional[BadImages]:
+    """The count of unreadable images behind a loader, None for datasets that read by themselves."""
+    return getattr(loader.dataset, 'bad_images', None)

@@ -1,0 +1,1 @@
+"""From a trained model to a light one that ships. Knows the engine."""

@@ -1,0 +1,166 @@
+"""Write a model for deployment: ONNX, TorchScript or an exported program, and check that it answers alike."""
+import json
+import os
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+from timm.data import create_transform, resolve_data_config
+
+from pst_timm.checkpoints.building import attention_settings
+from pst_timm.models import reparameterize
+
+__all__ = ['FORMATS', 'check_export', 'export', 'load_exported']
+
+FORMATS = {'onnx': '.onnx', 'torchscript': '.pt', 'exported-program': '.pt2'}
+METADATA = 'pst_timm.json'
+MIN_SIDE = 33  # below, the last stage has one row or column, which torch.export treats as a case of its own
+TOLERANCE = 1e-4
+
+
+def metadata(model: nn.Module, class_names: Optional[Sequence[str]] = None) -> Dict[str, Any]:
+    """What whoever runs the exported model needs to know: preprocessing, classes, attention."""
+    config = resolve_data_config({}, model=model)
+    return {
+        'architecture': model.pretrained_cfg.get('architecture'),
+        'num_classes': model.num_classes,
+        'class_names': list(class_names or model.pretrained_cfg.get('label_names') or []),
+        **{k: config[k] for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')},
+        **attention_settings(model),
+    }
+
+
+def export(
+        model: nn.Module,
+        path: os.PathLike,
+        format: str = 'onnx',
+        dynamic: bool = False,
+        dtype: torch.dtype = torch.float32,
+        img_size: Optional[int] = None,
+        reparam: bool = True,
+        class_names: Optional[Sequence[str]] = None,
+) -> nn.Module:
+    """Write a model for deployment, with its preprocessing constants and class names as metadata.
+
+    Args:
+        model: A classifier; `set_topk` decides its attention before the call.
+        path: File to write.
+        format: 'onnx', 'torchscript' or 'exported-program'.
+        dynamic: Accept any batch size, and any height and width of at least 33 (TorchScript always does).
+        dtype: Type of weights and input.
+        img_size: Height and width of the example, the model's own if None; fixed unless `dynamic`.
+        reparam: Fold the model first.
+        class_names: Names of the classes, in order.
+
+    Returns:
+        The model as it was exported, folded and cast, to compare with.
+
+    Raises:
+        ValueError: If the format is unknown, or the class names do not fit the classifier.
+    """
+    if format not in FORMATS:
+        raise ValueError(f'format must be one of {tuple(FORMATS)}, got {format!r}.')
+    if class_names and len(class_names) != model.num_classes:
+        raise ValueError(f'{len(class_names)} class names for a model of {model.num_classes} classes.')
+    info = json.dumps(metadata(model, class_names))
+    model = reparameterize(model) if reparam else model
+    model = model.eval().to(dtype)
+    channels, side, _ = resolve_data_config({}, model=model)['input_size']
+    side = img_size or side
+    x = torch.randn(1, channels, side, side, dtype=dtype)
+    shapes = None
+    if dynamic:
+        # unequal sizes, none of them 1, so that nothing dynamic is taken for a constant
+        x = torch.randn(2, channels, side + 1, side + 34, dtype=dtype)
+        shapes = ({
+            0: torch.export.Dim('batch', min=1, max=4096),
+            2: torch.export.Dim('height', min=MIN_SIDE, max=16384),
+            3: torch.export.Dim('width', min=MIN_SIDE, max=16384),
+        },)
+    path = os.fspath(path)
+    with torch.no_grad():
+        if format == 'torchscript':
+            torch.jit.save(torch.jit.script(model), path, _extra_files={METADATA: info})
+        elif format == 'exported-program':
+            program = torch.export.export(model, (x,), dynamic_shapes=shapes)
+            torch.export.save(program, path, extra_files={METADATA: info})
+        else:
+            program = torch.onnx.export(
+                model, (x,), dynamo=True, dynamic_shapes=shapes, input_names=['image'], output_names=['logits'],
+                verbose=False)
+            program.model.metadata_props[METADATA] = info
+            program.save(path)
+    return model
+
+
+def load_exported(path: os.PathLike, format: str) -> Tuple[Callable[[torch.Tensor], torch.Tensor], Dict[str, Any]]:
+    """Load what `export` wrote, ready to run.
+
+    Returns:
+        A function of a batch of images, and the metadata.
+    """
+    path = os.fspath(path)
+    files = {METADATA: ''}
+    if format == 'torchscript':
+        module = torch.jit.load(path, _extra_files=files)
+        return module, json.loads(files[METADATA])
+    if format == 'exported-program':
+        module = torch.export.load(path, extra_files=files).module()
+        return module, json.loads(files[METADATA])
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    info = session.get_modelmeta().custom_metadata_map[METADATA]
+    return lambda x: torch.from_numpy(session.run(None, {'image': x.numpy()})[0]), json.loads(info)
+
+
+@torch.no_grad()
+def check_export(
+        model: nn.Module,
+        path: os.PathLike,
+        format: str,
+        dynamic: bool = False,
+        img_size: Optional[int] = None,
+        images: Sequence[os.PathLike] = (),
+) -> List[Dict[str, Any]]:
+    """Run an exported model beside the eager one.
+
+    Args:
+        model: What `export` returned.
+        path: The exported file.
+        format: Its format.
+        dynamic: Whether it takes any size; then three sizes (one odd) and three batch sizes are run, else three
+            batches of the one size.
+        img_size: The size exported at, the model's own if None.
+        images: Photographs to run; noise if none are given.
+
+    Returns:
+        A row for each run: its shape and the largest absolute difference relative to the largest absolute logit.
+    """
+    run, _ = load_exported(path, format)
+    config = resolve_data_config({}, model=model)
+    side = img_size or config['input_size'][1]
+    dtype = next(model.parameters()).dtype
+    sizes = [(1, side, side)] * 3
+    if dynamic or format == 'torchscript':
+        sizes = [(1, side, side), (3, side + 1, side + 33), (2, max(MIN_SIDE, side // 2), side)]
+    rows = []
+    for batch, height, width in sizes:
+        x = _inputs(batch, (height, width), config, images).to(dtype)
+        expected, got = model(x).float(), run(x).float()
+        rows.append({
+            'shape': 'x'.join(map(str, x.shape)),
+            'difference': ((got - expected).abs().max() / expected.abs().max()).item(),
+        })
+    return rows
+
+
+def _inputs(batch: int, size: Tuple[int, int], config: Dict[str, Any], images: Sequence[os.PathLike]) -> torch.Tensor:
+    channels = config['input_size'][0]
+    if not images:
+        return torch.randn(batch, channels, *size)
+    from PIL import Image
+
+    transform = create_transform(**{**config, 'input_size': (channels, *size)})
+    return torch.stack([
+        transform(Image.open(images[i % len(images)]).convert('L' if channels == 1 else 'RGB')) for i in range(batch)])

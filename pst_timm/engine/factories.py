@@ -1,0 +1,266 @@
+"""Device, model, optimizer, schedule and task of a run, made by timm's factories from the arguments."""
+import importlib
+import logging
+import math
+from argparse import Namespace
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Callable, Optional, Sequence, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+from timm.layers import convert_sync_batchnorm, set_fast_norm
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
+from timm.utils import NativeScaler, init_distributed_device
+
+from pst_timm.utils.devices import best_device
+from pst_timm.utils.errors import PSTError, did_you_mean
+
+from .recovery import read_weights
+
+__all__ = [
+    'autocast_for',
+    'build_model',
+    'create_task',
+    'import_modules',
+    'init_device',
+    'optimizer_for',
+    'resolve_dtype',
+    'resolve_lr',
+    'schedule_for',
+]
+
+_logger = logging.getLogger(__name__)
+
+
+def import_modules(names: Optional[Sequence[str]]) -> None:
+    """Import the packages of --device-modules, which register models or devices."""
+    for name in names or ():
+        try:
+            importlib.import_module(name)
+        except ImportError as e:
+            raise PSTError(f'--device-modules {name}: cannot import it ({e}).') from e
+
+
+def init_device(args: Namespace) -> torch.device:
+    """Join the process group, if there is one, and resolve the device; sets device, rank and world size in args.
+
+    Raises:
+        PSTError: If the device is not there.
+    """
+    args.device = args.device or best_device()
+    try:
+        device = init_distributed_device(args)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as e:
+        raise PSTError(f'--device {args.device} cannot be used here: {e} Leave the flag out.') from e
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')
+        torch.backends.cudnn.benchmark = True
+    return device
+
+
+def resolve_dtype(args: Namespace) -> torch.dtype:
+    """Precision of the weights and the images."""
+    return getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
+
+
+def autocast_for(args: Namespace, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """The context in which the forward pass runs."""
+    dtype = getattr(torch, args.amp_dtype)
+    if args.amp and device.type == 'cpu' and dtype == torch.float16:
+        _logger.warning('--amp on a CPU takes bfloat16: float16 would need a loss scaler, which torch has for GPUs.')
+        dtype = torch.bfloat16
+    return partial(torch.autocast, device_type=device.type, dtype=dtype, enabled=args.amp)
+
+
+def loss_scaler_for(args: Namespace, device: torch.device) -> Optional[NativeScaler]:
+    """The scaler that keeps float16 gradients from vanishing, None where it is not needed."""
+    needed = args.amp and args.amp_dtype == 'float16' and device.type == 'cuda'
+    return NativeScaler(device=device.type) if needed else None
+
+
+def check_model_name(name: str) -> None:
+    """Raise an PSTError with the nearest names unless timm knows a model."""
+    if ':' in name or timm.is_model(name.split('.')[0]):
+        return
+    raise PSTError(
+        f'Unknown model {name!r}.{did_you_mean(name.split(".")[0], timm.list_models())} '
+        f"timm.list_models() lists all; a package with more is imported with --device-modules.")
+
+
+def build_model(args: Namespace, **kwargs: Any) -> nn.Module:
+    """Create the model of a run on the CPU; sets `num_classes` and `in_chans` in args.
+
+    Args:
+        args: Arguments of `train` or `validate`.
+        kwargs: Further arguments for `timm.create_model`, less important than --model-kwargs.
+
+    Raises:
+        PSTError: If there is no such model, or it does not take an argument.
+    """
+    check_model_name(args.model)
+    if args.fast_norm:
+        set_fast_norm()
+    in_chans = args.in_chans or (args.input_size[0] if args.input_size else None)
+    kwargs = dict(
+        kwargs,
+        pretrained=args.pretrained,
+        num_classes=args.num_classes,
+        in_chans=in_chans,
+        global_pool=args.gp,
+        scriptable=args.torchscript or None,
+    )
+    try:
+        model = timm.create_model(args.model, **{**kwargs, **args.model_kwargs})
+    except (TypeError, ValueError, RuntimeError, FileNotFoundError) as e:
+        raise PSTError(f'Cannot create {args.model}: {e}') from e
+    args.num_classes = model.num_classes
+    args.in_chans = in_chans or getattr(model, 'in_chans', 3)
+    return model
+
+
+def create_train_model(args: Namespace) -> nn.Module:
+    """Create the model of a training run, warm-started and frozen as the arguments say."""
+    overlay = None
+    if args.pretrained_path:
+        # -1 makes timm start the classifier anew
+        overlay = dict(file=args.pretrained_path, num_classes=-1)
+    model = build_model(
+        args,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path if args.drop_path is not None else args.drop_connect,
+        drop_block_rate=args.drop_block,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+        pretrained_cfg_overlay=overlay,
+    )
+    if args.initial_checkpoint:
+        load_initial_checkpoint(model, args.initial_checkpoint)
+    with torch.no_grad():
+        if args.head_init_scale is not None:
+            model.get_classifier().weight.mul_(args.head_init_scale)
+        if args.head_init_bias is not None:
+            model.get_classifier().bias.fill_(args.head_init_bias)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def load_initial_checkpoint(model: nn.Module, path: str) -> None:
+    """Load weights; a classifier for another number of classes keeps its fresh weights.
+
+    Raises:
+        PSTError: If the file is missing or no data alone, or if anything else does not fit.
+    """
+    state = read_weights(path)
+    own = model.state_dict()
+    head = {n for n, m in model.named_modules() if m is model.get_classifier()}
+    fresh = [k for k in state if k.rpartition('.')[0] in head and k in own and own[k].shape != state[k].shape]
+    for key in fresh:
+        del state[key]
+    if fresh:
+        _logger.info(f'{path} is for another number of classes: {", ".join(fresh)} start anew.')
+    missing, surplus = [k for k in own if k not in state and k not in fresh], [k for k in state if k not in own]
+    other = [k for k in own if k in state and own[k].shape != state[k].shape]
+    if missing or surplus or other:
+        odd = (missing + surplus + other)[0]
+        raise PSTError(
+            f'--initial-checkpoint: {path} is of another model ({len(missing)} weights missing, {len(surplus)} too '
+            f'many, {len(other)} of another size; the first: {odd}). Check --model and --model-kwargs.')
+    model.load_state_dict(state, strict=False)
+
+
+def resolve_lr(args: Namespace) -> float:
+    """The learning rate, from --lr-base and the global batch where --lr is not given."""
+    if args.lr:
+        return args.lr
+    ratio = args.batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
+    scale = args.lr_base_scale
+    if not scale:
+        scale = 'sqrt' if any(name in args.opt.lower() for name in ('ada', 'lamb')) else 'linear'
+    return args.lr_base * (math.sqrt(ratio) if scale == 'sqrt' else ratio)
+
+
+def optimizer_for(args: Namespace, module: nn.Module) -> torch.optim.Optimizer:
+    """Create the optimizer over what is trainable in a module.
+
+    Raises:
+        PSTError: If the optimizer is unknown or does not take an argument.
+    """
+    name = args.opt.lower()
+    if name.split('_')[-1] not in list_optimizers() and name not in list_optimizers():
+        raise PSTError(f'Unknown optimizer {args.opt!r}.{did_you_mean(name, list_optimizers())}')
+    try:
+        return create_optimizer_v2(module, **{**optimizer_kwargs(args), **args.opt_kwargs})
+    except (TypeError, ValueError) as e:
+        raise PSTError(f'Cannot create the optimizer {args.opt}: {e}') from e
+
+
+def schedule_for(args: Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Tuple[Any, int]:
+    """Create the schedule of the learning rate; returns it (None for --sched none) and the number of epochs."""
+    try:
+        return create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
+    except (ValueError, AssertionError) as e:
+        raise PSTError(f'--sched {args.sched}: {e}') from e
+
+
+def create_task(args: Namespace, model: nn.Module, device: torch.device, dtype: torch.dtype) -> TrainingTask:
+    """Wrap the model in timm's task: classification, or distillation if a teacher is named."""
+    kwargs = dict(
+        criterion_kwargs=dict(
+            loss_type='bce' if args.bce_loss else 'ce',
+            smoothing=args.smoothing,
+            soft_targets=args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None,
+            **(dict(
+                bce_target_thresh=args.bce_target_thresh,
+                bce_sum=args.bce_sum,
+                pos_weight=args.bce_pos_weight,
+            ) if args.bce_loss else {}),
+        ),
+        device=device,
+        dtype=dtype,
+        verbose=False,
+    )
+    if not args.kd_model_name:
+        return ClassificationTask(model, **kwargs)
+    check_model_name(args.kd_model_name)
+    kwargs.update(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
+    try:
+        if args.kd_distill_type == 'feature':
+            return FeatureDistillationTask(
+                model, args.kd_model_name, student_feature_dim=args.kd_student_feature_dim,
+                teacher_feature_dim=args.kd_teacher_feature_dim, **kwargs)
+        if args.kd_distill_type == 'token':
+            return TokenDistillationTask(
+                model, args.kd_model_name, distill_type=args.kd_token_distill_type, temperature=args.kd_temperature,
+                **kwargs)
+        return LogitDistillationTask(
+            model, args.kd_model_name, loss_type=args.kd_loss_type, temperature=args.kd_temperature, **kwargs)
+    except (RuntimeError, ValueError) as e:
+        raise PSTError(f'Cannot distil from {args.kd_model_name} to {args.model}: {e}') from e
+
+
+def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Make the batch norms of a model share their statistics between the processes."""
+    if device.type == 'cpu':
+        raise PSTError('--sync-bn needs a GPU: torch has no synchronised batch norm for the CPU.')
+    return convert_sync_batchnorm(model)
+
+
+def script(model: nn.Module) -> nn.Module:
+    """Compile a model with TorchScript."""
+    try:
+        return torch.jit.script(model)
+    except (RuntimeError, AttributeError) as e:
+        raise PSTError(f'--torchscript: torch cannot script this model here ({e}); use --torchcompile.') from e

@@ -1,0 +1,187 @@
+"""Checkpoints: written whole or not at all, found again after a crash, never executed."""
+import logging
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, NamedTuple, Optional
+
+import torch
+from timm.models import load_state_dict
+from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
+
+from pst_timm.utils.errors import PSTError
+
+__all__ = ['AtomicSaver', 'Position', 'check_checkpoint', 'find_newest', 'read_weights', 'resume']
+
+_logger = logging.getLogger(__name__)
+
+
+class Position(NamedTuple):
+    """How far a run has come: this many batches into this epoch."""
+    epoch: int = 0
+    step: int = 0
+
+
+class _TaskState:
+    """Adds the position of the run to what the task puts into a checkpoint; timm's saver asks it for both."""
+
+    def __init__(self, task: TrainingTask):
+        self.task = task
+        self.position = Position()
+
+    def get_checkpoint_state(self, ema: bool = False, unwrap_fn=unwrap_model) -> Dict[str, Any]:
+        state = self.task.get_checkpoint_state(ema=ema, unwrap_fn=unwrap_fn)
+        return state if ema else dict(state, position=list(self.position))
+
+
+class AtomicSaver(CheckpointSaver):
+    """timm's saver, with every file moved into place whole and the position of the run inside."""
+
+    def __init__(self, task: TrainingTask, folder: Path, **kwargs: Any):
+        self._state = _TaskState(task)
+        super().__init__(
+            model=task.get_eval_model(),
+            task=self._state,
+            checkpoint_dir=str(folder),
+            recovery_dir=str(folder),
+            **kwargs,
+        )
+
+    # timm unlinks the old file first, and a kill in between would leave none
+    def _replace(self, src: str, dst: str) -> None:
+        os.replace(src, dst)
+
+    def _duplicate(self, src: str, dst: str) -> None:
+        temporary = f'{dst}.tmp'
+        Path(temporary).unlink(missing_ok=True)
+        try:
+            os.link(src, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copy2(src, temporary)
+        os.replace(temporary, dst)
+
+    def save_epoch(self, epoch: int, metric: Optional[float]) -> tuple:
+        """Save the state after an epoch; returns the best metric and its epoch."""
+        self._state.position = Position(epoch + 1)
+        return self._guard(self.save_checkpoint, epoch, metric=metric)
+
+    def save_step(self, position: Position) -> None:
+        """Save the state in the middle of an epoch."""
+        self._state.position = position
+        self._guard(self.save_recovery, position.epoch, position.step)
+
+    def _guard(self, save, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return save(*args, **kwargs)
+        except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+            for leftover in Path(self.checkpoint_dir).glob('*tmp*.pth.tar'):
+                leftover.unlink(missing_ok=True)
+            raise PSTError(
+                f'Cannot write a checkpoint to {self.checkpoint_dir}: {e}. The last one there is intact: make room, '
+                f'or mend the permissions, and start again with --resume auto.') from e
+
+
+def check_checkpoint(path: Path) -> None:
+    """Make sure that a training checkpoint is whole and holds nothing but data.
+
+    Raises:
+        PSTError: If it is missing, truncated, corrupt, or would execute code.
+    """
+    if not path.is_file():
+        raise PSTError(f'There is no checkpoint {path}.')
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError) as e:
+        raise PSTError(
+            f'The checkpoint {path} is truncated or not a checkpoint ({e}): use an earlier one.') from None
+    if broken:
+        raise PSTError(f'The checkpoint {path} is corrupt (checksum of {broken}): use an earlier one.')
+    try:
+        load_checkpoint_metadata(str(path))
+    except RuntimeError as e:
+        raise PSTError(
+            f'The checkpoint {path} is refused, because it holds more than tensors and plain values and loading it '
+            f'could run code: {e}') from None
+    except Exception as e:  # whatever a damaged pickle may raise
+        raise PSTError(f'The checkpoint {path} cannot be read ({e}): use an earlier one.') from None
+
+
+def read_weights(path: str, use_ema: bool = True) -> Dict[str, torch.Tensor]:
+    """The weights in a .safetensors file, a checkpoint, or a plain file of weights; no code in it is run.
+
+    Args:
+        path: The file.
+        use_ema: Whether to take the moving average, if there is one.
+
+    Raises:
+        PSTError: If the file is missing, damaged, or holds more than data.
+    """
+    if not Path(path).is_file():
+        raise PSTError(f'There is no checkpoint {path}.')
+    try:
+        return load_state_dict(path, use_ema=use_ema)
+    except Exception as e:  # whatever a damaged or malicious file may raise
+        raise PSTError(
+            f'{path} is refused: it is damaged, or holds more than tensors and plain values, so that loading it could '
+            f'run code ({e}). Use another file, or turn a file you trust into .safetensors.') from None
+
+
+def read_position(path: Path) -> Position:
+    """Where the run that wrote a checkpoint stood; for a checkpoint of timm's own script, after its epoch."""
+    checkpoint = load_checkpoint_metadata(str(path))
+    if not isinstance(checkpoint, dict):
+        return Position()
+    if 'position' in checkpoint:
+        return Position(*checkpoint['position'])
+    return Position(checkpoint['epoch'] + 1 if 'epoch' in checkpoint else 0)
+
+
+def find_newest(folder: Path) -> Optional[Path]:
+    """The valid checkpoint of a folder that has come furthest, None if there is none; broken ones are named."""
+    best, best_place = None, None
+    for path in sorted(folder.glob('*.pth.tar')):
+        if not re.match(r'(last|checkpoint-\d+|recovery-\d+-\d+)\.pth', path.name):
+            continue
+        try:
+            check_checkpoint(path)
+        except PSTError as e:
+            _logger.warning(f'{e} Looking further.')
+            continue
+        place = read_position(path)
+        if best is None or place > best_place:
+            best, best_place = path, place
+    return best
+
+
+def resume(
+        path: Path,
+        task: TrainingTask,
+        optimizer: Optional[torch.optim.Optimizer],
+        loss_scaler: Any,
+) -> Position:
+    """Load a training checkpoint into a task.
+
+    Args:
+        path: A checkpoint of this engine or of timm's script.
+        task: The task, before it is wrapped for several processes.
+        optimizer: The optimizer to load, None to leave its state behind.
+        loss_scaler: The loss scaler to load, or None.
+
+    Returns:
+        The position to go on from.
+
+    Raises:
+        PSTError: If the checkpoint is broken, unsafe, or of another model.
+    """
+    check_checkpoint(path)
+    try:
+        resume_task_checkpoint(task, str(path), optimizer=optimizer, loss_scaler=loss_scaler)
+        if task.has_ema():
+            load_task_ema_checkpoint(task, str(path))
+    except (RuntimeError, ValueError, KeyError) as e:
+        raise PSTError(f'The checkpoint {path} does not fit this run: {e}') from e
+    return read_position(path)

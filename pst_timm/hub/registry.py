@@ -1,0 +1,123 @@
+"""Weights by name: tags that `timm.create_model(..., pretrained=True)` serves."""
+import dataclasses
+import os
+import re
+import sys
+import warnings
+from typing import Any, Dict, Optional
+
+import timm
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    load_model_config_from_hf,
+    model_entrypoint,
+    register_model,
+    split_model_name_tag,
+)
+
+from pst_timm.checkpoints.building import build_model
+from pst_timm.checkpoints.reading import read_checkpoint
+from pst_timm.utils.errors import PSTError, did_you_mean
+
+__all__ = ['register_weights']
+
+FIELDS = {f.name for f in dataclasses.fields(PretrainedCfg)}
+# not facts about the weights, but where a configuration came from
+PLACE = ('architecture', 'tag', 'source', 'file', 'url', 'hf_hub_id', 'hf_hub_filename', 'state_dict')
+
+
+def register_weights(
+        name: str,
+        *,
+        hf_hub_id: Optional[str] = None,
+        file: Optional[os.PathLike] = None,
+        default: Optional[bool] = None,
+        **cfg: Any,
+) -> None:
+    """Give weights a name, for this process.
+
+        pst_timm.register_weights('resnet50_pst.acme', hf_hub_id='acme/resnet50_pst')
+        model = timm.create_model('resnet50_pst', pretrained=True)
+
+    Class count, preprocessing and class names are those that the weights came with. The model is the architecture as
+    it is, coarse attention alone: `topk` of a published model comes with `hf-hub:org/name`, not with a tag.
+
+    Args:
+        name: Architecture and tag, as in 'resnet50_pst.acme'. A tag that exists is replaced.
+        hf_hub_id: Repository with timm's config.json, 'org/name' or 'org/name@revision'.
+        file: Checkpoint, .safetensors file, or folder that holds one.
+        default: Whether `pretrained=True` without a tag means these weights; None if there are no others yet.
+        cfg: Fields of timm's `PretrainedCfg` that differ from what the weights came with.
+
+    Raises:
+        PSTError: If the name, the source or a field is wrong, or the weights are not of that architecture.
+    """
+    arch, tag = split_model_name_tag(name)
+    if not re.fullmatch(r'\w[\w.-]*', tag) or tag == 'untrained':
+        raise PSTError(f"{name!r} must be an architecture and a new tag, such as 'resnet50_pst.my_tag'.")
+    if not timm.is_model(arch):
+        raise PSTError(f'There is no architecture {arch!r}.{did_you_mean(arch, timm.list_models(), 1)}')
+    if (hf_hub_id is None) == (file is None):
+        raise PSTError(f'{name} needs either hf_hub_id or file.')
+    unknown = sorted(set(cfg) - FIELDS.difference(PLACE))
+    if unknown:
+        raise PSTError(
+            f'{unknown[0]!r} is no field of a pretrained configuration.{did_you_mean(unknown[0], FIELDS, 1)}')
+    facts = _facts_of_file(arch, file) if file is not None else _facts_of_repository(arch, hf_hub_id)
+    _register(arch, tag, PretrainedCfg(**{**facts, **cfg}), default)
+
+
+def _facts_of_file(arch: str, file: os.PathLike) -> Dict[str, Any]:
+    checkpoint = read_checkpoint(file)
+    if checkpoint.arch not in (None, arch):
+        raise PSTError(f'{checkpoint.path} holds weights of {checkpoint.arch}, not of {arch}.')
+    # a tag has no place for arguments: the weights must fit the architecture as it is
+    args = {k: v for k, v in checkpoint.args.items() if k != 'model_kwargs'}
+    model = build_model(dataclasses.replace(checkpoint, arch=arch, args=args, model_args={}))
+    return dict(_fields(model.pretrained_cfg), file=str(checkpoint.path.resolve()))
+
+
+def _facts_of_repository(arch: str, hf_hub_id: str) -> Dict[str, Any]:
+    try:
+        facts, found, model_args = load_model_config_from_hf(hf_hub_id)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, KeyError) as e:
+        reason = str(e).split('\n')[0]
+        raise PSTError(
+            f'The config.json of {hf_hub_id} can be had neither from the Hub nor from the cache ({reason}). Check the '
+            f'name, your token and the network.') from e
+    if found != arch:
+        raise PSTError(f'{hf_hub_id} holds weights of {found}, not of {arch}.')
+    sizes = dict(num_classes=facts['num_classes'], in_chans=facts['input_size'][0])
+    if _shapes(arch, **{**sizes, **model_args}) != _shapes(arch, **sizes):
+        raise PSTError(
+            f'{hf_hub_id} is {arch} with other arguments ({model_args}), for which a tag has no place: load it as '
+            f"'hf-hub:{hf_hub_id}'.")
+    return dict(_fields(facts), hf_hub_id=hf_hub_id)
+
+
+def _fields(facts: Dict[str, Any]) -> Dict[str, Any]:
+    return {k: v for k, v in facts.items() if k in FIELDS and k not in PLACE}
+
+
+def _shapes(arch: str, **kwargs: Any) -> Dict[str, torch.Size]:
+    with torch.device('meta'):
+        return {k: v.shape for k, v in timm.create_model(arch, **kwargs).state_dict().items()}
+
+
+def _register(arch: str, tag: str, cfg: PretrainedCfg, default: Optional[bool]) -> None:
+    entrypoint = model_entrypoint(arch)
+    cfgs: DefaultCfg = sys.modules[entrypoint.__module__].default_cfgs[arch]
+    if tag in cfgs.tags:
+        cfgs.tags.remove(tag)
+    if default or (default is None and not any(cfgs.cfgs[t].has_weights for t in cfgs.tags)):
+        cfgs.tags.appendleft(tag)
+    else:
+        cfgs.tags.append(tag)
+    cfgs.cfgs[tag] = cfg
+    cfgs.is_pretrained = True
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # that the entry is overwritten is what is wanted
+        register_model(entrypoint)

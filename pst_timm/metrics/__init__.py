@@ -1,0 +1,20 @@
+"""What can be measured of a model's answers. Knows utils."""
+from .agreement import Agreement, compare_logits
+from .answers import Answers, pack_answers, unpack_answers
+from .base import Metric
+from .calibration import Calibration, calibration_error, fit_temperature
+from .classification import ClassReport, RealLabels
+from .intervals import (
+    Difference,
+    Interval,
+    image_interval,
+    mean_and_sd,
+    paired_difference,
+    seed_interval,
+)
+
+__all__ = [
+    'Agreement', 'Answers', 'Calibration', 'ClassReport', 'Difference', 'Interval', 'Metric', 'RealLabels',
+    'calibration_error', 'compare_logits', 'fit_temperature', 'image_interval', 'mean_and_sd', 'pack_answers',
+    'paired_difference', 'seed_interval', 'unpack_answers',
+]

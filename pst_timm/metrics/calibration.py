@@ -1,0 +1,70 @@
+"""How far confidence and accuracy lie apart, and the temperature that mends it."""
+from typing import Any, Dict, List
+
+import torch
+import torch.nn.functional as F
+
+from .base import Metric
+
+__all__ = ['Calibration', 'calibration_error', 'fit_temperature']
+
+
+def calibration_error(logits: torch.Tensor, target: torch.Tensor, bins: int = 15) -> float:
+    """Expected calibration error: how far confidence and accuracy lie apart, from 0 to 1.
+
+    Args:
+        logits: Logits (N, classes).
+        target: Labels (N,).
+        bins: Bins of equal width over the confidence.
+    """
+    confidence, prediction = logits.softmax(dim=-1).max(dim=-1)
+    correct = prediction.eq(target).to(confidence.dtype)
+    index = (confidence * bins).long().clamp(max=bins - 1)
+    # sum over bins of n_b / N * |accuracy - confidence| = |sum of (correct - confidence) in the bin| / N
+    gaps = torch.zeros(bins, dtype=confidence.dtype, device=confidence.device)
+    gaps.scatter_add_(0, index, correct - confidence)
+    return (gaps.abs().sum() / len(target)).item()
+
+
+def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
+    """The temperature by which to divide the logits for the smallest cross-entropy.
+
+    Args:
+        logits: Logits (N, classes).
+        target: Labels (N,).
+    """
+    # inference_mode is left, as the fit needs gradients
+    with torch.inference_mode(False), torch.enable_grad():
+        logits, target = logits.clone(), target.clone()
+        log_temperature = torch.zeros((), dtype=logits.dtype, device=logits.device, requires_grad=True)
+        optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn='strong_wolfe')
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(logits / log_temperature.exp(), target)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return log_temperature.exp().item()
+
+
+class Calibration(Metric):
+    """Calibration error as it is, and after the temperature that mends it (fitted on these same images)."""
+
+    def __init__(self):
+        self.logits: List[torch.Tensor] = []
+        self.targets: List[torch.Tensor] = []
+
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        self.logits.append(output.double().cpu())
+        self.targets.append(target.cpu())
+
+    def results(self) -> Dict[str, Any]:
+        logits, target = torch.cat(self.logits), torch.cat(self.targets)
+        temperature = fit_temperature(logits, target)
+        return dict(
+            ece=round(calibration_error(logits, target), 5),
+            temperature=round(temperature, 4),
+            ece_calibrated=round(calibration_error(logits / temperature, target), 5),
+        )

@@ -1,0 +1,1 @@
+"""A grid of models and seeds on record: configuration, cells, runner, results, tables, plots. Knows the engine."""

@@ -1,0 +1,226 @@
+"""The YAML file of a study: which cells there are, and what each of them is to do."""
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Sequence
+
+import timm
+import yaml
+
+from pst_timm.engine import train_args
+from pst_timm.engine.factories import build_model, import_modules
+from pst_timm.utils.errors import PSTError, did_you_mean
+
+__all__ = ['Cell', 'Study', 'choose_classes', 'read_study']
+
+# what may differ between two runs of the same cell
+PLACE = ('class_map', 'data_dir', 'device', 'experiment', 'output', 'resume', 'workers')
+STUDY_KEYS = {
+    'name': str, 'title': str, 'seeds': list, 'classes': (list, dict), 'train': dict, 'cells': dict, 'sweep': dict,
+    'probe': dict, 'questions': dict}
+# what a study gives to each cell itself
+GIVEN = ('class_map', 'data_dir', 'device', 'experiment', 'num_classes', 'output', 'resume', 'seed')
+REQUIRED = ('name', 'title', 'seeds', 'train', 'cells')
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one cell of the grid is to do."""
+    name: str
+    seed: int
+    train: Dict[str, Any]
+    """Flags of the training engine, without those of the place."""
+    classes: List[str]
+    sweep: Dict[str, List[int]] = field(default_factory=dict)
+    """`topk` and `img_size` of the fine-attention sweep, empty for none."""
+    probe: List[str] = field(default_factory=list)
+    """Held-out classes of the linear probe, empty for none."""
+
+    @property
+    def id(self) -> str:
+        return f'{self.name}-seed{self.seed}'
+
+    @property
+    def epochs(self) -> int:
+        return train_args(**self.train).epochs
+
+    @property
+    def settings(self) -> Dict[str, Any]:
+        """Everything that decides the result, to tell a finished cell from one of an earlier configuration."""
+        return dict(
+            train={k: v for k, v in self.train.items() if k not in PLACE}, seed=self.seed, classes=self.classes,
+            sweep=self.sweep, probe=self.probe)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid, as its YAML file describes it."""
+    name: str
+    title: str
+    """What is run, in one sentence without numbers of the result."""
+    cells: List[Cell]
+    """All seeds of the first model, of the second, and so on."""
+    questions: Dict[str, Dict[str, Any]]
+    """What the report asks of the results."""
+
+    @property
+    def names(self) -> List[str]:
+        return list(dict.fromkeys(c.name for c in self.cells))
+
+    @property
+    def seeds(self) -> List[int]:
+        return sorted({c.seed for c in self.cells})
+
+
+def read_study(path: str, data_dir: str) -> Study:
+    """Read and check the configuration of a study.
+
+    Args:
+        path: YAML file with
+            name, title: of the study;
+            seeds: list of seeds;
+            classes: folder names, or {first: i, step: n} for every n-th of the sorted names, or {except: one of
+                these}; all if left out;
+            train: flags of the training engine for all cells;
+            cells: by name, the flags in which a cell differs, and its own `classes`;
+            sweep: {cells, topk, img_size} of the evaluation with fine attention;
+            probe: {cells, classes} of the linear probe on held-out classes;
+            questions: what the report asks, by number: {title, kind, ...}.
+        data_dir: Image folder, for the names of the classes.
+
+    Raises:
+        PSTError: If the file cannot be read, or names an unknown key, cell, class, flag or model.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except OSError as e:
+        raise PSTError(f'Cannot read the study {path}: {e.strerror}.') from None
+    except (UnicodeDecodeError, yaml.YAMLError) as e:
+        raise PSTError(f'{path} is not valid YAML: {e}') from None
+    _check_keys(path, values)
+    split = Path(data_dir) / values['train'].get('train_split', 'train')
+    if not split.is_dir():
+        raise PSTError(f'There is no {split}: --data-dir must name the folder with the images of the study.')
+    folders = sorted(p.name for p in split.iterdir() if p.is_dir())
+    classes = choose_classes(values.get('classes'), folders)
+    sweep, probe = values.get('sweep', {}), values.get('probe', {})
+    probe_classes = choose_classes(probe.get('classes'), folders) if probe else []
+    for part, names in (('sweep', sweep.get('cells', [])), ('probe', probe.get('cells', []))):
+        for name in names:
+            if name not in values['cells']:
+                raise PSTError(f'{path}: {part} names an unknown cell {name!r}.{did_you_mean(name, values["cells"])}')
+    cells = []
+    for name, own in values['cells'].items():
+        own = dict(own)
+        own_classes = choose_classes(own.pop('classes'), folders) if 'classes' in own else classes
+        if name in probe.get('cells', []) and (seen := set(own_classes) & set(probe_classes)):
+            raise PSTError(f'{path}: the probe of {name} needs classes it was not trained on; it saw {min(seen)}.')
+        flags = {**values['train'], **own}
+        try:
+            args = train_args(**flags)
+        except PSTError as e:
+            raise PSTError(f'{path}, cell {name}: {e}') from None
+        if not args.val_split:
+            raise PSTError(f'{path}, cell {name}: a study needs images to evaluate on, and val_split is empty.')
+        cells += [
+            Cell(
+                name=name,
+                seed=seed,
+                train=flags,
+                classes=own_classes,
+                sweep={k: sweep[k] for k in ('topk', 'img_size')} if name in sweep.get('cells', []) else {},
+                probe=probe_classes if name in probe.get('cells', []) else [],
+            )
+            for seed in values['seeds']]
+    _check_models(path, cells)
+    return Study(values['name'], values['title'], cells, values.get('questions', {}))
+
+
+def _check_keys(path: str, values: Any) -> None:
+    if not isinstance(values, dict):
+        raise PSTError(f'{path} must hold one mapping with {", ".join(REQUIRED)}.')
+    problems = [f'unknown key {k!r}.{did_you_mean(str(k), STUDY_KEYS)}' for k in values if k not in STUDY_KEYS]
+    problems += [f'{k} is missing' for k in REQUIRED if not values.get(k)]
+    problems += [
+        f'{k} must be a {getattr(t, "__name__", "list or dict")}, got {values[k]!r}'
+        for k, t in STUDY_KEYS.items() if k in values and not isinstance(values[k], t)]
+    # the parts can be looked into once they are what they should be
+    problems = problems or [*_wrong_cells(values), *_wrong_lists(values)]
+    if problems:
+        raise PSTError('\n'.join(f'{path}: {p}' for p in problems))
+
+
+def _wrong_cells(values: Dict[str, Any]) -> Iterable[str]:
+    for name in (values['name'], *values['cells']):
+        if not isinstance(name, str) or not re.fullmatch(r'\w[\w.-]*', name):
+            yield f'{name!r} is no name for a folder: use letters, digits, "_", "." and "-"'
+    for name, own in values['cells'].items():
+        if not isinstance(own, dict) or not {**values['train'], **own}.get('model'):
+            yield f'cell {name!r} needs a mapping with its model'
+    for where, flags in (('train', values['train']), *values['cells'].items()):
+        for key in GIVEN:
+            if isinstance(flags, dict) and key in flags:
+                yield f'{where}: leave out {key}, which the study gives to each cell'
+
+
+def _wrong_lists(values: Dict[str, Any]) -> Iterable[str]:
+    if not _whole_numbers(values['seeds'], 0) or len(set(values['seeds'])) < len(values['seeds']):
+        yield f'seeds must be different whole numbers, got {values["seeds"]}'
+    for part, keys in (('sweep', {'cells', 'topk', 'img_size'}), ('probe', {'cells', 'classes'})):
+        found = values.get(part)
+        if found and set(found) != keys:
+            yield f'{part} needs {", ".join(sorted(keys))}, got {", ".join(map(str, found))}'
+        elif found and not isinstance(found['cells'], list):
+            yield f'{part}: cells must be a list, got {found["cells"]!r}'
+        elif found and part == 'sweep':
+            for key, least in (('topk', 0), ('img_size', 1)):
+                if not _whole_numbers(found[key], least):
+                    yield f'sweep: {key} must be a list of whole numbers from {least} on, got {found[key]!r}'
+
+
+def _whole_numbers(values: Any, least: int) -> bool:
+    return isinstance(values, list) and all(type(v) is int and v >= least for v in values)
+
+
+def _check_models(path: str, cells: Iterable[Cell]) -> None:
+    for cell in {c.name: c for c in cells}.values():
+        import_modules(cell.train.get('device_modules'))
+        model = cell.train['model']
+        if not timm.is_model(model):
+            raise PSTError(f'{path}, cell {cell.name}: unknown model {model!r}'
+                              f'.{did_you_mean(model, timm.list_models())}')
+        if cell.sweep and not hasattr(build_model(train_args(**{**cell.train, 'pretrained': False})), 'set_topk'):
+            raise PSTError(f'{path}: sweep needs models with fine attention, and {model} of {cell.name} has none.')
+
+
+def choose_classes(choice: Any, folders: Sequence[str]) -> List[str]:
+    """Names of class folders.
+
+    Args:
+        choice: None for all, a list of names, {first: i, step: n}, or {except: one of these}.
+        folders: All names, sorted.
+
+    Raises:
+        PSTError: If it is none of these, or names a class that is not there, or none at all.
+    """
+    if choice is None:
+        return list(folders)
+    if isinstance(choice, dict) and set(choice) == {'except'}:
+        out = set(choose_classes(choice['except'], folders))
+        return _some([f for f in folders if f not in out], choice, folders)
+    if isinstance(choice, dict) and set(choice) == {'first', 'step'}:
+        first, step = choice['first'], choice['step']
+        if _whole_numbers([first], 0) and _whole_numbers([step], 1):
+            return _some(list(folders[first::step]), choice, folders)
+    if not isinstance(choice, list):
+        raise PSTError(f'classes must be names, {{first, step}} or {{except}}, got {choice!r}.')
+    missing = [c for c in choice if c not in folders]
+    if missing:
+        raise PSTError(f'The data has no class {missing[0]!r}.{did_you_mean(str(missing[0]), folders)}')
+    return _some(sorted(set(choice)), choice, folders)
+
+
+def _some(chosen: List[str], choice: Any, folders: Sequence[str]) -> List[str]:
+    if not chosen:
+        raise PSTError(f'The classes {choice!r} are none of the {len(folders)} in the data.')
+    return chosen

@@ -1,1 +1,0 @@
-"""Commands built on the engine and the models; each file is a function first and a command second."""

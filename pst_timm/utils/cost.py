@@ -1,0 +1,65 @@
+"""What a model costs: multiply-adds, activations, memory."""
+import copy
+from typing import Sequence
+
+import torch
+import torch.nn as nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from .timing import Call
+
+__all__ = ['count_activations', 'count_gmacs', 'peak_memory']
+
+
+def count_gmacs(model: nn.Module, input_size: Sequence[int]) -> float:
+    """Multiply-accumulates of one image (channels, height, width) in billions."""
+    # on this device every operation has a count, whichever kernel would run elsewhere
+    model = copy.deepcopy(model).to('meta').eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *input_size, device='meta', dtype=next(model.parameters()).dtype))
+    return counter.get_total_flops() / 2e9
+
+
+def peak_memory(call: Call, device: torch.device) -> int:
+    """Largest amount of memory, in bytes, that a call holds beyond what was allocated before it."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        call()
+    held = peak = 0
+    # every allocation and release of the CPU allocator, kernels' own scratch space included
+    for event in sorted(prof.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == '[memory]':
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+class _CountActivations(TorchDispatchMode):
+    """Adds up the outputs of convolutions, matrix products and attention."""
+    OPS = ('convolution', 'addmm', 'mm', 'bmm', 'baddbmm', 'scaled_dot_product')
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__.lstrip('_')
+        if name in self.OPS or name.startswith('scaled_dot_product'):
+            self.total += (out[0] if isinstance(out, tuple) else out).numel()
+        return out
+
+
+def count_activations(call: Call) -> int:
+    """Elements that the convolutions, matrix products and attentions of a call put out."""
+    with torch.no_grad(), _CountActivations() as counter:
+        call()
+    return counter.total

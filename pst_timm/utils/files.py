@@ -1,0 +1,109 @@
+"""Files written whole or not at all, with the modes of the user's umask; CSV and JSON."""
+import csv
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+
+from safetensors import SafetensorError
+
+from .errors import PSTError
+
+__all__ = ['columns_of', 'read_csv', 'write_csv', 'write_json', 'write_text', 'write_whole']
+
+
+def write_whole(path: os.PathLike, write: Callable[[str], Any]) -> None:
+    """Have a file written beside its place and moved there when it is complete.
+
+    Args:
+        path: The file.
+        write: Called with the name to write to.
+
+    Raises:
+        PSTError: If the file cannot be written; what was there before is untouched.
+    """
+    path = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix=path.suffix)
+    except OSError as e:
+        raise PSTError(f'Cannot write {path}: {e.strerror}.') from None
+    try:
+        os.close(handle)
+        write(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch reports a full disk as a RuntimeError
+        raise PSTError(f'Cannot write {path}: {e}.') from e
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: os.PathLike, text: str) -> None:
+    """Write a text file, see `write_whole`."""
+    write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding='utf-8', newline='\n'))
+
+
+def write_json(path: os.PathLike, value: Any) -> None:
+    """Write a value as a JSON file, see `write_whole`."""
+    write_text(path, json.dumps(value, indent=2) + '\n')
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> List[str]:
+    """Names of the columns in the order in which they first appear."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def write_csv(path: os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as a CSV file with a header, see `write_whole`; a column that a row does not have is empty there."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns_of(rows), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def read_csv(path: os.PathLike) -> List[Dict[str, str]]:
+    """Rows of a CSV file with a header, all of them with all of its columns.
+
+    Raises:
+        PSTError: If the file cannot be read, has no header, or has a row of another length.
+    """
+    try:
+        with open(path, newline='', encoding='utf-8') as f:
+            reader = csv.DictReader(f)
+            if not reader.fieldnames:
+                raise PSTError(f'{path} is empty: its first line must name the columns.')
+            rows = []
+            for row in reader:
+                if None in row or None in row.values():
+                    raise PSTError(
+                        f'{path}, line {reader.line_num} does not have as many fields as the header; was the file cut '
+                        f'off?')
+                rows.append(row)
+            return rows
+    except OSError as e:
+        raise PSTError(f'{path} cannot be read ({e.strerror}).') from None
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise PSTError(f'{path} is not a CSV file ({e}).') from None
+
+
+def read_class_names(path: Optional[os.PathLike]) -> Optional[List[str]]:
+    """The lines of a text file that are not empty, None for no file.
+
+    Raises:
+        PSTError: If it cannot be read as text.
+    """
+    if path is None:
+        return None
+    try:
+        return [name for name in Path(path).read_text(encoding='utf-8').split('\n') if name]
+    except (OSError, UnicodeDecodeError) as e:
+        raise PSTError(f'Cannot read the class names {path}: {e}.') from None

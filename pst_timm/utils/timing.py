@@ -1,0 +1,56 @@
+"""Wall time of calls, measured in turn so that a machine's drift meets all of them alike."""
+import statistics
+import time
+from typing import Callable, Dict, List, Mapping, Sequence
+
+import torch
+
+__all__ = ['Call', 'median_ratio', 'percentile', 'time_in_turn']
+
+Call = Callable[[], object]
+
+
+def timer() -> float:
+    """Seconds on a clock that is read when the accelerator, if there is one, has finished."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def time_in_turn(
+        calls: Mapping[str, Call],
+        repeats: int,
+        warmup: int = 2,
+        tick: Callable[[], object] = lambda: None,
+) -> Dict[str, List[float]]:
+    """Time several calls A B A B ..., so that a machine's drift meets all of them alike.
+
+    Args:
+        calls: The calls by name.
+        repeats: Timed rounds.
+        warmup: Rounds before them.
+        tick: Called after each round, for a progress bar.
+
+    Returns:
+        Wall seconds of every timed call, by name, in order.
+    """
+    times = {name: [] for name in calls}
+    for i in range(warmup + repeats):
+        for name, call in calls.items():
+            start = timer()
+            call()
+            elapsed = timer() - start
+            if i >= warmup:
+                times[name].append(elapsed)
+        tick()
+    return times
+
+
+def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """Median over the rounds of a / b, both measured in the same round."""
+    return statistics.median(x / y for x, y in zip(a, b))
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear percentile of a list of numbers."""
+    return torch.quantile(torch.tensor(values, dtype=torch.float64), percent / 100).item()

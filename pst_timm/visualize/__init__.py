@@ -1,0 +1,1 @@
+"""Figures of what PST looks at. Knows checkpoints and data."""

@@ -1,0 +1,188 @@
+"""Draw what PST looks at: coarse attention, the tokens that each head selects, and what they do to the prediction."""
+import os
+from pathlib import Path
+from typing import Any, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_transform, get_img_extensions, resolve_data_config
+
+from pst_timm.models import ResNetPST, inspect_tokens
+from pst_timm.utils.files import write_whole
+
+from .drawing import View, draw_sheet, draw_view
+
+__all__ = ['find_images', 'look', 'open_image', 'visualize']
+
+FORMATS = ('.png', '.pdf', '.svg')
+EXTENSIONS = (*get_img_extensions(), '.webp', '.bmp', '.gif', '.tif', '.tiff')
+DPI = 400
+MIN_SIDE = 32  # a coarse token
+
+
+def open_image(path: os.PathLike, mode: str = 'RGB') -> Image.Image:
+    """Read an image as a person sees it: upright, transparent parts white.
+
+    Args:
+        path: The file.
+        mode: 'RGB', or 'L' for grey.
+
+    Raises:
+        ValueError: If it is missing, damaged, or no image.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f'There is no image {path}.')
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith('I;16'):
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert('RGBA')
+                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+            return image.convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # all that PIL's readers raise
+        raise ValueError(f'{path} cannot be read as an image: {e}.') from e
+
+
+def find_images(folder: os.PathLike, limit: int) -> Tuple[List[Path], int]:
+    """Images in a folder and the folders in it, by name; evenly spaced ones if there are more than the limit.
+
+    Returns:
+        The images, and how many there are in all.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    paths = sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() in EXTENSIONS and p.is_file())
+    if not paths:
+        raise ValueError(f'The folder {folder} has no images ({", ".join(EXTENSIONS)}).')
+    count = min(limit, len(paths))
+    return [paths[i * len(paths) // count] for i in range(count)], len(paths)
+
+
+def look(
+        model: ResNetPST,
+        path: os.PathLike,
+        topk: Optional[int] = None,
+        fusion: Optional[str] = None,
+        img_size: Optional[int] = None,
+        class_names: Optional[Sequence[str]] = None,
+        block: int = -1,
+) -> View:
+    """What a figure of one image is drawn from.
+
+    Args:
+        model: A classifier with PST, in eval mode; its settings are not changed.
+        path: The image, preprocessed as the model's `pretrained_cfg` says.
+        topk: Coarse tokens to select per head, as the model is set if None.
+        fusion: 'gate' or 'joint', as the model is set if None.
+        img_size: Height and width of the input, the model's own if None.
+        class_names: Names of the classes in order, those of the model if None, or else numbers.
+        block: The PST block to look at.
+
+    Raises:
+        ValueError: If the model is no classifier with PST, selects nothing, or has another number of classes; if there
+            is no such block, or the image cannot be read.
+    """
+    if model.num_classes == 0:
+        raise ValueError('The model has no classifier, whose prediction could be drawn.')
+    names = _class_names(model) if class_names is None else class_names
+    if len(names) != model.num_classes:
+        raise ValueError(f'{len(names)} class names for a model of {model.num_classes} classes.')
+    config = resolve_data_config({'img_size': img_size} if img_size else {}, model=model)
+    channels = config['input_size'][0]
+    x = create_transform(**config)(open_image(path, 'L' if channels == 1 else 'RGB'))[None]
+    coarse, fine, blocks = inspect_tokens(model, x.to(next(model.parameters())), topk, fusion)
+    if not -len(blocks) <= block < len(blocks):
+        raise ValueError(f'There is no PST block {block}: the model has {len(blocks)}, counted from 0.')
+    tokens = blocks[block]
+    if tokens.selected.shape[2] == 0:
+        raise ValueError('topk must be at least 1 to draw what is selected: with 0 nothing is.')
+    mean, std = (torch.tensor(config[k])[:, None, None] for k in ('mean', 'std'))
+    fine_cell = model.feature_info[3]['reduction']
+    ratio = 2 if tokens.children.shape[3] == 4 else 1
+    return View(
+        name=Path(path).name,
+        pixels=(x[0] * std + mean).clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy(),
+        coarse_size=tokens.coarse_size,
+        fine_size=tokens.fine_size,
+        coarse_cell=ratio * fine_cell,
+        fine_cell=fine_cell,
+        attention=_array(tokens.attention.mean(dim=(1, 2))[0].reshape(tokens.coarse_size)),
+        scores=_array(tokens.scores[0].unflatten(1, tokens.coarse_size)),
+        selected=tokens.selected[0].cpu().numpy(),
+        children=tokens.children[0].cpu().numpy(),
+        coarse=_array(coarse[0].softmax(dim=0)),
+        fine=_array(fine[0].softmax(dim=0)),
+        class_names=list(names),
+    )
+
+
+def _class_names(model: ResNetPST) -> Sequence[str]:
+    known = model.pretrained_cfg.get('label_names') or ()
+    # a classifier that was replaced has other classes
+    return known if len(known) == model.num_classes else [f'class {i}' for i in range(model.num_classes)]
+
+
+def _array(x: torch.Tensor) -> Any:
+    return x.float().cpu().numpy()
+
+
+def visualize(
+        source: os.PathLike,
+        model: ResNetPST,
+        output: os.PathLike,
+        limit: int = 12,
+        each: bool = False,
+        **kwargs: Any,
+) -> List[Path]:
+    """Draw what a model looks at in an image, or in the images of a folder.
+
+    Args:
+        source: An image, or a folder: then a contact sheet with one row per image is drawn.
+        model: A classifier with PST, in eval mode.
+        output: File to write, .png, .pdf or .svg.
+        limit: Most images of a folder to draw.
+        each: Of a folder, also write the figure of each image, beside the sheet.
+        kwargs: Further arguments of `look`.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: If the output is no such file or cannot be written, or as `look` does.
+        ImportError: If matplotlib is missing.
+    """
+    output = Path(output)
+    check_output(output, source)
+    if not Path(source).is_dir():
+        view = look(model, source, **kwargs)
+        return [_save(draw_view(view), output, view.name)]
+    paths, _ = find_images(source, limit)
+    views = [look(model, path, **kwargs) for path in paths]
+    written = [_save(draw_sheet(views), output, Path(source).name)]
+    for i, view in enumerate(views if each else ()):
+        # numbered, as two folders may each have an image of that name
+        path = output.with_name(f'{output.stem}-{i + 1:02d}-{Path(view.name).stem}{output.suffix}')
+        written.append(_save(draw_view(view), path, view.name))
+    return written
+
+
+def check_output(output: Path, source: os.PathLike) -> None:
+    """Raise an error, before anything is computed, if a figure cannot go there or cannot be drawn at all."""
+    if output.suffix.lower() not in FORMATS:
+        raise ValueError(f'The output must be a {", ".join(FORMATS)} file, got {output}.')
+    if output.exists() and output.samefile(source):
+        raise ValueError(f'The output {output} is the image itself: choose another name.')
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ImportError("Figures need matplotlib: pip install matplotlib, or 'pst_timm[train]'.") from None
+
+
+def _save(figure: Any, path: Path, title: str) -> Path:
+    write_whole(path, lambda name: figure.savefig(
+        name, format=path.suffix[1:].lower(), dpi=DPI, metadata={'Title': title}))
+    return path

@@ -1,0 +1,162 @@
+"""The whole way of a model on a small scale: images, training, validation, a file for others, a prediction.
+
+    python -m scripts.demo
+
+trains `resnet18_pst` from scratch on the handwritten digits that come with scikit-learn (1,797 real scans).
+"""
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from timm.utils import setup_default_logging
+
+from pst_timm.checkpoints.building import load_model
+from pst_timm.engine import parse_train_args, parse_validate_args, train, validate
+from pst_timm.hub.publishing import save_folder
+from pst_timm.utils.tables import format_table
+
+__all__ = ['classify', 'main', 'run_demo', 'write_digits']
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / 'configs' / 'digits.yaml'
+TARGET = 97.0  # top-1 in percent
+TOPK = 2  # of the 2 x 2 coarse tokens at 64 px
+
+
+def write_digits(folder: Path, size: int = 64, seed: int = 0) -> Tuple[int, int]:
+    """Write scikit-learn's digits as an image folder, 80% for training and 20% for validation, alike in all classes.
+
+    Args:
+        folder: Where to write `train/0/*.png` and so on.
+        size: Height and width of the images; the scans have 8 x 8 pixels.
+        seed: Seed of the split.
+
+    Returns:
+        Number of training and validation images.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    pixels = (digits.images / digits.images.max() * 255).round().astype('uint8')
+    train_ids, val_ids = train_test_split(
+        range(len(pixels)), test_size=0.2, random_state=seed, stratify=digits.target)
+    if folder.exists():
+        shutil.rmtree(folder)
+    for split, ids in (('train', train_ids), ('validation', val_ids)):
+        for label in digits.target_names:
+            (folder / split / str(label)).mkdir(parents=True)
+        for i in ids:
+            image = Image.fromarray(pixels[i]).resize((size, size), Image.Resampling.BICUBIC)
+            image.save(folder / split / str(digits.target[i]) / f'{i:04d}.png')
+    return len(train_ids), len(val_ids)
+
+
+def classify(model: torch.nn.Module, image: Path) -> Tuple[str, float]:
+    """Label and probability of an image.
+
+    Args:
+        model: A model from a folder that names its classes, in inference mode; it knows the names of its classes.
+        image: The image file.
+    """
+    transform = create_transform(**resolve_data_config(model=model))
+    with torch.inference_mode():
+        probabilities = model(transform(Image.open(image).convert('RGB'))[None]).softmax(dim=-1)[0]
+    best = int(probabilities.argmax())
+    return model.pretrained_cfg['label_names'][best], probabilities[best].item()
+
+
+def validate_settings(args: argparse.Namespace, checkpoint: Path) -> List[Dict[str, Any]]:
+    """Evaluate a checkpoint coarse and with fine attention, both fusions; one row of results each.
+
+    Args:
+        args: Arguments that the checkpoint was trained with.
+        checkpoint: The checkpoint.
+    """
+    words = [
+        '--data-dir', args.data_dir, '--model', args.model, '--num-classes', str(args.num_classes),
+        '--img-size', str(args.img_size), '--crop-pct', str(args.crop_pct), '--workers', str(args.workers),
+        '--checkpoint', str(checkpoint), '--device-modules', *args.device_modules,
+    ]
+    rows = []
+    for name, kwargs in (
+            ('coarse', []),
+            (f'fine, topk={TOPK}, gate', [f'topk={TOPK}', 'fine_fusion=gate']),
+            (f'fine, topk={TOPK}, joint', [f'topk={TOPK}', 'fine_fusion=joint']),
+    ):
+        command = words + (['--model-kwargs', *kwargs] if kwargs else [])
+        announce('validate.py', command)
+        [results] = validate(parse_validate_args(command))
+        rows.append(dict(attention=name, top1=results['top1'], top5=results['top5'], loss=results['loss']))
+    return rows
+
+
+def announce(script: str, words: Sequence[str]) -> None:
+    """Print the command that does by hand what the demo does next."""
+    print(f'\n$ python {script} {" ".join(words)}', flush=True)
+
+
+def run_demo(extra: Sequence[str] = ()) -> float:
+    """Run the demo; writes to `output/` in the current folder, prints the table and returns the top-1.
+
+    Args:
+        extra: Further flags for the training, such as `--epochs 1`.
+    """
+    began = time.perf_counter()
+    data, output = Path('output/digits'), Path('output/demo')
+    sizes = write_digits(data)
+    print(f'Digits: {sizes[0]} training and {sizes[1]} validation images in {data}.')
+
+    command = ['--config', str(CONFIG), '--output', str(output.parent), '--experiment', output.name, *extra]
+    announce('train.py', command)
+    args = parse_train_args(command)
+    trained = time.perf_counter()
+    result = train(args)
+    trained = time.perf_counter() - trained
+
+    rows = validate_settings(args, result.best_checkpoint)
+
+    folder = output / f'{args.model}_digits'
+    save_folder(load_model(result.best_checkpoint), folder, [str(i) for i in range(10)])
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    image = sorted(data.glob('validation/7/*.png'))[0]
+    label, probability = classify(model, image)
+
+    print(f'\n{image} is a {label} (probability {probability:.3f}).\n')
+    print(format_table(rows))
+    print()
+    print(format_table([
+        dict(what='top-1, coarse', result=f'{rows[0]["top1"]:.2f}% (at least {TARGET:.0f}% wanted)'),
+        dict(what='training', result=f'{trained:.0f} s, {args.epochs} epochs'),
+        dict(what='all together', result=f'{time.perf_counter() - began:.0f} s'),
+        dict(what='curve', result=output / 'curve.png'),
+        dict(what='checkpoint', result=result.best_checkpoint),
+        dict(what='weights', result=folder / 'model.safetensors'),
+        dict(what='load them', result=f"timm.create_model('local-dir:{folder}', pretrained=True)"),
+    ]))
+    return rows[0]['top1']
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the demo; returns 0 if the model is as good as it should be."""
+    parser = argparse.ArgumentParser(
+        prog='python -m scripts.demo', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog='Further flags go to the training, as in --epochs 1.')
+    _, extra = parser.parse_known_args(argv)
+    setup_default_logging()
+    top1 = run_demo(extra)
+    if top1 < TARGET:
+        print(f'The model reached {top1:.2f}% top-1, less than {TARGET:.0f}%.', file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
