@@ -1,48 +1,73 @@
-"""From a checkpoint, or whatever else names a model, to the model with its weights and preprocessing."""
+"""The one door from a source (model name, hf-hub: name, folder, file) to a model with weights and preprocessing."""
+import logging
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Optional
 
 import timm
 import torch
 import torch.nn as nn
 from timm.data import resolve_input_data_config
-from timm.models import get_pretrained_cfg_value
+from timm.models import get_pretrained_cfg, get_pretrained_cfg_value
 
+from pst_timm.models import reparameterize
 from pst_timm.models.digest import check_digest, drop_digest
 from pst_timm.utils.errors import PSTError, did_you_mean
 
-from .reading import Checkpoint, PathLike, read_checkpoint
+from .facts import resolve_origin
+from .fitting import load_weights
+from .reading import Checkpoint, PathLike, is_file_name, read_checkpoint
+
+__all__ = ['build_model', 'check_model_name', 'create_model', 'label_names', 'load_model']
+
+_logger = logging.getLogger(__name__)
+
+# what timm's factories raise for names, arguments and weights that do not fit
+REFUSED = (TypeError, ValueError, RuntimeError, AssertionError, FileNotFoundError)
 
 
-def data_config(checkpoint: Checkpoint, model: nn.Module) -> Dict[str, Any]:
-    """Preprocessing that the weights were validated with: that of the run, where it differs from the model's own."""
+def check_model_name(name: str) -> None:
+    """Raise a PSTError with the nearest names unless timm knows a model."""
+    if ':' in name or timm.is_model(name.split('.')[0]):
+        return
+    raise PSTError(
+        f'Unknown model {name!r}.{did_you_mean(name.split(".")[0], timm.list_models())} '
+        f'timm.list_models() lists all; a package with more is imported with --device-modules.')
+
+
+def create_model(name: str, **kwargs: Any) -> nn.Module:
+    """`timm.create_model`, with errors for people.
+
+    Raises:
+        PSTError: If there is no such model, it does not take an argument, or its weights cannot be had.
+    """
+    check_model_name(name)
     try:
-        return resolve_input_data_config(model, args=checkpoint.args)
-    except ValueError as e:
-        raise PSTError(f'The arguments in {checkpoint.path} do not fit its weights: {e}') from e
-
-
-def attention_settings(model: nn.Module) -> Dict[str, Any]:
-    """`topk` and `fine_fusion` that a model has now; 0 and None for one without sparse attention."""
-    attention = next((m for m in model.modules() if hasattr(m, 'fine_fusion')), None)
-    return {'topk': getattr(attention, 'topk', 0), 'fine_fusion': getattr(attention, 'fine_fusion', None)}
+        return timm.create_model(name, **kwargs)
+    except PSTError:
+        raise
+    except REFUSED as e:
+        raise PSTError(f'Cannot create {name}: {e}') from e
 
 
 def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
-    """The model with its weights, class count, input channels and preprocessing.
+    """The model with its weights, class count, input channels, preprocessing and class names.
 
     Args:
         checkpoint: From `read_checkpoint`.
         model_kwargs: Passed to `timm.create_model`, before what the checkpoint says.
 
+    Returns:
+        The model in eval mode; its `pretrained_cfg` holds preprocessing and, as `label_names`, the class names.
+
     Raises:
         PSTError: If the architecture is unknown, or the weights are those of another one.
     """
+    resolve_origin(checkpoint)
     arch, weights = checkpoint.arch, checkpoint.weights
     if not arch or not timm.is_model(arch):
         raise PSTError(
-            f'{checkpoint.path} does not name a known architecture (arch: {arch!r}). Use a training checkpoint, or a '
-            f'.safetensors file beside its config.json.')
+            f'{checkpoint.path} does not name a known architecture (arch: {arch!r}). Name it with --model, or use a '
+            f'training checkpoint or a .safetensors file beside its config.json.')
     kwargs = {
         'num_classes': _size(weights, get_pretrained_cfg_value(arch, 'classifier'), 0),
         'in_chans': _size(weights, get_pretrained_cfg_value(arch, 'first_conv'), 1),
@@ -52,16 +77,20 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
         **model_kwargs,
     }
     try:
-        model = timm.create_model(arch, **kwargs)
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise PSTError(f'{checkpoint.path}: cannot create {arch} with {kwargs}: {e}') from e
-    _check_fit(checkpoint, model)
-    model.load_state_dict(weights)
+        model = create_model(arch, **kwargs)
+    except PSTError as e:
+        raise PSTError(f'{checkpoint.path}: {e}') from e
+    load_weights(
+        model, weights, f'{checkpoint.path} is not a checkpoint of {arch} with {model.num_classes} classes',
+        'It was made by another architecture, or with other arguments than the checkpoint tells.')
     cfg = {**model.pretrained_cfg, **checkpoint.pretrained_cfg}
     cfg.pop('tag', None)  # these are not the weights of that name
+    if checkpoint.ema is not None:
+        # a training run measures at its own size, whatever other weights of the architecture are tested at
+        cfg = {k: v for k, v in cfg.items() if not k.startswith('test_')}
     model.pretrained_cfg = model.default_cfg = cfg
     size = tuple(cfg['input_size'])
-    cfg.update(data_config(checkpoint, model), num_classes=model.num_classes)
+    cfg.update(_data_config(checkpoint, model), num_classes=model.num_classes)
     if tuple(cfg['input_size']) != size:
         cfg['pool_size'] = None
     try:
@@ -72,50 +101,100 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
     return model.eval()
 
 
+def _data_config(checkpoint: Checkpoint, model: nn.Module) -> Dict[str, Any]:
+    """Preprocessing that the weights were validated with: that of the run, where it differs from the model's own."""
+    try:
+        return resolve_input_data_config(model, args=checkpoint.args)
+    except ValueError as e:
+        raise PSTError(f'The arguments in {checkpoint.path} do not fit its weights: {e}') from e
+
+
 def _size(weights: Dict[str, torch.Tensor], layer: Optional[str], dim: int) -> Optional[int]:
     weight = weights.get(f'{layer}.weight')
     return weight.shape[dim] if weight is not None else None
 
 
-def _check_fit(checkpoint: Checkpoint, model: nn.Module) -> None:
-    own = model.state_dict()
-    weights = checkpoint.weights
-    missing = [k for k in own if k not in weights]
-    surplus = [k for k in weights if k not in own]
-    differ = [k for k in own if k in weights and own[k].shape != weights[k].shape]
-    if not (missing or surplus or differ):
-        return
-    found: List[str] = []
-    if missing:
-        found.append(f'{len(missing)} tensors are missing (the first: {missing[0]})')
-    if surplus:
-        found.append(f'{len(surplus)} are unknown to it (the first: {surplus[0]})')
-    if differ:
-        found.append(
-            f'{len(differ)} have another shape (the first: {differ[0]}, {tuple(weights[differ[0]].shape)} where '
-            f'{tuple(own[differ[0]].shape)} was expected)')
-    raise PSTError(
-        f'{checkpoint.path} is not a checkpoint of {checkpoint.arch}: {"; ".join(found)}. It was made by another '
-        f'architecture, or with other arguments than the checkpoint tells.')
-
-
-def load_model(source: PathLike, **model_kwargs: Any) -> nn.Module:
-    """Build a model with its weights from whatever holds them.
+def load_model(
+        source: PathLike,
+        *,
+        arch: Optional[str] = None,
+        num_classes: Optional[int] = None,
+        pretrained: Optional[bool] = None,
+        use_ema: Optional[bool] = None,
+        reparam: bool = False,
+        **model_kwargs: Any,
+) -> nn.Module:
+    """A model with its weights, preprocessing and class names, from whatever holds them.
 
     Args:
-        source: A timm model name (random weights unless `pretrained=True` is passed), 'hf-hub:org/name',
-            'local-dir:path', or what `read_checkpoint` reads.
-        model_kwargs: Passed to `timm.create_model`.
+        source: A timm model name, 'hf-hub:org/name', 'local-dir:path', or what `read_checkpoint` reads: a file or a
+            folder.
+        arch: Architecture of a file, where it does not tell it or another one is meant; said if they differ.
+        num_classes: Number of classes, that of the weights if None; said if they differ.
+        pretrained: Whether a model name means published weights; None for those there are, with a warning if there are
+            none.
+        use_ema: Whether to take the moving average of a training checkpoint; None takes it where there is one.
+        reparam: Fold the model for inference, see `pst_timm.reparameterize`.
+        model_kwargs: Further arguments of `timm.create_model`, before what the source says.
+
+    Returns:
+        The model in eval mode on the CPU; its `pretrained_cfg` holds preprocessing and, as `label_names`, the class
+        names where they are known.
 
     Raises:
-        PSTError: If the source is none of these, or does not hold a model.
+        PSTError: If the source is none of these, does not hold a model, or does not fit what is asked for.
     """
-    path = Path(source)
-    if path.exists():
-        return build_model(read_checkpoint(path), **model_kwargs)
-    source = str(source)
-    if source.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
-        return timm.create_model(source, pretrained=True, **model_kwargs)
-    if not timm.is_model(source.split('.')[0]):
-        raise PSTError(f'{source!r} is neither a model, a file nor a folder.{did_you_mean(source, timm.list_models())}')
-    return timm.create_model(source, **model_kwargs)
+    if num_classes is not None:
+        model_kwargs['num_classes'] = num_classes
+    if Path(source).exists() or is_file_name(source):
+        model = _from_file(source, arch, use_ema, model_kwargs)
+    else:
+        model = _from_name(str(source), arch, pretrained, model_kwargs)
+    if not reparam:
+        return model
+    try:
+        return reparameterize(model, inplace=True)
+    except ValueError as e:
+        raise PSTError(f'{source} cannot be folded: {e}') from e
+
+
+def _from_file(source: PathLike, arch: Optional[str], use_ema: Optional[bool], kwargs: Dict[str, Any]) -> nn.Module:
+    checkpoint = read_checkpoint(source, use_ema)
+    resolve_origin(checkpoint)
+    if arch is not None and arch.split('.')[0] != checkpoint.arch:
+        check_model_name(arch)
+        if checkpoint.arch:
+            _logger.warning(f'{source} says that it is a {checkpoint.arch}; it is read as the {arch} asked for.')
+        checkpoint.arch = arch.split('.')[0]
+    known = checkpoint.pretrained_cfg.get('num_classes')
+    asked = kwargs.get('num_classes')
+    if known is not None and asked not in (None, known):
+        _logger.warning(f'{source} has {known} classes; it is read with the {asked} asked for.')
+    return build_model(checkpoint, **kwargs)
+
+
+def _from_name(name: str, arch: Optional[str], pretrained: Optional[bool], kwargs: Dict[str, Any]) -> nn.Module:
+    if arch not in (None, name):
+        raise PSTError(f'{name} names a model itself: leave {arch} out.')
+    if name.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
+        return create_model(name, pretrained=pretrained is not False, **kwargs).eval()
+    if not timm.is_model(name.split('.')[0]):
+        raise PSTError(
+            f'{name!r} is neither a model, a file nor a folder.{did_you_mean(name.split(".")[0], timm.list_models())}')
+    cfg = get_pretrained_cfg(name)
+    published = cfg is not None and cfg.has_weights
+    if pretrained is None and not published:
+        _logger.warning(
+            f'{name} has no published weights, so these are random ones: name a checkpoint, or a folder that has some.')
+    pretrained = published if pretrained is None else pretrained
+    asked = kwargs.get('num_classes')
+    if pretrained and published and asked not in (None, cfg.num_classes):
+        raise PSTError(f'The weights of {name} know {cfg.num_classes} classes, not {asked}.')
+    return create_model(name, pretrained=pretrained, **kwargs).eval()
+
+
+def label_names(model: nn.Module) -> list:
+    """Names of a classifier's classes in the order of its outputs; empty where they are not known."""
+    known = list(model.pretrained_cfg.get('label_names') or ())
+    # a classifier that was replaced has other classes
+    return known if len(known) == model.num_classes else []

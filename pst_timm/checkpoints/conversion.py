@@ -3,7 +3,7 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Dict, NamedTuple
+from typing import Dict, NamedTuple, Optional
 
 import torch
 from safetensors.torch import save_file
@@ -62,7 +62,7 @@ def convert(
         source: os.PathLike,
         target: os.PathLike,
         dtype: str = 'float32',
-        use_ema: bool = True,
+        use_ema: Optional[bool] = None,
 ) -> Conversion:
     """Write the weights of a checkpoint in the other format, or in another precision.
 

@@ -1,4 +1,4 @@
-"""From whatever holds a trained model to weights, what is known about them, and the model; no code in it is run."""
+"""From whatever holds trained weights to the weights and what is known about them; no code in it is run."""
 import argparse
 import json
 import logging
@@ -10,24 +10,21 @@ from typing import Any, Dict, Optional, Union
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from timm.models import (
-    clean_state_dict,
-    get_pretrained_cfg,
-    load_model_config_from_hf,
-    parse_model_name,
-    split_model_name_tag,
-)
+from timm.models import clean_state_dict
 from timm.models._hub import load_model_config_from_path  # timm exports it from here alone
 
 from pst_timm.utils.errors import PSTError
 
-__all__ = ['HEADER_KEY', 'Checkpoint', 'check_finite', 'read_checkpoint']
+__all__ = ['FACTS_KEY', 'HEADER_KEY', 'Checkpoint', 'check_finite', 'is_file_name', 'pick_weights', 'read_checkpoint']
 
 _logger = logging.getLogger(__name__)
 
 HEADER_KEY = 'pst_timm'  # entry of a safetensors header that holds what is known about the weights, as JSON
+FACTS_KEY = 'facts'  # entry of a training checkpoint that holds the same, see `facts`
 PREFERRED = ('model_best.pth.tar', 'last.pth.tar')  # in the folder of a run
-DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+AVERAGED = ('state_dict_ema', 'model_ema')  # where training scripts keep a moving average
+TRAINED = ('state_dict', 'model')
+SAFETENSORS = '.safetensors'
 PICKLES = ('.tar', '.pth', '.pt', '.bin', '.ckpt')
 PathLike = Union[str, os.PathLike]
 
@@ -47,6 +44,8 @@ class Checkpoint:
     """Arguments of `timm.create_model` that the weights need."""
     pretrained_cfg: Dict[str, Any] = field(default_factory=dict)
     """Preprocessing and class names, as in timm's config.json."""
+    recipe: Dict[str, Any] = field(default_factory=dict)
+    """Flags of the training run that differ from their defaults and make it what it was."""
     epoch: Optional[int] = None
     metric: Optional[float] = None
     """Value of the run's evaluation metric at that epoch."""
@@ -59,23 +58,29 @@ class Checkpoint:
         return json.loads(json.dumps(facts, default=str))
 
 
-def read_checkpoint(path: PathLike, use_ema: bool = True) -> Checkpoint:
+def is_file_name(source: PathLike) -> bool:
+    """Whether a source that does not exist can only be meant as a file of weights."""
+    return isinstance(source, os.PathLike) or Path(source).suffix in (SAFETENSORS, *PICKLES)
+
+
+def read_checkpoint(path: PathLike, use_ema: Optional[bool] = None) -> Checkpoint:
     """Read weights and what is known about them.
 
     Args:
         path: Folder of a training run (its best checkpoint), training checkpoint, .safetensors file, or folder with
             timm's config.json.
-        use_ema: Whether to take the moving average of a training checkpoint, if there is one.
+        use_ema: Whether to take the moving average of a training checkpoint; None takes it where there is one.
 
     Raises:
-        PSTError: If there is no such thing, it is damaged, or it holds more than tensors and plain values.
+        PSTError: If there is no such thing, it is damaged, holds more than tensors and plain values, or has no moving
+            average where one is asked for.
     """
     path = _find_file(Path(path))
-    checkpoint = _read_safetensors(path) if path.suffix == '.safetensors' else _read_pickle(path, use_ema)
+    checkpoint = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_pickle(path, use_ema)
     if not checkpoint.weights or not all(isinstance(v, torch.Tensor) for v in checkpoint.weights.values()):
         raise PSTError(f'{path} holds no weights: a mapping of names to tensors was expected.')
-    if checkpoint.arch:
-        _resolve_origin(checkpoint)
+    if use_ema and not checkpoint.ema:
+        raise PSTError(f'{path} holds no moving average (EMA): leave out --use-ema to take the weights as trained.')
     if checkpoint.ema is not None:
         _logger.info(f'{path}: {"the moving average (EMA)" if checkpoint.ema else "the weights as trained, no EMA"}.')
     return checkpoint
@@ -92,8 +97,8 @@ def _find_file(path: Path) -> Path:
         return found[0]
     if not path.is_file():
         raise PSTError(f'There is no checkpoint {path}.')
-    if path.suffix not in ('.safetensors', *PICKLES):
-        raise PSTError(f'{path} is not a checkpoint: expected .safetensors, {", ".join(PICKLES)}, or a folder.')
+    if path.suffix not in (SAFETENSORS, *PICKLES):
+        raise PSTError(f'{path} is not a checkpoint: expected {SAFETENSORS}, {", ".join(PICKLES)}, or a folder.')
     return path
 
 
@@ -115,54 +120,40 @@ def _read_safetensors(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _read_pickle(path: Path, use_ema: bool) -> Checkpoint:
+def pick_weights(content: Dict[str, Any], use_ema: Optional[bool] = None) -> Optional[str]:
+    """The entry of a training checkpoint that holds the weights, None if they are not one level down.
+
+    Args:
+        content: What the checkpoint holds.
+        use_ema: See `read_checkpoint`.
+    """
+    keys = TRAINED if use_ema is False else (*AVERAGED, *TRAINED)
+    return next((k for k in keys if isinstance(content.get(k), dict)), None)
+
+
+def _read_pickle(path: Path, use_ema: Optional[bool]) -> Checkpoint:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # whatever a damaged or malicious file may raise
         reason = str(e).split('\n')[0]
         raise PSTError(
-            f'{path} cannot be read as a checkpoint: it is damaged, or holds more than tensors and plain values, so '
-            f'that loading it could run code ({reason}). Nothing in it was run. Use another file.') from None
+            f'{path} is refused: it is damaged, or holds more than tensors and plain values, so that loading it could '
+            f'run code ({reason}). Nothing in it was run. Use another file, or turn one you trust into .safetensors.'
+        ) from None
     if not isinstance(content, dict):
         raise PSTError(f'{path} holds a {type(content).__name__}, no checkpoint or state dict.')
-    keys = [k for k in ('state_dict_ema', 'model_ema') if use_ema] + ['state_dict', 'model']
-    key = next((k for k in keys if isinstance(content.get(k), dict)), None)
+    key = pick_weights(content, use_ema)
+    if key is None:
+        return Checkpoint(path, clean_state_dict(content))
     args = content.get('args')
-    return Checkpoint(
-        path,
-        clean_state_dict(content[key] if key else content),
-        arch=content.get('arch') if key else None,
-        args=vars(args) if isinstance(args, argparse.Namespace) else {},
-        epoch=content.get('epoch') if key else None,
-        metric=content.get('metric') if key else None,
-        ema=key in ('state_dict_ema', 'model_ema') if key else None,
-    )
-
-
-def _resolve_origin(checkpoint: Checkpoint) -> None:
-    """Name the architecture, and take over the preprocessing of published weights that the run began with.
-
-    Such a run has noted 'arch.tag' or 'hf-hub:org/name' as its architecture.
-    """
-    model_args: Dict[str, Any] = {}
+    args = vars(args) if isinstance(args, argparse.Namespace) else {}
+    known = dict(args=args, epoch=content.get('epoch'), metric=content.get('metric'), ema=key in AVERAGED)
+    facts = content.get(FACTS_KEY) or {'arch': content.get('arch')}
     try:
-        source, name = parse_model_name(checkpoint.arch)
-        if source is not None:
-            load = load_model_config_from_hf if source == 'hf-hub' else load_model_config_from_path
-            cfg, name, model_args = load(name)
-        else:
-            named = get_pretrained_cfg(name) if '.' in name or checkpoint.args.get('pretrained') else None
-            cfg = named.to_dict() if named is not None else {}
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
-        reason = str(e).split('\n')[0]
-        raise PSTError(
-            f'{checkpoint.path} was trained from {checkpoint.arch}, which cannot be looked up ({reason}).') from e
-    checkpoint.arch = split_model_name_tag(name)[0]
-    # the run may have had other classes and channels
-    kept = {k: v for k, v in model_args.items() if k not in ('num_classes', 'in_chans', 'global_pool')}
-    checkpoint.model_args = {**kept, **checkpoint.model_args}
-    checkpoint.pretrained_cfg = {**{k: cfg[k] for k in DATA_KEYS if k in cfg}, **checkpoint.pretrained_cfg}
+        return Checkpoint(path, clean_state_dict(content[key]), **known, **facts)
+    except TypeError as e:
+        raise PSTError(f'{path}: what it tells about its weights is garbled ({e}). Use another checkpoint.') from None
 
 
 def check_finite(checkpoint: Checkpoint) -> None:

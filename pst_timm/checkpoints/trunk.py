@@ -4,18 +4,18 @@ import re
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Union
 
-import timm
 import torch
 import torch.nn as nn
-from timm.models import adapt_input_conv, clean_state_dict, load_state_dict
+from timm.models import adapt_input_conv, clean_state_dict
+
+from .building import create_model
+from .reading import PathLike, is_file_name, pick_weights, read_checkpoint
 
 __all__ = ['TrunkLoad', 'load_trunk']
 
 TRUNK = re.compile(r'(conv1|bn1|maxpool|layer[1-4])\.')
 # a counter that only a cumulative average would read, absent from some converted checkpoints
 OPTIONAL = '.num_batches_tracked'
-# what a name ends with that can only be meant as a file
-FILES = ('.safetensors', '.pth', '.pt', '.tar', '.bin', '.ckpt')
 
 
 class TrunkLoad(NamedTuple):
@@ -28,26 +28,19 @@ class TrunkLoad(NamedTuple):
     """Keys of the source that have no place in the model: its classifier."""
 
 
-def _read_source(source: Union[str, os.PathLike, Dict[str, torch.Tensor]]) -> Dict[str, torch.Tensor]:
+def _read_source(source: Union[PathLike, Dict[str, torch.Tensor]]) -> Dict[str, torch.Tensor]:
     if isinstance(source, dict):
         # a training checkpoint keeps its weights one level down
-        for key in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
-            if isinstance(source.get(key), dict):
-                return source[key]
-        return source
+        key = pick_weights(source)
+        return clean_state_dict(source[key] if key else source)
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f'source must be a model name, a file or a state dict, got {type(source).__name__}.')
-    if os.path.isfile(source):
-        try:
-            return load_state_dict(os.fspath(source), device='cpu')
-        except Exception as e:  # whatever the unpickler says, the file is not a state dict that may be trusted
-            raise ValueError(f'{source} cannot be read as a state dict: {e!r}') from e
-    if isinstance(source, os.PathLike) or Path(source).suffix in FILES:
-        raise FileNotFoundError(f'No checkpoint at {source}.')
-    return timm.create_model(source, pretrained=True).state_dict()
+    if Path(source).exists() or is_file_name(source):
+        return read_checkpoint(source).weights
+    return create_model(source, pretrained=True).state_dict()
 
 
-def load_trunk(model: nn.Module, source: Union[str, os.PathLike, Dict[str, torch.Tensor]]) -> TrunkLoad:
+def load_trunk(model: nn.Module, source: Union[PathLike, Dict[str, torch.Tensor]]) -> TrunkLoad:
     """Copy the weights of a ResNet of the same trunk into a ResNet-PST.
 
     Everything is compared before anything is copied: after an error the model is as it was. A first convolution for
@@ -55,19 +48,18 @@ def load_trunk(model: nn.Module, source: Union[str, os.PathLike, Dict[str, torch
 
     Args:
         model: A ResNet-PST, or the feature extractor that `features_only=True` makes of one.
-        source: A timm model name with pretrained weights ('resnet50.a1_in1k'), a file (.safetensors, .pth, ...), or
-            a state dict.
+        source: A timm model name with pretrained weights ('resnet50.a1_in1k'), a file or folder that
+            `read_checkpoint` reads, or a state dict.
 
     Returns:
         The keys loaded, left untouched and ignored.
 
     Raises:
-        ValueError: If the source is not a ResNet of the model's depth and width (names the first layer that differs),
-            or a file that is no state dict.
-        FileNotFoundError: If the source is a file that does not exist.
+        ValueError: If the source is not a ResNet of the model's depth and width (names the first layer that differs).
+        PSTError: If the source is a file that is not there or no checkpoint, or a name whose weights cannot be had.
         TypeError: If the source is none of these.
     """
-    state = clean_state_dict(_read_source(source))
+    state = _read_source(source)
     net = getattr(model, 'model', model)  # features_only wraps the network under this name
     target = net.state_dict()
     wanted = [k for k in target if TRUNK.match(k)]

@@ -15,4 +15,6 @@ def fail(prog: str, error: Exception) -> int:
 
 def add_ema_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        '--no-ema', action='store_true', help='the weights as trained, even where there is a moving average')
+        '--use-ema', action=argparse.BooleanOptionalAction,
+        help='the moving average in a checkpoint, or the weights as trained (default: the average where there is one)')
+    parser.add_argument('--no-ema', dest='use_ema', action='store_false', help=argparse.SUPPRESS)  # its old spelling

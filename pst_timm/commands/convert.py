@@ -23,7 +23,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser.parse_args(argv)
     setup_default_logging(logging.WARNING)
     try:
-        done = convert(args.source, args.target, args.dtype, not args.no_ema)
+        done = convert(args.source, args.target, args.dtype, args.use_ema)
     except PSTError as e:
         return fail(parser.prog, e)
     print(f'Written: {done.path} ({done.path.stat().st_size / 2 ** 20:.1f} MiB, {args.dtype}, '

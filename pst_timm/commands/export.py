@@ -1,72 +1,79 @@
 """`pst-timm export`: a model written for deployment."""
 import argparse
-import os
-import sys
+import logging
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence
+from typing import Optional, Sequence
 
 import torch
+from timm.utils import setup_default_logging
 
-from pst_timm.checkpoints.building import attention_settings, load_model
-from pst_timm.deploy.export import FORMATS, TOLERANCE, check_export, export
+from pst_timm.checkpoints import attention_settings, load_model
+from pst_timm.deploy.export import FORMATS, check_export, export, tolerance
+from pst_timm.layers import FINE_FUSIONS
+from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import read_class_names
+
+from .common import CHECKPOINT_HELP, add_ema_flag, fail
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='pst-timm export', description='Write a model for deployment.')
+    parser.add_argument('source', help=f'model name, hf-hub:org/name, {CHECKPOINT_HELP}')
+    parser.add_argument('--format', choices=tuple(FORMATS), default='onnx')
+    parser.add_argument('--output', type=Path, help='file to write (default: the source\'s name)')
+    parser.add_argument(
+        '--pretrained', action=argparse.BooleanOptionalAction,
+        help='published weights of a model name, or random ones (default: published where there are any)')
+    parser.add_argument('--num-classes', type=int, help='classes of a model name (default: those of the weights)')
+    parser.add_argument('--dynamic', action='store_true', help='any batch size, height and width')
+    parser.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16'), default='float32')
+    parser.add_argument('--topk', type=int, help='selected coarse tokens (default: as the source has it)')
+    parser.add_argument('--fine-fusion', '--fusion', choices=FINE_FUSIONS, help='(default: as the source has it)')
+    parser.add_argument('--img-size', type=int, help='height and width (default: the source\'s)')
+    parser.add_argument('--class-names', type=Path, help='text file, one name a line (default: the source\'s)')
+    parser.add_argument(
+        '--reparam', action=argparse.BooleanOptionalAction, default=True, help='fold with pst_timm.reparameterize')
+    parser.add_argument('--check', action='store_true', help='run the result beside the eager model')
+    parser.add_argument('--images', nargs='+', default=[], type=Path, help='photographs to check with (default: noise)')
+    add_ema_flag(parser)
+    return parser
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """`pst-timm export`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog='pst-timm export', description='Write a model for deployment.')
-    parser.add_argument('source', help='model name, hf-hub:org/name, folder with config.json, or training checkpoint')
-    parser.add_argument('--format', choices=tuple(FORMATS), default='onnx')
-    parser.add_argument('--output', type=Path, help='file to write (default: the source\'s name)')
-    parser.add_argument('--pretrained', action='store_true', help='published weights of a model name')
-    parser.add_argument('--num-classes', type=int, help='classes of a model name')
-    parser.add_argument('--dynamic', action='store_true', help='any batch size, height and width')
-    parser.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16'), default='float32')
-    parser.add_argument('--topk', type=int, help='selected coarse tokens (default: as the source has it)')
-    parser.add_argument('--fine-fusion', choices=('gate', 'joint'))
-    parser.add_argument('--img-size', type=int, help='height and width (default: the model\'s)')
-    parser.add_argument('--class-names', type=Path, help='text file, one name a line')
-    parser.add_argument('--no-reparam', action='store_true', help='keep batch norms and concatenations')
-    parser.add_argument('--check', action='store_true', help='run the result beside the eager model')
-    parser.add_argument('--images', nargs='+', default=[], help='photographs to check with (default: noise)')
+    parser = _parser()
     args = parser.parse_args(argv)
-    kwargs: Dict[str, Any] = {'pretrained': True} if args.pretrained else {}
-    if args.num_classes is not None:
-        kwargs['num_classes'] = args.num_classes
-    missing = [p for p in args.images if not os.path.isfile(p)]
+    missing = [p for p in args.images if not p.is_file()]
     if missing:
         parser.error(f'no image at {missing[0]}')
     if args.img_size is not None and args.img_size < 1:
         parser.error(f'--img-size must be at least 1, got {args.img_size}')
-    path = args.output or Path(Path(args.source.split(':')[-1]).name.split('.')[0] + FORMATS[args.format])
+    setup_default_logging(logging.WARNING)
     try:
-        model = load_model(args.source, **kwargs)
-        if args.topk is not None or args.fine_fusion is not None:
-            if not hasattr(model, 'set_topk'):
-                raise ValueError(f'{args.source} has no sparse attention to set --topk or --fine-fusion on.')
-            topk = args.topk if args.topk is not None else attention_settings(model)['topk']
-            model.set_topk(topk, args.fine_fusion)
-        names = read_class_names(args.class_names)
-        exported = export(
-            model, path, args.format, args.dynamic, getattr(torch, args.dtype), args.img_size, not args.no_reparam,
-            names)
-        print(f'Written: {path} ({path.stat().st_size / 2 ** 20:.1f} MiB)')
-        if not args.check:
-            return 0
-        rows = check_export(exported, path, args.format, args.dynamic, args.img_size, args.images)
+        return _run(args)
     except (ValueError, RuntimeError, AssertionError, OSError, ImportError) as e:
-        print(f'pst-timm export: error: {e}', file=sys.stderr)
-        return 1
-    return 0 if _report(rows, args.dtype) else 1
+        return fail(parser.prog, e)
 
 
-def _report(rows: Sequence[Dict[str, Any]], dtype: str) -> bool:
-    """Print the rows of `check_export`; returns whether all differences are small enough."""
+def _run(args: argparse.Namespace) -> int:
+    path = args.output or Path(Path(args.source.split(':')[-1]).name.split('.')[0] + FORMATS[args.format])
+    dtype = getattr(torch, args.dtype)
+    names = read_class_names(args.class_names)
+    model = load_model(
+        args.source, pretrained=args.pretrained, num_classes=args.num_classes, use_ema=args.use_ema)
+    if args.topk is not None or args.fine_fusion is not None:
+        if not hasattr(model, 'set_topk'):
+            raise PSTError(f'{args.source} has no sparse attention to set --topk or --fine-fusion on.')
+        model.set_topk(attention_settings(model)['topk'] if args.topk is None else args.topk, args.fine_fusion)
+    exported = export(
+        model, path, args.format, args.dynamic, dtype, args.img_size, args.reparam, names)
+    print(f'Written: {path} ({path.stat().st_size / 2 ** 20:.1f} MiB)')
+    if not args.check:
+        return 0
+    rows = check_export(exported, path, args.format, args.dynamic, args.img_size, args.images)
     for row in rows:
         print(f'{row["shape"]:>16}  difference to eager {row["difference"]:.1e}')
-    # max would pass over a nan
+    # max would pass over a NaN
     worst = torch.tensor([row['difference'] for row in rows]).max().item()
-    # half precision carries three digits
-    limit = TOLERANCE if dtype == 'float32' else 5e-2
-    print(f'largest difference {worst:.1e}, relative to the largest logit; allowed {limit:.0e}')
-    return worst <= limit
+    print(f'largest difference {worst:.1e}, relative to the largest logit; allowed {tolerance(dtype):.0e}')
+    return 0 if worst <= tolerance(dtype) else 1

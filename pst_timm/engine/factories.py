@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Callable, Optional, Sequence, Tuple
 
-import timm
 import torch
 import torch.nn as nn
 from timm.layers import convert_sync_batchnorm, set_fast_norm
@@ -23,15 +22,15 @@ from timm.task import (
 )
 from timm.utils import NativeScaler, init_distributed_device
 
+from pst_timm.checkpoints import create_model, load_weights, read_checkpoint
+from pst_timm.checkpoints.building import check_model_name
 from pst_timm.utils.devices import best_device
 from pst_timm.utils.errors import PSTError, did_you_mean
 
-from .recovery import read_weights
-
 __all__ = [
     'autocast_for',
-    'build_model',
     'create_task',
+    'create_train_model',
     'import_modules',
     'init_device',
     'optimizer_for',
@@ -90,61 +89,32 @@ def loss_scaler_for(args: Namespace, device: torch.device) -> Optional[NativeSca
     return NativeScaler(device=device.type) if needed else None
 
 
-def check_model_name(name: str) -> None:
-    """Raise an PSTError with the nearest names unless timm knows a model."""
-    if ':' in name or timm.is_model(name.split('.')[0]):
-        return
-    raise PSTError(
-        f'Unknown model {name!r}.{did_you_mean(name.split(".")[0], timm.list_models())} '
-        f"timm.list_models() lists all; a package with more is imported with --device-modules.")
-
-
-def build_model(args: Namespace, **kwargs: Any) -> nn.Module:
-    """Create the model of a run on the CPU; sets `num_classes` and `in_chans` in args.
-
-    Args:
-        args: Arguments of `train` or `validate`.
-        kwargs: Further arguments for `timm.create_model`, less important than --model-kwargs.
+def create_train_model(args: Namespace) -> nn.Module:
+    """Create the model of a run on the CPU, warm-started as the arguments say; sets `num_classes` and `in_chans`.
 
     Raises:
-        PSTError: If there is no such model, or it does not take an argument.
+        PSTError: If there is no such model, it does not take an argument, or the weights to start from do not fit.
     """
-    check_model_name(args.model)
     if args.fast_norm:
         set_fast_norm()
     in_chans = args.in_chans or (args.input_size[0] if args.input_size else None)
     kwargs = dict(
-        kwargs,
         pretrained=args.pretrained,
         num_classes=args.num_classes,
         in_chans=in_chans,
         global_pool=args.gp,
         scriptable=args.torchscript or None,
-    )
-    try:
-        model = timm.create_model(args.model, **{**kwargs, **args.model_kwargs})
-    except (TypeError, ValueError, RuntimeError, FileNotFoundError) as e:
-        raise PSTError(f'Cannot create {args.model}: {e}') from e
-    args.num_classes = model.num_classes
-    args.in_chans = in_chans or getattr(model, 'in_chans', 3)
-    return model
-
-
-def create_train_model(args: Namespace) -> nn.Module:
-    """Create the model of a training run, warm-started and frozen as the arguments say."""
-    overlay = None
-    if args.pretrained_path:
-        # -1 makes timm start the classifier anew
-        overlay = dict(file=args.pretrained_path, num_classes=-1)
-    model = build_model(
-        args,
         drop_rate=args.drop,
         drop_path_rate=args.drop_path if args.drop_path is not None else args.drop_connect,
         drop_block_rate=args.drop_block,
         bn_momentum=args.bn_momentum,
         bn_eps=args.bn_eps,
-        pretrained_cfg_overlay=overlay,
+        # -1 makes timm start the classifier anew
+        pretrained_cfg_overlay=dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None,
     )
+    model = create_model(args.model, **{**kwargs, **args.model_kwargs})
+    args.num_classes = model.num_classes
+    args.in_chans = in_chans or getattr(model, 'in_chans', 3)
     if args.initial_checkpoint:
         load_initial_checkpoint(model, args.initial_checkpoint)
     with torch.no_grad():
@@ -163,7 +133,7 @@ def load_initial_checkpoint(model: nn.Module, path: str) -> None:
     Raises:
         PSTError: If the file is missing or no data alone, or if anything else does not fit.
     """
-    state = read_weights(path)
+    state = read_checkpoint(path).weights
     own = model.state_dict()
     head = {n for n, m in model.named_modules() if m is model.get_classifier()}
     fresh = [k for k in state if k.rpartition('.')[0] in head and k in own and own[k].shape != state[k].shape]
@@ -171,14 +141,9 @@ def load_initial_checkpoint(model: nn.Module, path: str) -> None:
         del state[key]
     if fresh:
         _logger.info(f'{path} is for another number of classes: {", ".join(fresh)} start anew.')
-    missing, surplus = [k for k in own if k not in state and k not in fresh], [k for k in state if k not in own]
-    other = [k for k in own if k in state and own[k].shape != state[k].shape]
-    if missing or surplus or other:
-        odd = (missing + surplus + other)[0]
-        raise PSTError(
-            f'--initial-checkpoint: {path} is of another model ({len(missing)} weights missing, {len(surplus)} too '
-            f'many, {len(other)} of another size; the first: {odd}). Check --model and --model-kwargs.')
-    model.load_state_dict(state, strict=False)
+    load_weights(
+        model, state, f'--initial-checkpoint: {path} is of another model', 'Check --model and --model-kwargs.',
+        optional=fresh)
 
 
 def resolve_lr(args: Namespace) -> float:

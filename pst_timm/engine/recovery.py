@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional
 
 import torch
-from timm.models import load_state_dict
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
 
+from pst_timm.checkpoints.reading import FACTS_KEY
 from pst_timm.utils.errors import PSTError
 
-__all__ = ['AtomicSaver', 'Position', 'check_checkpoint', 'find_newest', 'read_weights', 'resume']
+__all__ = ['AtomicSaver', 'Position', 'check_checkpoint', 'find_newest', 'resume']
 
 _logger = logging.getLogger(__name__)
 
@@ -26,22 +26,30 @@ class Position(NamedTuple):
 
 
 class _TaskState:
-    """Adds the position of the run to what the task puts into a checkpoint; timm's saver asks it for both."""
+    """Adds the position of the run, and what its model is, to a checkpoint; timm's saver asks it for all."""
 
-    def __init__(self, task: TrainingTask):
+    def __init__(self, task: TrainingTask, facts: Dict[str, Any]):
         self.task = task
+        self.facts = facts
         self.position = Position()
 
     def get_checkpoint_state(self, ema: bool = False, unwrap_fn=unwrap_model) -> Dict[str, Any]:
         state = self.task.get_checkpoint_state(ema=ema, unwrap_fn=unwrap_fn)
-        return state if ema else dict(state, position=list(self.position))
+        return state if ema else {**state, 'position': list(self.position), FACTS_KEY: self.facts}
 
 
 class AtomicSaver(CheckpointSaver):
     """timm's saver, with every file moved into place whole and the position of the run inside."""
 
-    def __init__(self, task: TrainingTask, folder: Path, **kwargs: Any):
-        self._state = _TaskState(task)
+    def __init__(self, task: TrainingTask, folder: Path, facts: Dict[str, Any], **kwargs: Any):
+        """
+        Args:
+            task: The task to save.
+            folder: Folder of the run.
+            facts: What is known of the model beside its weights, see `checkpoints.facts`.
+            kwargs: Further arguments of timm's saver.
+        """
+        self._state = _TaskState(task, facts)
         super().__init__(
             model=task.get_eval_model(),
             task=self._state,
@@ -108,26 +116,6 @@ def check_checkpoint(path: Path) -> None:
             f'could run code: {e}') from None
     except Exception as e:  # whatever a damaged pickle may raise
         raise PSTError(f'The checkpoint {path} cannot be read ({e}): use an earlier one.') from None
-
-
-def read_weights(path: str, use_ema: bool = True) -> Dict[str, torch.Tensor]:
-    """The weights in a .safetensors file, a checkpoint, or a plain file of weights; no code in it is run.
-
-    Args:
-        path: The file.
-        use_ema: Whether to take the moving average, if there is one.
-
-    Raises:
-        PSTError: If the file is missing, damaged, or holds more than data.
-    """
-    if not Path(path).is_file():
-        raise PSTError(f'There is no checkpoint {path}.')
-    try:
-        return load_state_dict(path, use_ema=use_ema)
-    except Exception as e:  # whatever a damaged or malicious file may raise
-        raise PSTError(
-            f'{path} is refused: it is damaged, or holds more than tensors and plain values, so that loading it could '
-            f'run code ({e}). Use another file, or turn a file you trust into .safetensors.') from None
 
 
 def read_position(path: Path) -> Position:

@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.models import safe_model_name
 from timm.task import TrainingTask, evaluation_sample_limit
@@ -20,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+from pst_timm.checkpoints.facts import describe
+from pst_timm.data.datasets import class_names
 from pst_timm.data.loaders import TrainData, checked_batches, create_train_data, report_bad_images
 from pst_timm.utils.errors import Interrupted, PSTError
 from pst_timm.utils.progress import progress_bar
@@ -381,6 +384,7 @@ def prepare(args: Namespace) -> Run:
     data_config = resolve_data_config(vars(args), model=model)
     data = create_train_data(args, data_config, explicit_classes, dtype)
 
+    unwrapped = model
     model.to(device=device, dtype=dtype, memory_format=torch.channels_last if args.channels_last else None)
     if args.sync_bn and args.distributed:
         model = factories.sync_batchnorm(model, device)
@@ -402,8 +406,8 @@ def prepare(args: Namespace) -> Run:
     saver = log = None
     if folder is not None:
         saver = AtomicSaver(
-            task, folder, optimizer=optimizer, args=args, amp_scaler=loss_scaler, max_history=args.checkpoint_hist,
-            decreasing=args.eval_metric == 'loss')
+            task, folder, describe_run(args, unwrapped, data_config, data), optimizer=optimizer, args=args,
+            amp_scaler=loss_scaler, max_history=args.checkpoint_hist, decreasing=args.eval_metric == 'loss')
         if checkpoint is not None and checkpoint.parent.resolve() == folder.resolve():
             saver.load_state_dict_from_checkpoint(str(checkpoint))
         log = RunLog(args, folder, start.epoch)
@@ -441,6 +445,11 @@ def prepare(args: Namespace) -> Run:
         f'{"x".join(map(str, data_config["input_size"]))}, on {device} x {args.world_size}, learning rate '
         f'{args.lr:.3g}, epochs {start.epoch} to {num_epochs}' + (f', in {folder}' if folder else ''))
     return run
+
+
+def describe_run(args: Namespace, model: nn.Module, data_config: Dict[str, Any], data: TrainData) -> Dict[str, Any]:
+    """What the checkpoints of a run know beside their weights."""
+    return describe(model, args.model, args.model_kwargs, data_config, class_names(data.train.dataset))
 
 
 def place_schedule(run: Run) -> None:

@@ -11,10 +11,11 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
-from timm.layers import apply_test_time_pool
+from timm.layers import apply_test_time_pool, set_fast_norm
 from timm.task import ClassificationEvaluator
-from timm.utils import check_batch_size_retry, decay_batch_step, random_seed, reparameterize_model
+from timm.utils import check_batch_size_retry, decay_batch_step, random_seed
 
+from pst_timm.checkpoints import load_model
 from pst_timm.data.datasets import check_classes, create_eval_dataset
 from pst_timm.data.loaders import create_eval_loader
 from pst_timm.metrics.answers import Answers
@@ -26,9 +27,8 @@ from pst_timm.utils.files import write_csv, write_json
 
 from . import factories
 from .inference import evaluate
-from .recovery import read_weights
 
-__all__ = ['load_model', 'validate', 'write_results']
+__all__ = ['open_model', 'preprocessing', 'validate', 'write_results']
 
 _logger = logging.getLogger(__name__)
 
@@ -68,8 +68,8 @@ def validate(args: Namespace) -> List[Results]:
     return results
 
 
-def _models_and_checkpoints(args: Namespace) -> List[Tuple[str, str]]:
-    models = args.model.split(',')
+def _models_and_checkpoints(args: Namespace) -> List[Tuple[Optional[str], str]]:
+    models = args.model.split(',') if args.model else [None]
     if not args.checkpoint or not Path(args.checkpoint).is_dir():
         return [(model, args.checkpoint) for model in models]
     endings = ('.pth.tar', '.pth', '.pt', '.safetensors')
@@ -93,19 +93,38 @@ def _validate_with_retry(args: Namespace) -> List[Results]:
                 torch.cuda.empty_cache()
 
 
-def load_model(args: Namespace) -> nn.Module:
-    """The model that the arguments name, with the weights of --checkpoint, on the CPU."""
-    args.pretrained = args.pretrained or not args.checkpoint
-    model = factories.build_model(args)
+def open_model(args: Namespace) -> nn.Module:
+    """The model that the arguments name, with its weights, on the CPU; sets `model`, `num_classes` and `in_chans`."""
+    if args.fast_norm:
+        set_fast_norm()
+    kwargs = dict(
+        use_ema=args.use_ema,
+        num_classes=args.num_classes,
+        in_chans=args.in_chans or (args.input_size[0] if args.input_size else None),
+        global_pool=args.gp,
+        scriptable=args.torchscript or None,
+        reparam=args.reparam,
+    )
+    kwargs = {**{k: v for k, v in kwargs.items() if v is not None}, **args.model_kwargs}
     if args.checkpoint:
-        weights = read_weights(args.checkpoint, args.use_ema)
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as e:
-            raise PSTError(
-                f'{args.checkpoint} does not fit {args.model} with {args.num_classes} classes: {e} '
-                f'Check --model, --num-classes and --model-kwargs.') from e
-    return reparameterize_model(model) if args.reparam else model
+        model = load_model(args.checkpoint, arch=args.model, **kwargs)
+    elif args.model:
+        model = load_model(args.model, pretrained=True, **kwargs)
+    else:
+        raise PSTError('Nothing to evaluate: name a --checkpoint, or a --model with published weights.')
+    args.model = args.model or model.pretrained_cfg['architecture']
+    args.num_classes, args.in_chans = model.num_classes, model.pretrained_cfg['input_size'][0]
+    return model
+
+
+def preprocessing(args: Namespace, model: nn.Module) -> Dict[str, Any]:
+    """How images are prepared: as the model's weights know it, where no flag says otherwise; a difference is said."""
+    known = resolve_data_config({}, model=model, use_test_size=not args.use_train_size)
+    config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
+    for key, value in config.items():
+        if args.checkpoint and key in known and known[key] != value:
+            _logger.warning(f'{args.checkpoint} knows {key} {known[key]}; it is evaluated with the {value} asked for.')
+    return config
 
 
 def _compile(args: Namespace, model: nn.Module) -> nn.Module:
@@ -144,9 +163,9 @@ def _validate_one(args: Namespace) -> List[Results]:
     explicit_classes = args.num_classes is not None
     device = factories.init_device(args)
     dtype = factories.resolve_dtype(args)
-    model = load_model(args)
+    model = open_model(args)
     params = sum(p.numel() for p in model.parameters())
-    data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
+    data_config = preprocessing(args, model)
     if args.test_pool:
         model, changed = apply_test_time_pool(model, data_config)
         data_config = dict(data_config, crop_pct=1.) if changed else data_config

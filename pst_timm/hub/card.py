@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 import torch.nn as nn
 import yaml
 
-from pst_timm.checkpoints.building import attention_settings
+from pst_timm.checkpoints import attention_settings
 from pst_timm.checkpoints.reading import Checkpoint
 from pst_timm.utils.cost import count_gmacs
 

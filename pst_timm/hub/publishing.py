@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf, split_model_name_tag
 
-from pst_timm.checkpoints.building import attention_settings, build_model
+from pst_timm.checkpoints import attention_settings, build_model
 from pst_timm.checkpoints.reading import Checkpoint, check_finite, read_checkpoint
 from pst_timm.models import ResNetPST
 from pst_timm.models.digest import digest_note

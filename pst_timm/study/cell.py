@@ -15,10 +15,11 @@ from timm.data import resolve_data_config
 from torch.nn.functional import cross_entropy
 
 import pst_timm
-from pst_timm.checkpoints.building import load_model
+from pst_timm.checkpoints import create_model
 from pst_timm.data.datasets import create_eval_dataset
 from pst_timm.data.loaders import create_eval_loader
 from pst_timm.engine import factories, train, train_args, validate, validate_args
+from pst_timm.engine.validation import open_model
 from pst_timm.metrics.answers import pack_answers
 from pst_timm.metrics.calibration import calibration_error
 from pst_timm.utils.cost import count_gmacs
@@ -212,7 +213,7 @@ def pooled_features(common: Mapping[str, Any], split: str, class_map: str) -> Tu
     """Features before the classifier (N, channels) and labels (N,) of the images of some classes, in order."""
     args, dataset = open_split(common, split, class_map=class_map)
     device = factories.init_device(args)
-    model = load_model(args)
+    model = open_model(args)
     model.reset_classifier(0)
     model.to(device).eval()
     data_config = resolve_data_config(vars(args), model=model)
@@ -229,7 +230,7 @@ def describe(cell: Cell, settings: Mapping[str, Any], folder: Path, final: Mappi
     args = train_args(**settings)
     device = factories.init_device(args)
     _, dataset = open_split(evaluation_settings(settings, folder), settings['train_split'])
-    model = factories.build_model(args)
+    model = create_model(args.model, num_classes=len(cell.classes), in_chans=args.in_chans, **args.model_kwargs)
     speed = read_csv(folder / 'speed.csv')
     seconds = sum(float(r['train_seconds']) for r in speed)
     images = sum(float(r['train_seconds']) * float(r['train_images_per_second']) for r in speed)
@@ -245,7 +246,7 @@ def describe(cell: Cell, settings: Mapping[str, Any], folder: Path, final: Mappi
         val_images=final['images'],
         **{k: final[k] for k in ('top1', 'top5', 'loss', 'ece')},
         params=sum(p.numel() for p in model.parameters()),
-        gmacs=round(count_gmacs(model, (args.in_chans, final['img_size'], final['img_size'])), 4),
+        gmacs=round(count_gmacs(model, (args.in_chans or 3, final['img_size'], final['img_size'])), 4),
         train_seconds=round(seconds, 1),
         images_per_second=round(images / seconds, 1),
         wait_share=round(sum(float(r['train_wait_share']) * float(r['train_seconds']) for r in speed) / seconds, 4),

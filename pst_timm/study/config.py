@@ -7,8 +7,9 @@ from typing import Any, Dict, Iterable, List, Sequence
 import timm
 import yaml
 
+from pst_timm.checkpoints import create_model
 from pst_timm.engine import train_args
-from pst_timm.engine.factories import build_model, import_modules
+from pst_timm.engine.factories import import_modules
 from pst_timm.utils.errors import PSTError, did_you_mean
 
 __all__ = ['Cell', 'Study', 'choose_classes', 'read_study']
@@ -189,7 +190,8 @@ def _check_models(path: str, cells: Iterable[Cell]) -> None:
         if not timm.is_model(model):
             raise PSTError(f'{path}, cell {cell.name}: unknown model {model!r}'
                               f'.{did_you_mean(model, timm.list_models())}')
-        if cell.sweep and not hasattr(build_model(train_args(**{**cell.train, 'pretrained': False})), 'set_topk'):
+        args = train_args(**cell.train)
+        if cell.sweep and not hasattr(create_model(args.model, **args.model_kwargs), 'sweep_settings'):
             raise PSTError(f'{path}: sweep needs models with fine attention, and {model} of {cell.name} has none.')
 
 

@@ -7,8 +7,11 @@ __all__ = ['Interrupted', 'PSTError', 'Unavailable', 'did_you_mean']
 TRY_AGAIN = 75  # "temporary failure, try again" of sysexits.h
 
 
-class PSTError(RuntimeError):
-    """Something the user can mend; the message says what was wrong, what was expected and what to do."""
+class PSTError(RuntimeError, ValueError):
+    """Something the user can mend; the message says what was wrong, what was expected and what to do.
+
+    A RuntimeError to those who train, a ValueError to those who load and publish.
+    """
     exit_code = 1
 
 

@@ -76,7 +76,7 @@ def test_command(tmp_path, capsys):
     assert 'largest difference' in capsys.readouterr().out
     _, info = load_exported(path, 'torchscript')
     assert (info['topk'], info['fine_fusion']) == (4, 'joint')
-    assert main(['resnet18', '--topk', '4', '--output', str(path)]) == 1
+    assert main(['resnet18', '--no-pretrained', '--topk', '4', '--output', str(path)]) == 1
     assert 'no sparse attention' in capsys.readouterr().err
     assert main(['test_resnet_pst', '--topk', '-1', '--output', str(path)]) == 1
     assert 'non-negative' in capsys.readouterr().err
@@ -84,7 +84,7 @@ def test_command(tmp_path, capsys):
 
 def test_an_answer_that_is_no_number_fails_the_check(tmp_path, capsys, monkeypatch):
     rows = [{'shape': '1x3x64x64', 'difference': 0.}, {'shape': '3x3x65x97', 'difference': float('nan')}]
-    monkeypatch.setattr('pst_timm.tools.export.check_export', lambda *args: rows)
+    monkeypatch.setattr('pst_timm.commands.export.check_export', lambda *args: rows)
     argv = ['test_resnet_pst', '--format', 'torchscript', '--output', str(tmp_path / 'out.pt'), '--check']
     assert main(argv) == 1
     assert 'largest difference nan' in capsys.readouterr().out
@@ -96,7 +96,7 @@ def test_what_cannot_be_checked_is_explained(tmp_path, capsys):
     argv = ['--format', 'torchscript', '--output', str(path), '--check']
     assert main(['test_resnet_pst', *argv, '--images', str(image)]) == 1
     assert 'cannot identify image file' in capsys.readouterr().err
-    assert main(['test_vit', *argv]) == 1  # one size only
+    assert main(['test_vit', '--no-pretrained', *argv]) == 1  # one size only
     assert 'Input height' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(['test_resnet_pst', *argv, '--img-size', '0'])

@@ -1,0 +1,111 @@
+"""What a checkpoint knows of itself beside its weights, told when it is written and completed when it is read."""
+from typing import Any, Dict, Optional, Sequence
+
+import torch.nn as nn
+from timm.models import (
+    get_pretrained_cfg,
+    load_model_config_from_hf,
+    parse_model_name,
+    split_model_name_tag,
+)
+from timm.models._hub import load_model_config_from_path  # timm exports it from here alone
+
+from pst_timm.utils.errors import PSTError
+
+from .reading import Checkpoint
+
+__all__ = ['DATA_KEYS', 'attention_settings', 'describe', 'inference_settings', 'resolve_origin']
+
+DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+# what a run gives a model by itself, whatever the weights it began with came with
+OF_THE_RUN = ('num_classes', 'in_chans', 'global_pool')
+
+
+def inference_settings(model: nn.Module) -> Dict[str, Any]:
+    """The settings that a model has beside its weights, such as `topk`; empty for a model that offers none."""
+    return dict(model.inference_settings()) if hasattr(model, 'inference_settings') else {}
+
+
+def attention_settings(model: nn.Module) -> Dict[str, Any]:
+    """`topk` and `fine_fusion` of a model; 0 and None for one without sparse attention."""
+    return {'topk': 0, 'fine_fusion': None, **inference_settings(model)}
+
+
+def describe(
+        model: nn.Module,
+        name: str,
+        model_kwargs: Dict[str, Any],
+        data_config: Dict[str, Any],
+        class_names: Optional[Sequence[str]] = None,
+) -> Dict[str, Any]:
+    """The facts of a model that is being trained, as plain values for its checkpoints.
+
+    Args:
+        model: The model.
+        name: The name it was created by: an architecture, 'architecture.tag', 'hf-hub:org/name' or 'local-dir:path'.
+        model_kwargs: Arguments it was created with, beside those that its weights tell.
+        data_config: Preprocessing, from `timm.data.resolve_data_config`.
+        class_names: Names of the classes in the order of the outputs, if known.
+
+    Raises:
+        PSTError: If the name cannot be looked up.
+    """
+    arch, origin_args, _ = look_up(name)
+    cfg = {k: data_config[k] for k in DATA_KEYS if k in data_config}
+    cfg['num_classes'] = model.num_classes
+    if class_names:
+        cfg['label_names'] = list(class_names)
+    model_args = {**_kept(origin_args), **model_kwargs, **inference_settings(model)}
+    return dict(arch=arch, model_args=_plain(model_args), pretrained_cfg=_plain(cfg))
+
+
+def look_up(name: str, pretrained: bool = False) -> tuple:
+    """Architecture, model arguments and configuration behind a model's name.
+
+    Raises:
+        PSTError: If they cannot be had.
+    """
+    try:
+        source, plain = parse_model_name(name)
+        if source is not None:
+            load = load_model_config_from_hf if source == 'hf-hub' else load_model_config_from_path
+            cfg, arch, model_args = load(plain)
+            return arch, model_args or {}, cfg
+        named = get_pretrained_cfg(plain) if '.' in plain or pretrained else None
+        return split_model_name_tag(plain)[0], {}, named.to_dict() if named is not None else {}
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        raise PSTError(f'{name} cannot be looked up ({str(e).splitlines()[0]}).') from e
+
+
+def resolve_origin(checkpoint: Checkpoint) -> None:
+    """Complete what a checkpoint without facts of its own tells, from the published weights that its run began with.
+
+    timm's script notes 'arch.tag' or 'hf-hub:org/name' as the architecture of such a run.
+
+    Raises:
+        PSTError: If that name cannot be looked up.
+    """
+    if not checkpoint.arch:
+        return
+    if any(key in checkpoint.pretrained_cfg for key in DATA_KEYS):  # it told all itself
+        checkpoint.arch = split_model_name_tag(checkpoint.arch)[0]
+        return
+    try:
+        checkpoint.arch, model_args, cfg = look_up(checkpoint.arch, bool(checkpoint.args.get('pretrained')))
+    except PSTError as e:
+        raise PSTError(f'{checkpoint.path} was trained from {e}') from e
+    checkpoint.model_args = {**_kept(model_args), **checkpoint.model_args}
+    checkpoint.pretrained_cfg = {**{k: cfg[k] for k in DATA_KEYS if k in cfg}, **checkpoint.pretrained_cfg}
+
+
+def _kept(model_args: Dict[str, Any]) -> Dict[str, Any]:
+    return {k: v for k, v in model_args.items() if k not in OF_THE_RUN}
+
+
+def _plain(value: Any) -> Any:
+    """Plain values alone, as a checkpoint may hold no others."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
