@@ -1,10 +1,24 @@
 """Every flag of `train` and `validate`, as data. Names, types and defaults are timm's."""
-from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+import argparse
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
+import timm
 from timm.utils import ParseKwargs
 
-__all__ = ['TRAIN_FLAGS', 'VALIDATE_FLAGS', 'Flag', 'FlagGroups']
+__all__ = ['ROLES', 'TRAIN_FLAGS', 'VALIDATE_FLAGS', 'Flag', 'FlagGroups', 'keys_with_role', 'recipe', 'shared_keys']
+
+ROLES = {
+    'model': 'which model, and where its weights come from',
+    'preprocessing': 'how an image becomes the input of the model',
+    'recipe': 'how the model is trained',
+    'data': 'which images',
+    'metrics': 'what is computed from the answers',
+    'machine': 'where and how fast, with the same result but for rounding and the order of random draws',
+    'output': 'what a run writes and shows, and what it goes on from',
+}
 
 
 @dataclass(frozen=True)
@@ -22,6 +36,10 @@ class Flag:
     """Largest value allowed."""
     refused: str = ''
     """Why the flag is known but not supported; the sentence shown to whoever uses it."""
+    role: str = 'recipe'
+    """What the flag is about, one of `ROLES`."""
+    source: bool = False
+    """Whether a value may be a path of this machine, which means nothing on another one."""
 
     @property
     def key(self) -> str:
@@ -32,6 +50,11 @@ class Flag:
     @property
     def is_switch(self) -> bool:
         return self.type is bool
+
+    @property
+    def is_optional_switch(self) -> bool:
+        """Whether it is a switch that is neither on nor off if it is not given."""
+        return self.is_switch and self.default is None
 
     @property
     def is_kwargs(self) -> bool:
@@ -109,6 +132,8 @@ class Flag:
 
     def argparse_kwargs(self) -> Dict[str, Any]:
         """Keyword arguments of `ArgumentParser.add_argument`; the checks of `parse_one` are added by the caller."""
+        if self.is_optional_switch:
+            return dict(action=argparse.BooleanOptionalAction, default=None, help=self.help)
         if self.is_switch:
             return dict(action='store_true', default=self.default, help=self.help)
         kwargs = dict(default=self.default, help=self.help, nargs=self.nargs)
@@ -128,8 +153,17 @@ def _flag(names: str, type: Callable, default: Any, help: str, **kwargs: Any) ->
     return Flag(tuple(names.split()), help, type, default, **kwargs)
 
 
-def _switch(name: str, help: str) -> Flag:
-    return Flag((name,), help, bool, False)
+def _as(role: str, *flags: Flag) -> List[Flag]:
+    return [replace(flag, role=role) for flag in flags]
+
+
+def _switch(name: str, help: str, **kwargs: Any) -> Flag:
+    return Flag((name,), help, bool, False, **kwargs)
+
+
+def _choice(name: str, help: str, **kwargs: Any) -> Flag:
+    """A switch with a third state, neither --name nor --no-name."""
+    return Flag((name,), help, bool, None, **kwargs)
 
 
 def _refused(reason: str, switches: str = '', values: str = '', lists: str = '') -> List[Flag]:
@@ -151,7 +185,8 @@ _TF = "TensorFlow preprocessing is not part of this engine; evaluate ported Tens
 
 _UNIT = dict(low=0., high=1.)
 
-_DATA = [
+_DATA = _as(
+    'data',
     _flag('data', str, None, 'Folder, .tar file or shard folder with the images (same as --data-dir).', nargs='?'),
     _flag('--data-dir', str, None, 'Folder, .tar file or shard folder with the images.'),
     _flag('--dataset', str, '', 'Kind and name: empty for a folder or .tar, wds/, hfds/NAME, hfids/NAME, torch/NAME.'),
@@ -161,62 +196,74 @@ _DATA = [
     _flag('--input-key', str, None, 'Name of the image in a sample of a dataset that names them.'),
     _flag('--target-key', str, None, 'Name of the label in a sample of a dataset that names them.'),
     _switch('--dataset-trust-remote-code', 'Let a Hugging Face dataset run its own loading code.'),
-    _switch('--data-on-device', 'Read all images once, keep them on the device as bytes, and make the batches there.'),
-]
+)
 
-_PREPROCESSING = [
+_PREPROCESSING = _as(
+    'preprocessing',
     _flag('--img-size', int, None, 'Height and width of the input in pixels, from the model if unset.', low=1),
-    _flag('--in-chans', int, None, 'Input channels, from the model if unset.', low=1),
     _flag('--input-size', int, None, 'Channels, height and width, instead of --img-size.', nargs=3, low=1),
     _flag('--crop-pct', float, None, 'Share of the image that the centre crop of the evaluation keeps.', low=0.),
     _flag('--mean', float, None, 'Mean of the pixels, one value per channel, from the model if unset.', nargs='+'),
     _flag('--std', float, None, 'Standard deviation of the pixels, from the model if unset.', nargs='+', low=1e-8),
     _flag('--interpolation', str, '', 'How images are resized (bilinear, bicubic, ...), from the model if empty.'),
-]
+    _switch('--data-on-device', 'Read all images once, keep them on the device as bytes, and make the batches there.'),
+)
 
-_BACKEND = [
-    _switch('--channels-last', 'Keep images and weights in channels_last order.'),
+_PRECISION = [
     _switch('--fast-norm', 'Run norm layers in the low precision of autocast.'),
     _switch('--amp', 'Mixed precision: autocast, and a loss scaler for float16 on a GPU.'),
     _flag('--amp-dtype', str, 'float16', 'Low precision of --amp.', choices=('float16', 'bfloat16')),
     _flag('--model-dtype', str, None, 'Precision of the weights themselves (without --amp).',
           choices=('float32', 'float16', 'bfloat16')),
+]
+
+_MACHINE = _as(
+    'machine',
+    _switch('--channels-last', 'Keep images and weights in channels_last order.'),
     _flag('--device', str, None, 'Device: cuda, mps, cpu, cuda:1, ...; the best one present if unset.'),
     _switch('--torchscript', 'Compile the model with torch.jit.script.'),
     _flag('--torchcompile', str, None, 'Compile with torch.compile, by inductor or the backend named.', nargs='?'),
     _flag('--torchcompile-mode', str, None, 'Mode of torch.compile.'),
-]
+)
 
 TRAIN_FLAGS: FlagGroups = [
     ('data', [
         *_DATA,
         _flag('--stored-size', int, None, 'Side of the training images of --data-on-device: the shorter side is '
-              'resized to it, the middle kept; as they are if unset.', low=1),
-        _flag('--train-split', str, 'train', 'Split, or folder below the data, to train on.'),
-        _flag('--val-split', str, 'validation', 'Split, or folder below the data, to validate on; empty for none.'),
-        _flag('--train-num-samples', int, None, 'Training samples, where the dataset cannot tell (shards).', low=1),
-        _flag('--val-num-samples', int, None, 'Validation samples, where the dataset cannot tell (shards).', low=1),
-        _flag('--max-bad-images', int, 100, 'Unreadable images to skip before the run ends with an error.', low=0),
+              'resized to it, the middle kept; as they are if unset.', low=1, role='preprocessing'),
+        _flag('--train-split', str, 'train', 'Split, or folder below the data, to train on.', role='data'),
+        _flag('--val-split', str, 'validation', 'Split, or folder below the data, to validate on; empty for none.',
+              role='data'),
+        _flag('--train-num-samples', int, None, 'Training samples, where the dataset cannot tell (shards).', low=1,
+              role='data'),
+        _flag('--val-num-samples', int, None, 'Validation samples, where the dataset cannot tell (shards).', low=1,
+              role='data'),
+        _flag('--max-bad-images', int, 100, 'Unreadable images to skip before the run ends with an error.', low=0,
+              role='data'),
     ]),
     ('model', [
-        _flag('--model', str, 'resnet50', 'Name of any timm model.'),
-        _switch('--pretrained', 'Start from the published weights of the model.'),
-        _flag('--pretrained-path', str, None, 'Load the pretrained weights from this file instead of the Hub.'),
+        _flag('--model', str, 'resnet50', 'Name of any timm model.', role='model'),
+        _switch('--pretrained', 'Start from the published weights of the model.', role='model'),
+        _flag('--pretrained-path', str, None, 'Load the pretrained weights from this file instead of the Hub.',
+              role='model', source=True),
         _flag('--initial-checkpoint', str, '', 'Start from the weights in this checkpoint; a classifier for another '
-              'number of classes starts anew.'),
+              'number of classes starts anew.', role='model', source=True),
         _flag('--trunk-checkpoint', str, '', 'Load the trunk of a ResNet-PST from a timm ResNet: a model name with '
-              'published weights, or a checkpoint file.'),
+              'published weights, or a checkpoint file.', role='model', source=True),
         _flag('--resume', str, '', "Checkpoint to go on from with model, optimizer and epoch; 'auto' takes the newest "
-              'valid one of --output/--experiment and starts afresh if there is none.'),
-        _switch('--no-resume-opt', 'Leave the optimizer state of the checkpoint behind.'),
-        _flag('--num-classes', int, None, "Number of classes, the model's own if unset.", low=1),
-        _flag('--gp', str, None, 'Global pooling (avg, max, avgmax, catavgmax, fast...), from the model if unset.'),
+              'valid one of --output/--experiment and starts afresh if there is none.', role='output'),
+        _switch('--no-resume-opt', 'Leave the optimizer state of the checkpoint behind.', role='output'),
+        _flag('--num-classes', int, None, "Number of classes, the model's own if unset.", low=1, role='model'),
+        _flag('--gp', str, None, 'Global pooling (avg, max, avgmax, catavgmax, fast...), from the model if unset.',
+              role='model'),
+        _flag('--in-chans', int, None, 'Input channels, from the model if unset.', low=1, role='model'),
         *_PREPROCESSING,
         _flag('-b --batch-size', int, 128, 'Training images per process and step.', low=1),
-        _flag('-vb --validation-batch-size', int, None, 'Validation images per process and step.', low=1),
+        _flag('-vb --validation-batch-size', int, None, 'Validation images per process and step.', low=1,
+              role='machine'),
         _flag('--grad-accum-steps', int, 1, 'Batches whose gradients are added up for one update.', low=1),
-        _switch('--grad-checkpointing', 'Recompute activations in the backward pass to save memory.'),
-        _flag('--model-kwargs', dict, {}, 'Arguments for the model, such as topk=8.', nargs='*'),
+        _switch('--grad-checkpointing', 'Recompute activations in the backward pass to save memory.', role='machine'),
+        _flag('--model-kwargs', dict, {}, 'Arguments for the model, such as topk=8.', nargs='*', role='model'),
         _flag('--head-init-scale', float, None, 'Factor on the initial weights of the classifier.'),
         _flag('--head-init-bias', float, None, 'Initial bias of the classifier.'),
     ]),
@@ -227,12 +274,13 @@ TRAIN_FLAGS: FlagGroups = [
         _switch('--linear-probe', 'Freeze everything but the classifier.'),
     ]),
     ('device and precision', [
-        *_BACKEND,
-        _switch('--no-ddp-bb', "Do not broadcast the buffers before each of DDP's forward passes."),
-        _switch('--synchronize-step', 'Wait for the device at the end of each step.'),
-        _flag('--local_rank', int, 0, 'Ignored; torchrun sets it in the environment.'),
+        *_PRECISION,
+        *_MACHINE,
+        _switch('--no-ddp-bb', "Do not broadcast the buffers before each of DDP's forward passes.", role='machine'),
+        _switch('--synchronize-step', 'Wait for the device at the end of each step.', role='machine'),
+        _flag('--local_rank', int, 0, 'Ignored; torchrun sets it in the environment.', role='machine'),
         _flag('--device-modules', str, None, 'Python packages to import first, such as pst_timm for its models.',
-              nargs='+'),
+              nargs='+', role='model'),
     ]),
     ('optimizer', [
         _flag('--opt', str, 'sgd', 'Name of the optimizer.'),
@@ -266,7 +314,7 @@ TRAIN_FLAGS: FlagGroups = [
         _flag('--min-lr', float, 0, 'Learning rate at which the schedule ends.', low=0.),
         _flag('--epochs', int, 300, 'Epochs to train.', low=1),
         _flag('--epoch-repeats', float, 0., 'Passes over an iterable dataset in each epoch.', low=0.),
-        _flag('--start-epoch', int, None, 'Epoch to start at, whatever the checkpoint says.', low=0),
+        _flag('--start-epoch', int, None, 'Epoch to start at, whatever the checkpoint says.', low=0, role='output'),
         _flag('--decay-milestones', int, [90, 180, 270], 'Epochs of the multistep schedule.', nargs='+', low=0),
         _flag('--decay-epochs', float, 90, 'Epochs between the steps of the step schedule.', low=0.),
         _flag('--warmup-epochs', int, 5, 'Epochs over which the learning rate rises.', low=0),
@@ -338,24 +386,25 @@ TRAIN_FLAGS: FlagGroups = [
     ('run', [
         _flag('--seed', int, 42, 'Seed; the random state of each epoch follows from seed, epoch and rank.', low=0),
         _flag('--worker-seeding', str, 'all', 'Which generators the loader workers seed.', choices=('all', 'part')),
-        _flag('--log-interval', int, 50, 'Updates between log lines.', low=1),
+        _flag('--log-interval', int, 50, 'Updates between log lines.', low=1, role='output'),
         _flag('--val-interval', int, 1, 'Epochs between validations.', low=1),
-        _flag('--recovery-interval', int, 0, 'Updates between recovery checkpoints, 0 for none.', low=0),
-        _flag('--checkpoint-hist', int, 10, 'Checkpoints to keep.', low=1),
-        _flag('-j --workers', int, 4, 'Processes that load images.', low=0),
-        _switch('--save-images', 'Save the first training images of each log interval, to look at.'),
-        _switch('--pin-mem', 'Pin the memory of the batches.'),
-        _switch('--no-prefetcher', 'Normalise images in the workers instead of on the device.'),
-        _flag('--output', str, '', 'Folder for all runs, output/train if empty.'),
-        _flag('--experiment', str, '', 'Name of the folder for this run, from date and model if empty.'),
+        _flag('--recovery-interval', int, 0, 'Updates between recovery checkpoints, 0 for none.', low=0, role='output'),
+        _flag('--checkpoint-hist', int, 10, 'Checkpoints to keep.', low=1, role='output'),
+        _flag('-j --workers', int, 4, 'Processes that load images.', low=0, role='machine'),
+        _switch('--save-images', 'Save the first training images of each log interval, to look at.', role='output'),
+        _switch('--pin-mem', 'Pin the memory of the batches.', role='machine'),
+        _switch('--no-prefetcher', 'Normalise images in the workers instead of on the device.', role='machine'),
+        _flag('--output', str, '', 'Folder for all runs, output/train if empty.', role='output'),
+        _flag('--experiment', str, '', 'Name of the folder for this run, from date and model if empty.', role='output'),
         _flag('--eval-metric', str, 'top1', 'Metric that ranks the checkpoints.', choices=('top1', 'top5', 'loss')),
         _flag('--tta', int, 0, 'Copies of each image in the validation data, whose outputs are averaged.', low=0),
-        _switch('--use-multi-epochs-loader', 'Keep the loader workers from epoch to epoch (their random state too).'),
-        _switch('--log-tensorboard', 'Write TensorBoard logs into the run folder.'),
-        _switch('--log-wandb', 'Log to Weights & Biases.'),
-        _flag('--wandb-project', str, None, 'Project, the experiment if unset.'),
-        _flag('--wandb-tags', str, [], 'Tags.', nargs='+'),
-        _flag('--wandb-resume-id', str, '', 'Run to go on with.'),
+        _switch('--use-multi-epochs-loader', 'Keep the loader workers from epoch to epoch (their random state too).',
+                role='machine'),
+        _switch('--log-tensorboard', 'Write TensorBoard logs into the run folder.', role='output'),
+        _switch('--log-wandb', 'Log to Weights & Biases.', role='output'),
+        _flag('--wandb-project', str, None, 'Project, the experiment if unset.', role='output'),
+        _flag('--wandb-tags', str, [], 'Tags.', nargs='+', role='output'),
+        _flag('--wandb-resume-id', str, '', 'Run to go on with.', role='output'),
     ]),
     ('not supported', [
         *_refused(
@@ -376,53 +425,61 @@ TRAIN_FLAGS: FlagGroups = [
 VALIDATE_FLAGS: FlagGroups = [
     ('data', [
         *_DATA,
-        _flag('--split', str, 'validation', 'Split, or folder below the data, to evaluate.'),
-        _flag('--num-samples', int, None, 'Samples, where the dataset cannot tell (shards).', low=1),
-        _flag('--max-bad-images', int, 100, 'Unreadable images to skip before the run ends with an error.', low=0),
-        _flag('-j --workers', int, 4, 'Processes that load images.', low=0),
-        _switch('--pin-mem', 'Pin the memory of the batches.'),
-        _switch('--no-prefetcher', 'Normalise images in the workers instead of on the device.'),
+        _flag('--split', str, 'validation', 'Split, or folder below the data, to evaluate.', role='data'),
+        _flag('--num-samples', int, None, 'Samples, where the dataset cannot tell (shards).', low=1, role='data'),
+        _flag('--max-bad-images', int, 100, 'Unreadable images to skip before the run ends with an error.', low=0,
+              role='data'),
+        _flag('-j --workers', int, 4, 'Processes that load images.', low=0, role='machine'),
+        _switch('--pin-mem', 'Pin the memory of the batches.', role='machine'),
+        _switch('--no-prefetcher', 'Normalise images in the workers instead of on the device.', role='machine'),
     ]),
     ('model', [
-        _flag('-m --model', str, 'dpn92', 'Name of any timm model, or several separated by commas.'),
-        _switch('--pretrained', 'Evaluate the published weights.'),
-        _flag('--checkpoint', str, '', 'Checkpoint to evaluate, or a folder of them.'),
-        _switch('--use-ema', 'Evaluate the moving average in the checkpoint.'),
-        _flag('--num-classes', int, None, "Number of classes, the model's own if unset.", low=1),
-        _flag('--gp', str, None, 'Global pooling, from the model if unset.'),
-        _flag('--model-kwargs', dict, {}, 'Arguments for the model, such as topk=8.', nargs='*'),
-        _switch('--reparam', 'Fold convolution and batch norm pairs first.'),
-        _switch('--test-pool', 'Pool over larger inputs as the older timm models expect.'),
+        _flag('-m --model', str, 'dpn92', 'Name of any timm model, or several separated by commas.', role='model'),
+        _switch('--pretrained', 'Evaluate the published weights.', role='model'),
+        _flag('--checkpoint', str, '', 'Checkpoint to evaluate, or a folder of them.', role='model', source=True),
+        _switch('--use-ema', 'Evaluate the moving average in the checkpoint.', role='model'),
+        _flag('--num-classes', int, None, "Number of classes, the model's own if unset.", low=1, role='model'),
+        _flag('--gp', str, None, 'Global pooling, from the model if unset.', role='model'),
+        _flag('--in-chans', int, None, 'Input channels, from the model if unset.', low=1, role='model'),
+        _flag('--model-kwargs', dict, {}, 'Arguments for the model, such as topk=8.', nargs='*', role='model'),
+        _switch('--reparam', 'Fold convolution and batch norm pairs first.', role='model'),
+        _switch('--test-pool', 'Pool over larger inputs as the older timm models expect.', role='model'),
         _flag('--device-modules', str, None, 'Python packages to import first, such as pst_timm for its models.',
-              nargs='+'),
+              nargs='+', role='model'),
     ]),
     ('preprocessing', [
         *_PREPROCESSING,
-        _flag('-b --batch-size', int, 256, 'Images per step.', low=1),
-        _switch('--use-train-size', "Evaluate at the model's training size where it has a larger test size."),
-        _flag('--crop-mode', str, None, 'How the centre crop is taken.', choices=('squash', 'border', 'center')),
-        _flag('--crop-border-pixels', int, None, 'Pixels to cut from each edge first.', low=0),
+        _flag('-b --batch-size', int, 256, 'Images per step.', low=1, role='machine'),
+        _switch('--use-train-size', "Evaluate at the model's training size where it has a larger test size.",
+                role='preprocessing'),
+        _flag('--crop-mode', str, None, 'How the centre crop is taken.', choices=('squash', 'border', 'center'),
+              role='preprocessing'),
+        _flag('--crop-border-pixels', int, None, 'Pixels to cut from each edge first.', low=0, role='preprocessing'),
     ]),
     ('device and precision', [
-        *_BACKEND,
-        _flag('--num-gpu', int, 1, 'GPUs to spread each batch over.', low=1),
-        _switch('--aot-autograd', 'Compile through AOTAutograd, without a code generator.'),
+        *_PRECISION,
+        *_MACHINE,
+        _flag('--num-gpu', int, 1, 'GPUs to spread each batch over.', low=1, role='machine'),
+        _switch('--aot-autograd', 'Compile through AOTAutograd, without a code generator.', role='machine'),
     ]),
     ('metrics', [
-        _flag('--real-labels', str, '', "ImageNet-ReaL labels: a JSON file, or 'default' for timm's own copy."),
-        _flag('--valid-labels', str, '', 'Text file with the class indices that count.'),
+        _flag('--real-labels', str, '', "ImageNet-ReaL labels: a JSON file, or 'default' for timm's own copy.",
+              role='metrics'),
+        _flag('--valid-labels', str, '', 'Text file with the class indices that count.', role='metrics'),
         _flag('--metrics-avg', str, None, 'Also precision, recall and F1, averaged in this way.',
-              choices=('micro', 'macro', 'weighted')),
-        _switch('--calibrate', 'Also the expected calibration error, and the temperature that mends it.'),
-        _switch('--answers', 'Also which images are classified right, as hexadecimal digits of four images each.'),
+              choices=('micro', 'macro', 'weighted'), role='metrics'),
+        _switch('--calibrate', 'Also the expected calibration error, and the temperature that mends it.',
+                role='metrics'),
+        _switch('--answers', 'Also which images are classified right, as hexadecimal digits of four images each.',
+                role='metrics'),
         _flag('--topk-sweep', int, None, 'Evaluate fine attention with each of these topk, both fusions, in one pass.',
-              nargs='+', low=0),
+              nargs='+', low=0, role='metrics'),
     ]),
     ('run', [
-        _flag('--results-file', str, '', 'File for the results.'),
-        _flag('--results-format', str, 'csv', 'Format of the file.', choices=('csv', 'json')),
-        _flag('--log-freq', int, 10, 'Batches between log lines.', low=1),
-        _switch('--retry', 'Halve the batch and try again when the memory is not enough.'),
+        _flag('--results-file', str, '', 'File for the results.', role='output'),
+        _flag('--results-format', str, 'csv', 'Format of the file.', choices=('csv', 'json'), role='output'),
+        _flag('--log-freq', int, 10, 'Batches between log lines.', low=1, role='output'),
+        _switch('--retry', 'Halve the batch and try again when the memory is not enough.', role='machine'),
         _flag('--seed', int, 42, 'Seed.', low=0),
     ]),
     ('not supported', [
@@ -431,3 +488,43 @@ VALIDATE_FLAGS: FlagGroups = [
         *_refused(_TF, switches='--tf-preprocessing'),
     ]),
 ]
+
+
+def keys_with_role(*roles: str, groups: FlagGroups = TRAIN_FLAGS) -> List[str]:
+    """Keys of the flags with one of these roles (all roles if none is named), in the order of --help."""
+    return [
+        flag.key for _, flags in groups for flag in flags if not flag.refused and (not roles or flag.role in roles)]
+
+
+def shared_keys(*roles: str) -> List[str]:
+    """Keys with one of these roles in training and in validation: what both take in the same words."""
+    evaluation = set(keys_with_role(*roles, groups=VALIDATE_FLAGS))
+    return [key for key in keys_with_role(*roles) if key in evaluation]
+
+
+def recipe(args: Union[Namespace, Mapping[str, Any]]) -> Dict[str, Any]:
+    """What one needs, beside the data, to train the same model again.
+
+    Args:
+        args: Arguments of a training run, as they were given: a run resolves the learning rate and others in its own.
+
+    Returns:
+        By key, the flags about model, preprocessing and training that differ from their defaults, and always the
+        model; without files of this machine.
+    """
+    values = args if isinstance(args, Mapping) else vars(args)
+    flags = [flag for _, flags in TRAIN_FLAGS for flag in flags]
+    chosen = set(keys_with_role('model', 'preprocessing', 'recipe'))
+    found = {}
+    for flag in flags:
+        value = values.get(flag.key, flag.default)
+        if flag.key not in chosen or (value == flag.default and flag.key != 'model'):
+            continue
+        if not flag.source or is_published(value):
+            found[flag.key] = value
+    return found
+
+
+def is_published(source: str) -> bool:
+    """Whether a source of weights is a name (resnet50.a1_in1k, hf-hub:org/name) that means the same everywhere."""
+    return not Path(source).exists() and (source.startswith(('hf-hub:', 'hf_hub:')) or timm.is_model(source))

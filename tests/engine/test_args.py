@@ -7,7 +7,7 @@ import yaml
 
 from pst_timm.engine import parse_train_args, parse_validate_args, train_args
 from pst_timm.engine.args import read_yaml, write_yaml
-from pst_timm.engine.flags import TRAIN_FLAGS, VALIDATE_FLAGS
+from pst_timm.engine.flags import ROLES, TRAIN_FLAGS, VALIDATE_FLAGS, keys_with_role, recipe, shared_keys
 from pst_timm.utils.errors import PSTError
 
 HERE = Path(__file__).parent
@@ -167,3 +167,36 @@ def test_recipes_differ_in_nothing_but_the_model(recipe):
     assert all(v == values[0] for v in values)
     world = 8
     assert values[0]['batch_size'] * world == {'paper': 256, 'a2': 2048}[recipe]
+
+
+@pytest.mark.parametrize('groups', [TRAIN_FLAGS, VALIDATE_FLAGS])
+def test_every_flag_has_a_role(groups):
+    keys = [key for role in ROLES for key in keys_with_role(role, groups=groups)]
+    assert sorted(keys) == sorted(f.key for f in our_flags(groups).values() if not f.refused)
+    assert keys_with_role('data', groups=groups)[:2] == ['data', 'data_dir']
+
+
+def test_training_and_validation_share_flags():
+    shared = shared_keys('model', 'preprocessing', 'machine')
+    assert {'model', 'model_kwargs', 'img_size', 'data_on_device', 'device', 'workers'} <= set(shared)
+    # of training alone; of another role; of another role in training than in validation
+    assert not {'stored_size', 'data_dir', 'batch_size'} & set(shared)
+
+
+def test_a_recipe_is_what_differs_beside_the_data_and_the_machine(tmp_path):
+    args = train_args(
+        data_dir=str(tmp_path), output='runs', experiment='one', workers=1, device='cpu', log_interval=5, opt='sgd',
+        lr=0.1, num_classes=10, img_size=64, model_kwargs={'topk': 8}, pretrained=True, seed=1)
+    assert recipe(args) == recipe(vars(args)) == dict(
+        model='resnet50', lr=0.1, num_classes=10, img_size=64, model_kwargs={'topk': 8}, pretrained=True, seed=1)
+    assert recipe(train_args(**recipe(args))) == recipe(args)
+
+
+@pytest.mark.parametrize('key', ['trunk_checkpoint', 'initial_checkpoint', 'pretrained_path'])
+def test_a_recipe_names_weights_that_others_have(tmp_path, monkeypatch, key):
+    monkeypatch.chdir(tmp_path)
+    for name in ('resnet50.a1_in1k', 'hf-hub:timm/resnet50.a1_in1k'):
+        assert recipe(train_args(**{key: name}))[key] == name
+    Path('resnet50.mine').touch()
+    for path in ('resnet50.mine', str(tmp_path / 'last.pth.tar'), 'gone.safetensors', ''):
+        assert key not in recipe(train_args(**{key: path}))
