@@ -14,7 +14,7 @@ from pst_timm.utils.errors import PSTError
 
 from .reading import Checkpoint
 
-__all__ = ['DATA_KEYS', 'attention_settings', 'describe', 'inference_settings', 'resolve_origin']
+__all__ = ['DATA_KEYS', 'as_plain', 'attention_settings', 'describe', 'inference_settings', 'resolve_origin']
 
 DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 # what a run gives a model by itself, whatever the weights it began with came with
@@ -56,7 +56,7 @@ def describe(
     if class_names:
         cfg['label_names'] = list(class_names)
     model_args = {**_kept(origin_args), **model_kwargs, **inference_settings(model)}
-    return dict(arch=arch, model_args=_plain(model_args), pretrained_cfg=_plain(cfg))
+    return dict(arch=arch, model_args=as_plain(model_args), pretrained_cfg=as_plain(cfg))
 
 
 def look_up(name: str, pretrained: bool = False) -> tuple:
@@ -102,10 +102,10 @@ def _kept(model_args: Dict[str, Any]) -> Dict[str, Any]:
     return {k: v for k, v in model_args.items() if k not in OF_THE_RUN}
 
 
-def _plain(value: Any) -> Any:
-    """Plain values alone, as a checkpoint may hold no others."""
+def as_plain(value: Any) -> Any:
+    """The same value made of plain ones alone: a checkpoint may hold no others."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): as_plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [as_plain(v) for v in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

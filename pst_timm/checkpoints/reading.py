@@ -149,7 +149,7 @@ def _read_pickle(path: Path, use_ema: Optional[bool]) -> Checkpoint:
     args = content.get('args')
     args = vars(args) if isinstance(args, argparse.Namespace) else {}
     known = dict(args=args, epoch=content.get('epoch'), metric=content.get('metric'), ema=key in AVERAGED)
-    facts = content.get(FACTS_KEY) or {'arch': content.get('arch')}
+    facts = content.get(FACTS_KEY, {'arch': content.get('arch')})
     try:
         return Checkpoint(path, clean_state_dict(content[key]), **known, **facts)
     except TypeError as e:

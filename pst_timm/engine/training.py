@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from pst_timm.checkpoints.facts import describe
+from pst_timm.checkpoints.facts import as_plain, describe
 from pst_timm.data.datasets import class_names
 from pst_timm.data.loaders import TrainData, checked_batches, create_train_data, report_bad_images
 from pst_timm.utils.errors import Interrupted, PSTError
@@ -29,6 +29,7 @@ from pst_timm.utils.progress import progress_bar
 
 from . import factories
 from .args import write_yaml
+from .flags import recipe
 from .inference import evaluate
 from .progress import RunLog, StepTimer, format_metrics
 from .recovery import AtomicSaver, Position, find_newest, resume
@@ -406,7 +407,7 @@ def prepare(args: Namespace) -> Run:
     saver = log = None
     if folder is not None:
         saver = AtomicSaver(
-            task, folder, describe_run(args, unwrapped, data_config, data), optimizer=optimizer, args=args,
+            task, folder, describe_run(given, unwrapped, data_config, data), optimizer=optimizer, args=args,
             amp_scaler=loss_scaler, max_history=args.checkpoint_hist, decreasing=args.eval_metric == 'loss')
         if checkpoint is not None and checkpoint.parent.resolve() == folder.resolve():
             saver.load_state_dict_from_checkpoint(str(checkpoint))
@@ -447,9 +448,10 @@ def prepare(args: Namespace) -> Run:
     return run
 
 
-def describe_run(args: Namespace, model: nn.Module, data_config: Dict[str, Any], data: TrainData) -> Dict[str, Any]:
-    """What the checkpoints of a run know beside their weights."""
-    return describe(model, args.model, args.model_kwargs, data_config, class_names(data.train.dataset))
+def describe_run(given: Namespace, model: nn.Module, data_config: Dict[str, Any], data: TrainData) -> Dict[str, Any]:
+    """What the checkpoints of a run know beside their weights, from its arguments as they were given."""
+    facts = describe(model, given.model, given.model_kwargs, data_config, class_names(data.train.dataset))
+    return dict(facts, recipe=as_plain(recipe(given)))
 
 
 def place_schedule(run: Run) -> None:

@@ -1,0 +1,131 @@
+"""A checkpoint knows what it is: whoever opens it need not be told again."""
+import logging
+
+import pytest
+import timm
+import torch
+from timm.data import resolve_data_config
+
+from pst_timm.checkpoints import label_names, load_model, read_checkpoint
+from pst_timm.engine import train, validate, validate_args
+from pst_timm.utils.errors import PSTError
+
+from .helpers import tiny_train_args
+
+SETTINGS = dict(
+    img_size=48, crop_pct=0.8, interpolation='bilinear', mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3],
+    model_kwargs=dict(topk=2, fine_fusion='joint'), model_ema=True, model_ema_decay=0.5)
+
+
+@pytest.fixture(scope='module')
+def run(images, tmp_path_factory):
+    """A run with a size, a crop, a normalisation and an attention that are not the model's own."""
+    return train(tiny_train_args(images, tmp_path_factory.mktemp('facts'), **SETTINGS, epochs=1)).output_dir
+
+
+def evaluate(images, **values):
+    [results] = validate(validate_args(data_dir=str(images), batch_size=6, workers=0, device='cpu', **values))
+    return results
+
+
+def test_what_is_in_it(run, images):
+    found = read_checkpoint(run / 'last.pth.tar')
+    assert found.arch == 'test_resnet_pst'
+    assert found.model_args == dict(topk=2, fine_fusion='joint')
+    assert found.pretrained_cfg == dict(
+        num_classes=3, label_names=['class0', 'class1', 'class2'], input_size=[3, 48, 48], crop_pct=0.8,
+        crop_mode='center', interpolation='bilinear', mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
+    assert found.recipe['model'] == 'test_resnet_pst' and found.recipe['lr'] == 0.05
+    assert not {'data_dir', 'output', 'workers', 'device'} & set(found.recipe)
+
+
+@pytest.mark.parametrize('name', ['', 'last.pth.tar', 'converted.safetensors'])
+def test_a_model_comes_with_all_of_it(run, name):
+    if name.startswith('converted'):
+        from pst_timm.checkpoints import convert
+        convert(run / 'last.pth.tar', run / name)
+    model = load_model(run / name)
+    config = resolve_data_config(model=model)
+    assert config['input_size'] == (3, 48, 48) and config['crop_pct'] == 0.8 and config['interpolation'] == 'bilinear'
+    assert list(config['mean']) == [0.4, 0.5, 0.6] and list(config['std']) == [0.2, 0.25, 0.3]
+    assert label_names(model) == ['class0', 'class1', 'class2']
+    assert model.inference_settings() == dict(topk=2, fine_fusion='joint')
+
+
+def test_validation_needs_the_checkpoint_alone(run, images):
+    """With nothing but the checkpoint it measures what the run measured, of its moving average, to the last digit."""
+    alone = evaluate(images, checkpoint=str(run / 'last.pth.tar'))
+    line = (run / 'summary.csv').read_text().splitlines()
+    summary = dict(zip(line[0].split(','), line[1].split(',')))
+    assert alone['loss'] == pytest.approx(float(summary['eval_loss']), abs=1e-5)
+    assert (alone['img_size'], alone['crop_pct'], alone['interpolation']) == (48, 0.8, 'bilinear')
+    assert alone['model'] == 'test_resnet_pst'
+    told = evaluate(
+        images, checkpoint=str(run / 'last.pth.tar'), model='test_resnet_pst', num_classes=3,
+        **{k: SETTINGS[k] for k in ('img_size', 'crop_pct', 'interpolation', 'mean', 'std', 'model_kwargs')})
+    assert told['loss'] == alone['loss']
+
+
+def test_a_flag_overrides_and_the_difference_is_said(run, images, caplog):
+    with caplog.at_level(logging.WARNING):
+        results = evaluate(images, checkpoint=str(run / 'last.pth.tar'), img_size=64, crop_pct=0.8)
+    assert results['img_size'] == 64
+    said = [r.message for r in caplog.records if 'knows' in r.message]
+    assert len(said) == 1 and 'input_size (3, 48, 48)' in said[0] and '(3, 64, 64)' in said[0]
+    with pytest.raises(PSTError, match='with 5 classes: .* another shape'):
+        evaluate(images, checkpoint=str(run / 'last.pth.tar'), num_classes=5)
+    assert 'has 3 classes; it is read with the 5' in caplog.text
+    with pytest.raises(PSTError, match='not a checkpoint of resnet18_pst'):
+        evaluate(images, checkpoint=str(run / 'last.pth.tar'), model='resnet18_pst')
+    assert 'says that it is a test_resnet_pst; it is read as the resnet18_pst' in caplog.text
+
+
+def test_the_moving_average_is_one_choice_everywhere(run, images):
+    checkpoint = str(run / 'last.pth.tar')
+    content = torch.load(checkpoint, weights_only=False)
+    key = 'conv1.0.weight'
+    assert torch.equal(read_checkpoint(checkpoint).weights[key], content['state_dict_ema'][key])
+    assert torch.equal(read_checkpoint(checkpoint, use_ema=True).weights[key], content['state_dict_ema'][key])
+    assert torch.equal(read_checkpoint(checkpoint, use_ema=False).weights[key], content['state_dict'][key])
+    losses = [evaluate(images, checkpoint=checkpoint, use_ema=e)['loss'] for e in (None, True, False)]
+    assert losses[0] == losses[1] != losses[2]
+    del content['state_dict_ema']
+    torch.save(content, run / 'plain.pth.tar')
+    assert evaluate(images, checkpoint=str(run / 'plain.pth.tar'))['loss'] == losses[2]
+    with pytest.raises(PSTError, match='holds no moving average'):
+        evaluate(images, checkpoint=str(run / 'plain.pth.tar'), use_ema=True)
+
+
+def test_an_older_checkpoint_is_read_from_its_arguments(run, images):
+    """What was written before there were facts, or by timm's own script."""
+    content = torch.load(run / 'last.pth.tar', weights_only=False)
+    del content['facts']
+    torch.save(content, run / 'older.pth.tar')
+    alone = evaluate(images, checkpoint=str(run / 'older.pth.tar'))
+    assert alone['loss'] == evaluate(images, checkpoint=str(run / 'last.pth.tar'))['loss']
+
+
+def test_garbled_facts_are_one_sentence(run):
+    content = torch.load(run / 'last.pth.tar', weights_only=False)
+    for facts in ({'colour': 'red'}, [1, 2], 'resnet'):
+        torch.save({**content, 'facts': facts}, run / 'garbled.pth.tar')
+        with pytest.raises(PSTError, match='garbled'):
+            read_checkpoint(run / 'garbled.pth.tar')
+
+
+def test_a_name_without_weights_is_said_to_be_random(caplog):
+    load_model('resnet18_pst')
+    assert 'resnet18_pst has no published weights, so these are random ones' in caplog.text
+    caplog.clear()
+    assert label_names(load_model('test_resnet_pst')) == list('0123456789') and not caplog.records
+    with pytest.raises(PSTError, match='know 10 classes, not 4'):
+        load_model('test_resnet_pst', num_classes=4)
+
+
+def test_the_folded_model_answers_alike(run):
+    x = torch.randn(2, 3, 48, 48)
+    plain, folded = load_model(run), load_model(run, reparam=True)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+    with torch.no_grad():
+        assert torch.allclose(plain(x), folded(x), atol=1e-4)
+    assert timm.data.resolve_data_config(model=folded)['input_size'] == (3, 48, 48)
