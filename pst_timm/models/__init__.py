@@ -2,6 +2,7 @@
 from .inspection import Inspection, inspect_tokens
 from .reparameterize import reparameterize
 from .resnet_pst import ResNetPST
-from .trunk import TrunkLoad, load_trunk
+from .trunk import TrunkLoad, copy_trunk, load_trunk
 
-__all__ = ['Inspection', 'ResNetPST', 'TrunkLoad', 'inspect_tokens', 'load_trunk', 'reparameterize']
+__all__ = [
+    'Inspection', 'ResNetPST', 'TrunkLoad', 'copy_trunk', 'inspect_tokens', 'load_trunk', 'reparameterize']
