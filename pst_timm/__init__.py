@@ -8,7 +8,7 @@ from .version import __version__
 
 # the room that each public name comes from; loaded when it is asked for
 _ROOMS = {
-    'Inspection': 'models', 'ResNetPST': 'models', 'TrunkLoad': 'checkpoints', 'inspect_tokens': 'models',
+    'Inspection': 'models', 'ResNetPST': 'models', 'TrunkLoad': 'models', 'inspect_tokens': 'models',
     'reparameterize': 'models', 'load_model': 'checkpoints', 'load_trunk': 'checkpoints', 'publish': 'hub',
     'register_weights': 'hub',
 }

@@ -4,9 +4,9 @@ from .conversion import Conversion, convert
 from .facts import attention_settings, inference_settings
 from .fitting import load_weights
 from .reading import Checkpoint, check_finite, read_checkpoint
-from .trunk import TrunkLoad, load_trunk
+from .trunk import load_trunk
 
 __all__ = [
-    'Checkpoint', 'Conversion', 'TrunkLoad', 'attention_settings', 'build_model', 'check_finite', 'convert',
+    'Checkpoint', 'Conversion', 'attention_settings', 'build_model', 'check_finite', 'convert',
     'create_model', 'inference_settings', 'label_names', 'load_model', 'load_trunk', 'load_weights', 'read_checkpoint',
 ]

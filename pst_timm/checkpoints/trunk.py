@@ -1,50 +1,22 @@
-"""Load the weights of a plain timm ResNet into the trunk of a ResNet-PST."""
+"""The weights of a plain timm ResNet, from wherever they are, in the trunk of a ResNet-PST."""
 import os
-import re
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Union
+from typing import Dict, Union
 
 import torch
 import torch.nn as nn
-from timm.models import adapt_input_conv, clean_state_dict
+from timm.models import clean_state_dict
+
+from pst_timm.models import TrunkLoad, copy_trunk
 
 from .building import create_model
 from .reading import PathLike, is_file_name, pick_weights, read_checkpoint
 
-__all__ = ['TrunkLoad', 'load_trunk']
-
-TRUNK = re.compile(r'(conv1|bn1|maxpool|layer[1-4])\.')
-# a counter that only a cumulative average would read, absent from some converted checkpoints
-OPTIONAL = '.num_batches_tracked'
-
-
-class TrunkLoad(NamedTuple):
-    """What `load_trunk` did, as state-dict keys."""
-    loaded: List[str]
-    """Keys of the model that were given the source's values."""
-    untouched: List[str]
-    """Keys of the model that kept their values: PST, fusion, head."""
-    ignored: List[str]
-    """Keys of the source that have no place in the model: its classifier."""
-
-
-def _read_source(source: Union[PathLike, Dict[str, torch.Tensor]]) -> Dict[str, torch.Tensor]:
-    if isinstance(source, dict):
-        # a training checkpoint keeps its weights one level down
-        key = pick_weights(source)
-        return clean_state_dict(source[key] if key else source)
-    if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f'source must be a model name, a file or a state dict, got {type(source).__name__}.')
-    if Path(source).exists() or is_file_name(source):
-        return read_checkpoint(source).weights
-    return create_model(source, pretrained=True).state_dict()
+__all__ = ['load_trunk']
 
 
 def load_trunk(model: nn.Module, source: Union[PathLike, Dict[str, torch.Tensor]]) -> TrunkLoad:
-    """Copy the weights of a ResNet of the same trunk into a ResNet-PST.
-
-    Everything is compared before anything is copied: after an error the model is as it was. A first convolution for
-    another number of input channels is adapted as timm does.
+    """Load the weights of a ResNet of the same trunk into a ResNet-PST, see `pst_timm.models.copy_trunk`.
 
     Args:
         model: A ResNet-PST, or the feature extractor that `features_only=True` makes of one.
@@ -59,39 +31,16 @@ def load_trunk(model: nn.Module, source: Union[PathLike, Dict[str, torch.Tensor]
         PSTError: If the source is a file that is not there or no checkpoint, or a name whose weights cannot be had.
         TypeError: If the source is none of these.
     """
-    state = _read_source(source)
-    net = getattr(model, 'model', model)  # features_only wraps the network under this name
-    target = net.state_dict()
-    wanted = [k for k in target if TRUNK.match(k)]
-    if not wanted:
-        raise ValueError(f'{type(net).__name__} has no ResNet trunk (conv1, bn1, layer1 to layer4) to load into.')
-    stages = {k.split('.')[0] for k in wanted}
-    offered = [k for k in state if TRUNK.match(k) and k.split('.')[0] in stages]
+    return copy_trunk(model, _read_source(source))
 
-    missing = [k for k in wanted if k not in state and not k.endswith(OPTIONAL)]
-    if missing:
-        raise ValueError(
-            f'The source is not a ResNet of this trunk: the model has {missing[0]}, which the source has not '
-            f'({len(missing)} of {len(wanted)} trunk keys are missing). Use weights of the same depth and block.')
-    surplus = [k for k in offered if k not in target and not k.endswith(OPTIONAL)]
-    if surplus:
-        raise ValueError(
-            f'The source is not a ResNet of this trunk: it has {surplus[0]}, which the model has not '
-            f'({len(surplus)} keys too many). Use weights of the same depth and block.')
-    weights = {k: state[k] for k in wanted if k in state}
-    first = next(k for k in wanted if target[k].ndim == 4)
-    in_chans = target[first].shape[1]
-    if weights[first].shape[1] != in_chans:
-        weights[first] = adapt_input_conv(in_chans, weights[first])
-    for k, v in weights.items():
-        if v.shape != target[k].shape:
-            raise ValueError(
-                f'The source is not a ResNet of this trunk: {k} is {tuple(v.shape)} in the source and '
-                f'{tuple(target[k].shape)} in the model. Use weights of the same width.')
 
-    net.load_state_dict(weights, strict=False)
-    return TrunkLoad(
-        loaded=list(weights),
-        untouched=[k for k in target if k not in weights],
-        ignored=[k for k in state if k not in weights],
-    )
+def _read_source(source: Union[PathLike, Dict[str, torch.Tensor]]) -> Dict[str, torch.Tensor]:
+    if isinstance(source, dict):
+        # a training checkpoint keeps its weights one level down
+        key = pick_weights(source)
+        return clean_state_dict(source[key] if key else source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f'source must be a model name, a file or a state dict, got {type(source).__name__}.')
+    if Path(source).exists() or is_file_name(source):
+        return read_checkpoint(source).weights
+    return create_model(str(source), pretrained=True).state_dict()
