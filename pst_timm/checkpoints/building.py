@@ -57,7 +57,8 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
         model_kwargs: Passed to `timm.create_model`, before what the checkpoint says.
 
     Returns:
-        The model in eval mode; its `pretrained_cfg` holds preprocessing and, as `label_names`, the class names.
+        The model in eval mode; its `pretrained_cfg` holds preprocessing and, as `label_names`, the class names;
+        `checkpoint_cfg` is what of it the checkpoint itself told.
 
     Raises:
         PSTError: If the architecture is unknown, or the weights are those of another one.
@@ -81,7 +82,7 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
     except PSTError as e:
         raise PSTError(f'{checkpoint.path}: {e}') from e
     load_weights(
-        model, weights, f'{checkpoint.path} is not a checkpoint of {arch} with {model.num_classes} classes',
+        model, weights, f'{checkpoint.path} is not a checkpoint of {arch} ({model.num_classes} classes)',
         'It was made by another architecture, or with other arguments than the checkpoint tells.')
     cfg = {**model.pretrained_cfg, **checkpoint.pretrained_cfg}
     cfg.pop('tag', None)  # these are not the weights of that name
@@ -90,7 +91,9 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
         cfg = {k: v for k, v in cfg.items() if not k.startswith('test_')}
     model.pretrained_cfg = model.default_cfg = cfg
     size = tuple(cfg['input_size'])
-    cfg.update(_data_config(checkpoint, model), num_classes=model.num_classes)
+    found = _data_config(checkpoint, model)
+    model.checkpoint_cfg = found if checkpoint.pretrained_cfg or checkpoint.args else {}
+    cfg.update(found, num_classes=model.num_classes)
     if tuple(cfg['input_size']) != size:
         cfg['pool_size'] = None
     try:

@@ -25,7 +25,7 @@ PREFERRED = ('model_best.pth.tar', 'last.pth.tar')  # in the folder of a run
 AVERAGED = ('state_dict_ema', 'model_ema')  # where training scripts keep a moving average
 TRAINED = ('state_dict', 'model')
 SAFETENSORS = '.safetensors'
-PICKLES = ('.tar', '.pth', '.pt', '.bin', '.ckpt')
+PICKLES = ('.tar', '.pth', '.pt', '.bin', '.ckpt')  # read as data, or refused
 PathLike = Union[str, os.PathLike]
 
 
@@ -97,7 +97,7 @@ def _find_file(path: Path) -> Path:
         return found[0]
     if not path.is_file():
         raise PSTError(f'There is no checkpoint {path}.')
-    if path.suffix not in (SAFETENSORS, *PICKLES):
+    if path.suffix not in ('', SAFETENSORS, *PICKLES):
         raise PSTError(f'{path} is not a checkpoint: expected {SAFETENSORS}, {", ".join(PICKLES)}, or a folder.')
     return path
 
@@ -110,7 +110,9 @@ def _read_safetensors(path: Path) -> Checkpoint:
         facts = json.loads(header.get(HEADER_KEY, '{}'))
         checkpoint = Checkpoint(path, weights, **facts)
     except (SafetensorError, OSError, TypeError, ValueError) as e:
-        raise PSTError(f'{path} is truncated or not a safetensors file ({e}): fetch or write it again.') from None
+        raise PSTError(
+            f'{path} cannot be read: it is truncated or not a safetensors file ({e}). Fetch it, or write it, again.'
+        ) from None
     if checkpoint.arch is None and (path.parent / 'config.json').is_file():
         try:
             cfg, checkpoint.arch, checkpoint.model_args = load_model_config_from_path(path.parent)
@@ -138,11 +140,11 @@ def _read_pickle(path: Path, use_ema: Optional[bool]) -> Checkpoint:
     except Exception as e:  # whatever a damaged or malicious file may raise
         reason = str(e).split('\n')[0]
         raise PSTError(
-            f'{path} is refused: it is damaged, or holds more than tensors and plain values, so that loading it could '
-            f'run code ({reason}). Nothing in it was run. Use another file, or turn one you trust into .safetensors.'
-        ) from None
+            f'{path} cannot be read as a checkpoint: it is damaged, or holds more than tensors and plain values, so '
+            f'that loading it could run code ({reason}). Nothing in it was run. Use another file, or turn one you '
+            f'trust into .safetensors.') from None
     if not isinstance(content, dict):
-        raise PSTError(f'{path} holds a {type(content).__name__}, no checkpoint or state dict.')
+        raise PSTError(f'{path} cannot be read as a checkpoint: it holds a {type(content).__name__}.')
     key = pick_weights(content, use_ema)
     if key is None:
         return Checkpoint(path, clean_state_dict(content))

@@ -1,6 +1,6 @@
 """`pst-timm validate` and validate.py."""
 import json
-from typing import Optional, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence
 
 from timm.utils import setup_default_logging
 
@@ -20,7 +20,16 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'pst-timm validate') 
     except PSTError as e:
         return fail(prog, e)
     if len(results) > 1:
-        print(format_table(differing_columns(results)))
+        print(format_table(differing_columns([_readable(row) for row in results])))
     # the marker that timm's own tools look for
     print(f'--result\n{json.dumps(results[0] if len(results) == 1 else results, indent=4)}')
     return 0
+
+
+def _readable(row: Mapping[str, Any]) -> Dict[str, Any]:
+    """A row of results for a table: a k beyond the number of tokens as what it is, answers left to the file."""
+    row = {k: v for k, v in row.items() if k not in ('answers', 'top1_err', 'top5_err')}
+    selected = row.pop('selected', None)
+    if selected is not None and selected < row['topk']:
+        row['topk'] = f'{row["topk"]} (all {selected})'
+    return row

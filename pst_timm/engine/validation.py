@@ -27,6 +27,7 @@ from pst_timm.utils.files import write_csv, write_json
 
 from . import factories
 from .inference import evaluate
+from .progress import format_metrics
 
 __all__ = ['open_model', 'preprocessing', 'validate', 'write_results']
 
@@ -119,11 +120,10 @@ def open_model(args: Namespace) -> nn.Module:
 
 def preprocessing(args: Namespace, model: nn.Module) -> Dict[str, Any]:
     """How images are prepared: as the model's weights know it, where no flag says otherwise; a difference is said."""
-    known = resolve_data_config({}, model=model, use_test_size=not args.use_train_size)
     config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
-    for key, value in config.items():
-        if args.checkpoint and key in known and known[key] != value:
-            _logger.warning(f'{args.checkpoint} knows {key} {known[key]}; it is evaluated with the {value} asked for.')
+    for key, known in getattr(model, 'checkpoint_cfg', {}).items():
+        if config[key] != known:
+            _logger.warning(f'{args.checkpoint} knows {key} {known}; it is evaluated with the {config[key]} asked for.')
     return config
 
 
@@ -173,6 +173,8 @@ def _validate_one(args: Namespace) -> List[Results]:
     labels = _valid_labels(args)
     if labels is None:
         check_classes(dataset, args.num_classes, explicit_classes, args.split)
+    if args.topk_sweep:
+        check_sweep(args, model)
     loader = create_eval_loader(args, dataset, data_config, args.batch_size, dtype)
     model.to(device=device, dtype=dtype, memory_format=torch.channels_last if args.channels_last else None).eval()
     runnable = _compile(args, model)
@@ -191,14 +193,17 @@ def _validate_one(args: Namespace) -> List[Results]:
     if not args.topk_sweep:
         return [OrderedDict(model=args.model, **run(), **facts)]
     rows = []
-    for setting in sweep_settings(args, model):
+    tokens = model.tokens(data_config['input_size'][-2:])
+    for setting in model.sweep_settings(args.topk_sweep):
         with model.with_settings(**setting):
-            rows.append(OrderedDict(model=args.model, **setting, **run(), **facts))
+            row = OrderedDict(model=args.model, **setting, selected=min(setting['topk'], tokens), **run(), **facts)
+        _logger.info(f'{setting}: {format_metrics({k: row[k] for k in ("top1", "top5", "loss")})}')
+        rows.append(row)
     return rows
 
 
-def sweep_settings(args: Namespace, model: nn.Module) -> List[Dict[str, Any]]:
-    """The settings that --topk-sweep asks for, from a model that offers `sweep_settings` and `with_settings`.
+def check_sweep(args: Namespace, model: nn.Module) -> None:
+    """Make sure that a model can be run in several settings, see `protocols.Adjustable`.
 
     Raises:
         PSTError: If the model offers none, or is compiled in a way that keeps the setting it had.
@@ -207,7 +212,6 @@ def sweep_settings(args: Namespace, model: nn.Module) -> List[Dict[str, Any]]:
         raise PSTError('--topk-sweep needs a model with fine attention (set_topk), such as resnet50_pst.')
     if args.torchscript:
         raise PSTError('--topk-sweep cannot change a scripted model: leave out --torchscript, or use --torchcompile.')
-    return model.sweep_settings(args.topk_sweep)
 
 
 def _evaluate(

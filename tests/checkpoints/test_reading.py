@@ -42,7 +42,7 @@ def test_what_is_not_a_source_is_said(tmp_path):
         read_checkpoint(tmp_path / 'notes.txt')
     for name in ('junk.pth', 'junk.safetensors'):
         (tmp_path / name).write_bytes(b'junk')
-        with pytest.raises(PSTError, match=r'cannot be read as a checkpoint|truncated or not a safetensors'):
+        with pytest.raises(PSTError, match='cannot be read'):
             load_model(tmp_path / name)
     torch.save({'state_dict': {}}, tmp_path / 'empty.pth')
     with pytest.raises(PSTError, match='holds no weights'):
@@ -108,7 +108,7 @@ def test_code_in_a_pickle_is_never_run(suffix, where, tmp_path):
 ])
 def test_weights_of_another_architecture_are_refused(kwargs, message, tmp_path):
     path = save_checkpoint(tmp_path / 'last.pth.tar', build(**kwargs))
-    with pytest.raises(PSTError, match=f'is not a checkpoint of test_resnet_pst: .*{message}'):
+    with pytest.raises(PSTError, match=rf'is not a checkpoint of test_resnet_pst \(3 classes\): .*{message}'):
         load_model(path)
 
 

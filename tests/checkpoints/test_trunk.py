@@ -10,6 +10,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import pst_timm
 from pst_timm.models import copy_trunk
+from pst_timm.utils.errors import PSTError
 from tests.helpers import randomize
 from tests.models.helpers import MODELS, TINY, build, images
 
@@ -226,7 +227,7 @@ def test_neighbouring_architectures(name, other, words):
 
 @pytest.mark.parametrize('path', ['nowhere/trunk.pth', 'nowhere/trunk.safetensors'])
 def test_a_missing_file_is_named(path):
-    with pytest.raises(FileNotFoundError, match=path):
+    with pytest.raises(PSTError, match=f'There is no checkpoint {path}'):
         pst_timm.load_trunk(build(), path)
 
 
@@ -244,7 +245,7 @@ def test_a_file_that_is_no_state_dict_is_named(name, content, tmp_path):
         (tmp_path / name).write_bytes(content)
     else:
         torch.save(content, tmp_path / name)
-    with pytest.raises(ValueError, match=f'{name} cannot be read'):
+    with pytest.raises(PSTError, match=f'{name} cannot be read'):
         pst_timm.load_trunk(build(), str(tmp_path / name))
 
 

@@ -72,7 +72,7 @@ def test_a_flag_overrides_and_the_difference_is_said(run, images, caplog):
     assert results['img_size'] == 64
     said = [r.message for r in caplog.records if 'knows' in r.message]
     assert len(said) == 1 and 'input_size (3, 48, 48)' in said[0] and '(3, 64, 64)' in said[0]
-    with pytest.raises(PSTError, match='with 5 classes: .* another shape'):
+    with pytest.raises(PSTError, match=r'\(5 classes\): .* another shape'):
         evaluate(images, checkpoint=str(run / 'last.pth.tar'), num_classes=5)
     assert 'has 3 classes; it is read with the 5' in caplog.text
     with pytest.raises(PSTError, match='not a checkpoint of resnet18_pst'):
