@@ -12,7 +12,7 @@ from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import write_whole
 
 from .building import build_model
-from .reading import HEADER_KEY, Checkpoint, check_finite, read_checkpoint
+from .reading import FACTS_KEY, HEADER_KEY, Checkpoint, check_finite, read_checkpoint
 
 __all__ = ['DTYPES', 'Conversion', 'convert', 'save_safetensors']
 
@@ -45,16 +45,14 @@ def save_safetensors(weights: Dict[str, torch.Tensor], path: Path, facts: Dict[s
 
 
 def _save_pickle(checkpoint: Checkpoint, path: Path) -> None:
-    content = {'arch': checkpoint.arch, 'state_dict': checkpoint.weights, 'version': 2}
-    if checkpoint.epoch is not None:
-        content['epoch'] = checkpoint.epoch
-    if checkpoint.metric is not None:
-        content['metric'] = checkpoint.metric
-    args = {**checkpoint.args}
-    if checkpoint.model_args:
-        args['model_kwargs'] = {**checkpoint.model_args, **(args.get('model_kwargs') or {})}
-    if args:
-        content['args'] = argparse.Namespace(**args)
+    facts = checkpoint.facts()
+    content = {
+        'arch': checkpoint.arch, 'state_dict': checkpoint.weights, 'version': 2,
+        FACTS_KEY: {k: facts[k] for k in ('arch', 'model_args', 'pretrained_cfg', 'recipe') if k in facts},
+        **{k: facts[k] for k in ('epoch', 'metric') if k in facts},
+    }
+    if checkpoint.args:
+        content['args'] = argparse.Namespace(**checkpoint.args)
     write_whole(path, lambda temporary: torch.save(content, temporary))
 
 
@@ -73,7 +71,7 @@ def convert(
         source: What `read_checkpoint` reads.
         target: File to write: .safetensors, or a training checkpoint .pth.tar, .pth or .pt.
         dtype: 'float32', 'float16' or 'bfloat16', for all floating-point tensors.
-        use_ema: Whether to take the moving average of a training checkpoint, if there is one.
+        use_ema: See `read_checkpoint`.
 
     Returns:
         What was written, and how far its logits are from those of the source, for 16 random images.

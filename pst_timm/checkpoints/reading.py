@@ -15,7 +15,10 @@ from timm.models._hub import load_model_config_from_path  # timm exports it from
 
 from pst_timm.utils.errors import PSTError
 
-__all__ = ['FACTS_KEY', 'HEADER_KEY', 'Checkpoint', 'check_finite', 'is_file_name', 'pick_weights', 'read_checkpoint']
+__all__ = [
+    'FACTS_KEY', 'HEADER_KEY', 'PICKLES', 'Checkpoint', 'check_finite', 'has_weights_ending', 'is_file_name',
+    'pick_weights', 'read_checkpoint',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -25,7 +28,7 @@ PREFERRED = ('model_best.pth.tar', 'last.pth.tar')  # in the folder of a run
 AVERAGED = ('state_dict_ema', 'model_ema')  # where training scripts keep a moving average
 TRAINED = ('state_dict', 'model')
 SAFETENSORS = '.safetensors'
-PICKLES = ('.tar', '.pth', '.pt', '.bin', '.ckpt')  # read as data, or refused
+PICKLES = ('.tar', '.pth', '.pt', '.bin', '.ckpt', '.pkl')  # read as data, or refused
 PathLike = Union[str, os.PathLike]
 
 
@@ -60,7 +63,12 @@ class Checkpoint:
 
 def is_file_name(source: PathLike) -> bool:
     """Whether a source that does not exist can only be meant as a file of weights."""
-    return isinstance(source, os.PathLike) or Path(source).suffix in (SAFETENSORS, *PICKLES)
+    return isinstance(source, os.PathLike) or has_weights_ending(source)
+
+
+def has_weights_ending(path: PathLike) -> bool:
+    """Whether a file is named as files of weights are."""
+    return Path(path).suffix in (SAFETENSORS, *PICKLES)
 
 
 def read_checkpoint(path: PathLike, use_ema: Optional[bool] = None) -> Checkpoint:
@@ -97,7 +105,7 @@ def _find_file(path: Path) -> Path:
         return found[0]
     if not path.is_file():
         raise PSTError(f'There is no checkpoint {path}.')
-    if path.suffix not in ('', SAFETENSORS, *PICKLES):
+    if path.suffix and not has_weights_ending(path):
         raise PSTError(f'{path} is not a checkpoint: expected {SAFETENSORS}, {", ".join(PICKLES)}, or a folder.')
     return path
 

@@ -39,7 +39,7 @@ class _TaskState:
 
 
 class AtomicSaver(CheckpointSaver):
-    """timm's saver, with every file moved into place whole and the position of the run inside."""
+    """timm's saver, with every file written whole or not at all, and the position of the run inside."""
 
     def __init__(self, task: TrainingTask, folder: Path, facts: Dict[str, Any], **kwargs: Any):
         """
@@ -130,7 +130,7 @@ def read_position(path: Path) -> Position:
 
 def find_newest(folder: Path) -> Optional[Path]:
     """The valid checkpoint of a folder that has come furthest, None if there is none; broken ones are named."""
-    best, best_place = None, None
+    best, furthest = None, None
     for path in sorted(folder.glob('*.pth.tar')):
         if not re.match(r'(last|checkpoint-\d+|recovery-\d+-\d+)\.pth', path.name):
             continue
@@ -139,9 +139,9 @@ def find_newest(folder: Path) -> Optional[Path]:
         except PSTError as e:
             _logger.warning(f'{e} Looking further.')
             continue
-        place = read_position(path)
-        if best is None or place > best_place:
-            best, best_place = path, place
+        position = read_position(path)
+        if best is None or position > furthest:
+            best, furthest = path, position
     return best
 
 

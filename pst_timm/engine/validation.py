@@ -16,6 +16,7 @@ from timm.task import ClassificationEvaluator
 from timm.utils import check_batch_size_retry, decay_batch_step, random_seed
 
 from pst_timm.checkpoints import load_model
+from pst_timm.checkpoints.reading import has_weights_ending
 from pst_timm.data.datasets import check_classes, create_eval_dataset
 from pst_timm.data.loaders import create_eval_loader
 from pst_timm.metrics.answers import Answers
@@ -73,10 +74,9 @@ def _models_and_checkpoints(args: Namespace) -> List[Tuple[Optional[str], str]]:
     models = args.model.split(',') if args.model else [None]
     if not args.checkpoint or not Path(args.checkpoint).is_dir():
         return [(model, args.checkpoint) for model in models]
-    endings = ('.pth.tar', '.pth', '.pt', '.safetensors')
-    files = sorted(p for p in Path(args.checkpoint).iterdir() if p.name.endswith(endings))
+    files = sorted(p for p in Path(args.checkpoint).iterdir() if p.is_file() and has_weights_ending(p))
     if not files:
-        raise PSTError(f'The folder {args.checkpoint} has no checkpoints ({", ".join(endings)}).')
+        raise PSTError(f'The folder {args.checkpoint} has no checkpoints (*.pth.tar, *.safetensors, ...).')
     return [(model, str(f)) for model in models for f in files]
 
 
