@@ -1,4 +1,5 @@
 """PST block and module: two neighbouring levels of a pyramid in, the finer one out."""
+from inspect import signature
 from typing import Any, List, Optional
 
 import torch
@@ -129,8 +130,10 @@ class PyramidSparseTransformer(nn.Module):
             for _ in range(depth)
         ])
         if depth == 0:
-            # a mistake in the options is one without blocks as well
-            PyramidSparseBlock(hidden, hidden // head_dim, **{**conv_kwargs, 'device': 'meta'}, **block_kwargs)
+            # values that nothing reads may be anything, a name that there is not is a mistake still
+            known = {name for cls in (PyramidSparseBlock, PyramidSparseAttention) for name in signature(cls).parameters}
+            if unknown := sorted(set(block_kwargs) - known):
+                raise TypeError(f'{unknown[0]!r} is an option neither of PyramidSparseBlock nor of its attention.')
         self.conv_out = ConvNorm((depth + 1) * hidden, out_chs, 1, **conv_kwargs)
 
     @torch.jit.ignore

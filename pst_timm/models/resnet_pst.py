@@ -54,6 +54,10 @@ WEIGHTS = Path(__file__).resolve().parent / 'weights'
 class ResNetPST(ResNet):
     """ResNet with a PST neck over its last two stages and a widened classification head.
 
+    FX keeps the attention whole, as `timm.models.create_feature_extractor` asks it to; torchvision's function of that
+    name does so with `tracer_kwargs=dict(leaf_modules=timm.layers.get_notrace_modules(),
+    autowrap_functions=timm.layers.get_notrace_functions())`, and without them is refused.
+
     What training and validation have to know of a model beside timm's interface, it says itself. Any timm model may
     offer these methods, and a caller uses those that it finds:
 

@@ -269,6 +269,10 @@ class TestArguments:
         model.set_fine_step(3)
         assert torch.isfinite(model.eval()(images())).all()
 
+    def test_options_that_nothing_reads_may_be_anything(self):
+        # published models without attention say that they have no fusion
+        assert torch.isfinite(build(pst_depth=0, topk=0, fine_fusion=None)(images())).all()
+
     def test_depth_0_keeps_the_fusion_and_has_no_attention(self):
         names = set(build(pst_depth=0).state_dict())
         full = set(build().state_dict())
