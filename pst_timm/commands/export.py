@@ -4,58 +4,67 @@ import logging
 from pathlib import Path
 from typing import Optional, Sequence
 
-import torch
-from timm.utils import setup_default_logging
-
-from pst_timm.checkpoints import attention_settings, load_model
-from pst_timm.deploy.export import FORMATS, check_export, export, tolerance
-from pst_timm.layers import FINE_FUSIONS
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import read_class_names
 
-from .common import CHECKPOINT_HELP, add_ema_flag, fail
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='pst-timm export', description='Write a model for deployment.')
-    parser.add_argument('source', help=f'model name, hf-hub:org/name, {CHECKPOINT_HELP}')
-    parser.add_argument('--format', choices=tuple(FORMATS), default='onnx')
-    parser.add_argument('--output', type=Path, help='file to write (default: the source\'s name)')
-    parser.add_argument(
-        '--pretrained', action=argparse.BooleanOptionalAction,
-        help='published weights of a model name, or random ones (default: published where there are any)')
-    parser.add_argument('--num-classes', type=int, help='classes of a model name (default: those of the weights)')
-    parser.add_argument('--dynamic', action='store_true', help='any batch size, height and width')
-    parser.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16'), default='float32')
-    parser.add_argument('--topk', type=int, help='selected coarse tokens (default: as the source has it)')
-    parser.add_argument('--fine-fusion', '--fusion', choices=FINE_FUSIONS, help='(default: as the source has it)')
-    parser.add_argument('--img-size', type=int, help='height and width (default: the source\'s)')
-    parser.add_argument('--class-names', type=Path, help='text file, one name a line (default: the source\'s)')
-    parser.add_argument(
-        '--reparam', action=argparse.BooleanOptionalAction, default=True, help='fold with pst_timm.reparameterize')
-    parser.add_argument('--check', action='store_true', help='run the result beside the eager model')
-    parser.add_argument('--images', nargs='+', default=[], type=Path, help='photographs to check with (default: noise)')
-    add_ema_flag(parser)
-    return parser
+from .common import (
+    DTYPES,
+    ArgumentParser,
+    add_attention_flags,
+    add_ema_flag,
+    add_output,
+    add_source,
+    at_least,
+    run,
+)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """`pst-timm export`; returns the exit code."""
-    parser = _parser()
+    parser = ArgumentParser(prog='pst-timm export', description='Write a model for deployment.')
+    add_source(parser)
+    parser.add_argument('--format', choices=('onnx', 'torchscript', 'exported-program'), default='onnx')
+    add_output(parser, 'file to write (default: the source\'s name)')
+    parser.add_argument(
+        '--pretrained', action=argparse.BooleanOptionalAction,
+        help='published weights of a model name, or random ones (default: published where there are any)')
+    parser.add_argument(
+        '--num-classes', type=at_least(1), help='classes of a model name (default: those of the weights)')
+    parser.add_argument('--dynamic', action='store_true', help='any batch size, height and width')
+    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='precision (default: %(default)s)')
+    add_attention_flags(parser, default='as the source has it')
+    parser.add_argument('--img-size', type=at_least(1), help='height and width (default: the source\'s)')
+    parser.add_argument('--class-names', type=Path, help='text file, one name a line (default: the source\'s)')
+    parser.add_argument(
+        '--reparam', action=argparse.BooleanOptionalAction, default=True,
+        help='fold the model for inference (default: yes)')
+    parser.add_argument('--check', action='store_true', help='run the result beside the eager model')
+    parser.add_argument('--images', nargs='+', default=[], type=Path, help='photographs to check with (default: noise)')
+    add_ema_flag(parser)
     args = parser.parse_args(argv)
     missing = [p for p in args.images if not p.is_file()]
     if missing:
         parser.error(f'no image at {missing[0]}')
-    if args.img_size is not None and args.img_size < 1:
-        parser.error(f'--img-size must be at least 1, got {args.img_size}')
-    setup_default_logging(logging.WARNING)
+    return run(parser.prog, _export, args)
+
+
+def _export(args: argparse.Namespace) -> int:
     try:
-        return _run(args)
-    except (ValueError, RuntimeError, AssertionError, OSError, ImportError) as e:
-        return fail(parser.prog, e)
+        return _export_and_check(args)
+    except PSTError:
+        raise
+    except (ValueError, RuntimeError, AssertionError, OSError, ImportError) as e:  # all that exporters raise
+        raise PSTError(str(e)) from e
 
 
-def _run(args: argparse.Namespace) -> int:
+def _export_and_check(args: argparse.Namespace) -> int:
+    import torch
+    from timm.utils import setup_default_logging
+
+    from pst_timm.checkpoints import attention_settings, load_model
+    from pst_timm.deploy.export import FORMATS, check_export, export, tolerance
+
+    setup_default_logging(logging.WARNING)
     path = args.output or Path(Path(args.source.split(':')[-1]).name.split('.')[0] + FORMATS[args.format])
     dtype = getattr(torch, args.dtype)
     names = read_class_names(args.class_names)
