@@ -307,13 +307,13 @@ def _show_prediction(axes: 'Axes', view: View, most: int, legend: bool = True) -
         for (name, color), end in zip(VARIANTS, ends):
             axes.text(end, s=name, fontsize=TEXT, color=color, ha='right', **header)
     likeliest = np.argsort(-np.maximum(view.coarse, view.fine), kind='stable')[:most]
-    for place, i in enumerate(likeliest):
-        axes.text(0, place + 0.45, _short(view.class_names[i]), fontsize=TEXT, va='bottom', parse_math=False)
+    for row, i in enumerate(likeliest):
+        axes.text(0, row + 0.45, _short(view.class_names[i]), fontsize=TEXT, va='bottom', parse_math=False)
         for probabilities, (_, color), offset, end in zip((view.coarse, view.fine), VARIANTS, (0.5, 0.7), ends):
             value = probabilities[i]
-            axes.barh(place + offset, BAR_LENGTH * value, 0.17, color=color, align='edge', lw=0)
+            axes.barh(row + offset, BAR_LENGTH * value, 0.17, color=color, align='edge', lw=0)
             axes.text(
-                end, place + 0.685, f'{100 * value:.1f}', fontsize=TEXT, color=color, ha='right', va='center')
+                end, row + 0.685, f'{100 * value:.1f}', fontsize=TEXT, color=color, ha='right', va='center')
 
 
 def _short(name: str, most: int = 24) -> str:
