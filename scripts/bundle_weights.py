@@ -2,10 +2,9 @@
 
     python -m scripts.bundle_weights
 
-Run it in a checkout. It writes the weights and, beside them, the accuracy that the table of models shows.
+It writes the weights and, beside them, the accuracy that the table of models shows.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
@@ -13,9 +12,10 @@ from typing import Any, Dict, Optional, Sequence
 from timm.utils import setup_default_logging
 
 import pst_timm
-from pst_timm.checkpoints.conversion import convert
+from pst_timm.checkpoints import convert
 from pst_timm.engine import parse_train_args, train, validate, validate_args
 from pst_timm.models.resnet_pst import WEIGHTS
+from pst_timm.utils.files import write_json
 from scripts.demo import write_digits
 
 __all__ = ['CONFIG', 'bundle', 'main', 'measure']
@@ -64,7 +64,7 @@ def bundle(folder: Path, extra: Sequence[str] = ()) -> Dict[str, Any]:
         loss=results['loss'],
         command='python -m scripts.bundle_weights',
     )
-    (folder / f'{NAME}.json').write_text(json.dumps(record, indent=4) + '\n')
+    write_json(folder / f'{NAME}.json', record)
     return record
 
 
@@ -77,7 +77,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args, extra = parser.parse_known_args(argv)
     setup_default_logging()
     args.folder.mkdir(parents=True, exist_ok=True)
-    print(json.dumps(bundle(args.folder, extra), indent=4))
+    for key, value in bundle(args.folder, extra).items():
+        print(f'{key}: {value}')
     return 0
 
 

@@ -1,10 +1,12 @@
-"""The whole way of a model on a small scale: images, training, validation, a file for others, a prediction.
+"""The whole way of a model on a small scale: images, training, validation, a file for others, a prediction, pictures.
 
     python -m scripts.demo
 
-trains `resnet18_pst` from scratch on the handwritten digits that come with scikit-learn (1,797 real scans).
+trains `resnet18_pst` from scratch on the handwritten digits that come with scikit-learn (1,797 real scans). Ctrl-C
+stops it; with `--resume auto` it goes on.
 """
 import argparse
+import shlex
 import shutil
 import sys
 import time
@@ -17,12 +19,15 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.utils import setup_default_logging
 
-from pst_timm.checkpoints.building import load_model
-from pst_timm.engine import parse_train_args, parse_validate_args, train, validate
+from pst_timm.checkpoints import load_model
+from pst_timm.commands.common import fail
+from pst_timm.data.images import open_image
+from pst_timm.engine import Interrupted, PSTError, parse_train_args, parse_validate_args, train, validate
 from pst_timm.hub.publishing import save_folder
 from pst_timm.utils.tables import format_table
+from pst_timm.visualize.view import visualize
 
-__all__ = ['classify', 'main', 'run_demo', 'write_digits']
+__all__ = ['classify', 'command_to_go_on', 'main', 'run_demo', 'write_digits']
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'digits.yaml'
@@ -68,7 +73,7 @@ def classify(model: torch.nn.Module, image: Path) -> Tuple[str, float]:
     """
     transform = create_transform(**resolve_data_config(model=model))
     with torch.inference_mode():
-        probabilities = model(transform(Image.open(image).convert('RGB'))[None]).softmax(dim=-1)[0]
+        probabilities = model(transform(open_image(image))[None]).softmax(dim=-1)[0]
     best = int(probabilities.argmax())
     return model.pretrained_cfg['label_names'][best], probabilities[best].item()
 
@@ -100,7 +105,26 @@ def validate_settings(args: argparse.Namespace, checkpoint: Path) -> List[Dict[s
 
 def announce(script: str, words: Sequence[str]) -> None:
     """Print the command that does by hand what the demo does next."""
-    print(f'\n$ python {script} {" ".join(words)}', flush=True)
+    print(f'\n$ python {script} {shlex.join(words)}', flush=True)
+
+
+def remove_checkpoints(folder: Path, pattern: str) -> None:
+    """Remove the training checkpoints of a run whose names fit."""
+    for path in folder.glob(f'{pattern}.pth.tar'):
+        path.unlink()
+
+
+def command_to_go_on(extra: Sequence[str] = ()) -> str:
+    """The command that goes on with a demo that was stopped.
+
+    Args:
+        extra: Further flags that it was started with.
+    """
+    python = Path(sys.executable)
+    # as a person would type it; not resolved, since the python of an environment is a link out of it
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    words = [str(python), '-m', 'scripts.demo', *extra]
+    return shlex.join(words if '--resume' in words else [*words, '--resume', 'auto'])
 
 
 def run_demo(extra: Sequence[str] = ()) -> float:
@@ -108,6 +132,10 @@ def run_demo(extra: Sequence[str] = ()) -> float:
 
     Args:
         extra: Further flags for the training, such as `--epochs 1`.
+
+    Raises:
+        Interrupted: If it was stopped while it trained.
+        PSTError: If a flag is wrong, or something could not be written.
     """
     began = time.perf_counter()
     data, output = Path('output/digits'), Path('output/demo')
@@ -117,9 +145,13 @@ def run_demo(extra: Sequence[str] = ()) -> float:
     command = ['--config', str(CONFIG), '--output', str(output.parent), '--experiment', output.name, *extra]
     announce('train.py', command)
     args = parse_train_args(command)
+    if not args.resume and Path(args.output, args.experiment) == output:
+        remove_checkpoints(output, '*')  # of an earlier demo, which this one must not go on with
     trained = time.perf_counter()
     result = train(args)
     trained = time.perf_counter() - trained
+    output = result.output_dir
+    remove_checkpoints(output, 'recovery-*')
 
     rows = validate_settings(args, result.best_checkpoint)
 
@@ -128,6 +160,7 @@ def run_demo(extra: Sequence[str] = ()) -> float:
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     image = sorted(data.glob('validation/7/*.png'))[0]
     label, probability = classify(model, image)
+    [picture] = visualize(image, model, output / 'attention.png', topk=TOPK)
 
     print(f'\n{image} is a {label} (probability {probability:.3f}).\n')
     print(format_table(rows))
@@ -136,7 +169,8 @@ def run_demo(extra: Sequence[str] = ()) -> float:
         dict(what='top-1, coarse', result=f'{rows[0]["top1"]:.2f}% (at least {TARGET:.0f}% wanted)'),
         dict(what='training', result=f'{trained:.0f} s, {args.epochs} epochs'),
         dict(what='all together', result=f'{time.perf_counter() - began:.0f} s'),
-        dict(what='curve', result=output / 'curve.png'),
+        dict(what='picture: training', result=output / 'curve.png'),
+        dict(what='picture: attention', result=picture),
         dict(what='checkpoint', result=result.best_checkpoint),
         dict(what='weights', result=folder / 'model.safetensors'),
         dict(what='load them', result=f"timm.create_model('local-dir:{folder}', pretrained=True)"),
@@ -145,13 +179,19 @@ def run_demo(extra: Sequence[str] = ()) -> float:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the demo; returns 0 if the model is as good as it should be."""
+    """Run the demo; returns 0 if the model is as good as it should be, 75 if it was stopped."""
     parser = argparse.ArgumentParser(
         prog='python -m scripts.demo', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='Further flags go to the training, as in --epochs 1.')
     _, extra = parser.parse_known_args(argv)
     setup_default_logging()
-    top1 = run_demo(extra)
+    try:
+        top1 = run_demo(extra)
+    except (Interrupted, KeyboardInterrupt):
+        print(f'\nStopped; to go on: {command_to_go_on(extra)}', file=sys.stderr)
+        return Interrupted.exit_code
+    except PSTError as e:
+        return fail(parser.prog, e)
     if top1 < TARGET:
         print(f'The model reached {top1:.2f}% top-1, less than {TARGET:.0f}%.', file=sys.stderr)
         return 1

@@ -18,9 +18,9 @@ from PIL import Image
 
 from pst_timm.data.loaders import TrainData
 from pst_timm.engine import train_args
-from pst_timm.engine.factories import best_device
 from pst_timm.engine.signals import StopSignals
 from pst_timm.engine.training import prepare, train_one_epoch
+from pst_timm.utils.devices import check_device
 from pst_timm.utils.tables import format_table
 from pst_timm.utils.timing import time_in_turn
 
@@ -73,10 +73,10 @@ def measure_overhead(
     Returns:
         Median images per second of both (`bare`, `engine`) and their `ratio`.
     """
-    place = torch.device(device or best_device())
+    device = check_device(device or '')
     batch = (
-        torch.randn(batch_size, 3, img_size, img_size, device=place),
-        torch.randint(0, 10, (batch_size,), device=place))
+        torch.randn(batch_size, 3, img_size, img_size, device=device),
+        torch.randint(0, 10, (batch_size,), device=device))
 
     criterion = torch.nn.CrossEntropyLoss()
     epochs = itertools.count()
@@ -84,7 +84,7 @@ def measure_overhead(
         _write_one_image_per_class(Path(folder) / 'data', batch_size)
         run = prepare(train_args(
             data_dir=f'{folder}/data', val_split='', output=folder, experiment='run', model=model, num_classes=10,
-            img_size=img_size, batch_size=batch_size, workers=0, device=str(place), lr=1e-3, weight_decay=1e-4,
+            img_size=img_size, batch_size=batch_size, workers=0, device=str(device), lr=1e-3, weight_decay=1e-4,
             sched='none', smoothing=0., log_interval=50))
         run.data = TrainData(FixedBatches(batch, steps), None, None)
         calls = {
@@ -113,7 +113,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--steps', type=int, default=10)
     parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--device')
+    parser.add_argument('--device', help='default: the best one present')
     args = parser.parse_args(argv)
     result = measure_overhead(**vars(args))
     print(format_table([

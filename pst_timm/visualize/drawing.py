@@ -1,6 +1,6 @@
 """Figures of what PST looks at, drawn to the size at which they are printed."""
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -18,9 +18,11 @@ GREY = 0.75  # beyond the image, and the middle of it below the heat
 HEAT, CONTRAST = 0.65, 0.5  # opacity of the attention over the image, and contrast of that image
 VEIL = 0.72  # opacity of the white over tokens that are not selected
 
-PANEL, GAP, EDGE, TITLE = 1.1, 0.07, 0.06, 0.22  # inches
-BAR_GAP, BAR, TICKS = 0.05, 0.07, 0.66  # inches, before a colour bar, the bar, and what stands beside it
-NAME, PREDICTION, BAR_BELOW = 0.17, 1.7, 0.34  # inches, what stands beside and below the rows of a sheet
+LEAST_SPREAD = 1e-3  # of the even share: a colour scale that spans less would show rounding
+
+PANEL, GAP, EDGE, TITLE, CAPTION = 1.1, 0.07, 0.06, 0.22, 0.2  # inches
+BAR_GAP, BAR, TICKS = 0.05, 0.07, 0.76  # inches, before a colour bar, the bar, and what stands beside it
+NAME, PREDICTION, BAR_BELOW = 0.17, 1.7, 0.34  # inches, what stands beside the rows of a sheet, and below them
 CLASS = 0.21  # inches, least height of a class among the predictions
 BAR_LENGTH = 0.55  # of a certain class, over the width of the predictions
 PER_ROW = 4  # panels of heads beside each other
@@ -53,6 +55,25 @@ class View:
     fine: np.ndarray
     """Probability of each class with fine attention too."""
     class_names: Sequence[str]
+    model: str
+    """Name of the architecture."""
+    fusion: str
+    """'gate' or 'joint'."""
+
+    @property
+    def selects_all(self) -> bool:
+        """Whether there was no choice: every head selects every coarse token."""
+        return self.selected.shape[1] == self.attention.size
+
+    @property
+    def caption(self) -> str:
+        """Model, size and fine attention."""
+        height, width, _ = self.pixels.shape
+        k, tokens = self.selected.shape[1], self.attention.size
+        note = ': all, so none is chosen' if self.selects_all else ''
+        return (
+            f'{_short(self.model)}, {width} x {height} px, fine attention ({self.fusion}) over k = {k} of {tokens} '
+            f'tokens{note}')
 
 
 def draw_view(view: View) -> 'Figure':
@@ -61,14 +82,13 @@ def draw_view(view: View) -> 'Figure':
     groups = [range(i, min(i + PER_ROW, len(view.scores))) for i in range(0, len(view.scores), PER_ROW)]
     # two heads or fewer have room for both kinds of panels in one row
     rows = sum(1 if 2 * len(heads) <= PER_ROW else 2 for heads in groups)
-    figure = canvas.figure(PER_ROW * (PANEL + GAP) + BAR + TICKS, (rows + 1) * canvas.row + EDGE)
+    figure = canvas.figure(
+        PER_ROW * (PANEL + GAP) + BAR + TICKS, CAPTION + (rows + 1) * canvas.row + EDGE, view.caption)
 
     _show_image(canvas.panel(0, 0, 'Input'), view)
-    heat = _show_attention(canvas.panel(0, 1, 'Coarse attention'), view, view.attention.max())
-    canvas.bar(0, 1, heat, 'share (%)')
-    left = canvas.left(2) + BAR + TICKS
-    # as far to the right as the colour bar of the last head
-    axes = canvas.axes(left, canvas.top(0), canvas.left(PER_ROW) - GAP + BAR_GAP + BAR - left, canvas.height)
+    heat = _show_attention(canvas.panel(0, 1, 'Coarse attention'), view, _attention_scale([view]))
+    canvas.bar(0, 1, heat, '\n'.join(_share_label(view)), 100 / view.attention.size)
+    axes = canvas.axes(canvas.left(2) + BAR + TICKS, canvas.top(0), PREDICTION, canvas.height)
     _show_prediction(axes, view, 5)
 
     row = 1
@@ -90,21 +110,22 @@ def draw_sheet(views: Sequence[View]) -> 'Figure':
     heads = len(views[0].scores)
     canvas = _Canvas(views[0], titled=False)
     width = NAME + (2 + heads) * (PANEL + GAP) + PREDICTION + EDGE
-    figure = canvas.figure(width, TITLE + len(views) * canvas.row + BAR + BAR_BELOW, top=TITLE, margin=NAME)
-    # one scale for all rows; half of them may go beyond it, so that one bright token does not darken the others
-    highest = float(np.median([view.attention.max() for view in views]))
+    height = CAPTION + TITLE + len(views) * canvas.row + BAR + BAR_BELOW
+    figure = canvas.figure(width, height, views[0].caption, top=TITLE, margin=NAME)
+    scale = _attention_scale(views)
     for row, view in enumerate(views):
         titles = ['Input', 'Coarse attention', *(f'Head {i + 1}' for i in range(heads))]
         titles = titles if row == 0 else [''] * len(titles)
         axes = canvas.panel(row, 0, titles[0])
         _show_image(axes, view)
         axes.set_ylabel(_short(view.name, int(18 * canvas.height)), fontsize=TEXT, labelpad=2, parse_math=False)
-        heat = _show_attention(canvas.panel(row, 1, titles[1]), view, highest)
+        heat = _show_attention(canvas.panel(row, 1, titles[1]), view, scale)
         for head in range(heads):
             _show_tokens(canvas.panel(row, 2 + head, titles[2 + head], head), view, head)
         axes = canvas.axes(canvas.left(2 + heads), canvas.top(row), PREDICTION, canvas.height)
         _show_prediction(axes, view, 3, legend=row == 0)
-    canvas.bar_below(len(views) - 1, 1, heat, 'share (%)', extend='max' if len(views) > 1 else 'neither')
+    extend = 'both' if len(views) > 1 else 'neither'
+    canvas.bar_below(len(views) - 1, 1, heat, ', '.join(_share_label(views[0])), 100 / views[0].attention.size, extend)
     return figure
 
 
@@ -118,11 +139,20 @@ class _Canvas:
         self.title = TITLE if titled else 0.
         self.row = self.height + (self.title or GAP)
 
-    def figure(self, width: float, height: float, top: float = 0., margin: float = EDGE) -> 'Figure':
+    def figure(
+            self,
+            width: float,
+            height: float,
+            caption: str,
+            top: float = 0.,
+            margin: float = EDGE,
+    ) -> 'Figure':
         from matplotlib.figure import Figure
 
         self._figure = Figure(figsize=(width, height), facecolor='white')
-        self._top, self._margin = top, margin
+        self._top, self._margin = CAPTION + top, margin
+        self._figure.text(
+            margin / width, 1 - EDGE / height, caption, fontsize=TEXT, ha='left', va='top', parse_math=False)
         return self._figure
 
     def left(self, column: int) -> float:
@@ -145,28 +175,29 @@ class _Canvas:
             spine.set_linewidth(0.6)
         return axes
 
-    def bar(self, row: int, column: int, mappable: Any, label: str) -> None:
-        """A colour bar at the right of a panel."""
+    def bar(self, row: int, column: int, mappable: Any, label: str, mark: Optional[float] = None) -> None:
+        """A colour bar at the right of a panel, with a line across it at the mark."""
         axes = self.axes(self.left(column) + PANEL + BAR_GAP, self.top(row), BAR, self.height)
         self._bar(axes, mappable, label, 'vertical')
+        if mark is not None:
+            axes.axhline(mark, color='black', lw=0.8)
 
-    def bar_below(self, row: int, column: int, mappable: Any, label: str, extend: str) -> None:
-        """A colour bar below a panel, pointed where values go beyond it."""
+    def bar_below(self, row: int, column: int, mappable: Any, label: str, mark: float, extend: str) -> None:
+        """A colour bar below a panel, with a line across it at the mark, pointed where values go beyond it."""
         axes = self.axes(self.left(column), self.top(row) + self.height + BAR_GAP, PANEL, BAR)
         self._bar(axes, mappable, label, 'horizontal', extend)
+        axes.axvline(mark, color='black', lw=0.8)
 
     def _bar(self, axes: 'Axes', mappable: Any, label: str, orientation: str, extend: str = 'neither') -> None:
-        bar = self._figure.colorbar(mappable, cax=axes, orientation=orientation, extend=extend)
-        bar.locator = _ticks()
+        from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+        # numbers as they are, not as distances from one that stands elsewhere
+        numbers = ScalarFormatter(useOffset=False)
+        bar = self._figure.colorbar(
+            mappable, cax=axes, orientation=orientation, extend=extend, ticks=MaxNLocator(4), format=numbers)
         bar.ax.tick_params(labelsize=TEXT, length=2, width=0.6, pad=1.5)
         bar.set_label(label, fontsize=TEXT, labelpad=2)
         bar.outline.set_linewidth(0.5)
-
-
-def _ticks() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(4)
 
 
 def _head_color(head: int) -> str:
@@ -189,13 +220,29 @@ def _show_image(axes: 'Axes', view: View, grey: bool = False) -> None:
     axes.set(xlim=limits[0], ylim=limits[1])
 
 
-def _show_attention(axes: 'Axes', view: View, highest: float) -> Any:
+def _attention_scale(views: Sequence[View]) -> Tuple[float, float]:
+    """Least and greatest share of the colours, one scale for all views.
+
+    From least to greatest and not from zero, so that a nearly even map shows its structure; the colour bar tells how
+    even it is. Half of several views may go beyond it, so that one bright token does not darken all others.
+    """
+    low, high = (float(np.median([end(view.attention) for view in views])) for end in (np.min, np.max))
+    lacking = max(0., LEAST_SPREAD / views[0].attention.size - (high - low))
+    return low - lacking / 2, high + lacking / 2
+
+
+def _share_label(view: View) -> Tuple[str, str]:
+    """What stands beside a bar of shares, the second for the line across it: the share if all tokens had the same."""
+    return 'share (%)', f'even {100 / view.attention.size:.3g}'
+
+
+def _show_attention(axes: 'Axes', view: View, limits: Tuple[float, float]) -> Any:
     """Heat over a faint grey image; returns what a colour bar needs, with the colours as they look over plain grey."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
-    scale, colors = Normalize(0, 100 * highest), colormaps['inferno']
+    scale, colors = Normalize(100 * limits[0], 100 * limits[1]), colormaps['inferno']
     _show_image(axes, view, grey=True)
     _show_map(axes, 100 * view.attention, cmap=colors, norm=scale, alpha=HEAT)
     return ScalarMappable(scale, ListedColormap(HEAT * colors(np.linspace(0, 1, 256))[:, :3] + (1 - HEAT) * GREY))
@@ -260,13 +307,13 @@ def _show_prediction(axes: 'Axes', view: View, most: int, legend: bool = True) -
         for (name, color), end in zip(VARIANTS, ends):
             axes.text(end, s=name, fontsize=TEXT, color=color, ha='right', **header)
     likeliest = np.argsort(-np.maximum(view.coarse, view.fine), kind='stable')[:most]
-    for place, i in enumerate(likeliest):
-        axes.text(0, place + 0.45, _short(view.class_names[i]), fontsize=TEXT, va='bottom', parse_math=False)
+    for row, i in enumerate(likeliest):
+        axes.text(0, row + 0.45, _short(view.class_names[i]), fontsize=TEXT, va='bottom', parse_math=False)
         for probabilities, (_, color), offset, end in zip((view.coarse, view.fine), VARIANTS, (0.5, 0.7), ends):
             value = probabilities[i]
-            axes.barh(place + offset, BAR_LENGTH * value, 0.17, color=color, align='edge', lw=0)
+            axes.barh(row + offset, BAR_LENGTH * value, 0.17, color=color, align='edge', lw=0)
             axes.text(
-                end, place + 0.685, f'{100 * value:.1f}', fontsize=TEXT, color=color, ha='right', va='center')
+                end, row + 0.685, f'{100 * value:.1f}', fontsize=TEXT, color=color, ha='right', va='center')
 
 
 def _short(name: str, most: int = 24) -> str:

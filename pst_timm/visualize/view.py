@@ -1,65 +1,27 @@
 """Draw what PST looks at: coarse attention, the tokens that each head selects, and what they do to the prediction."""
+import logging
 import os
 from pathlib import Path
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
-from timm.data import create_transform, get_img_extensions, resolve_data_config
+from timm.data import create_transform, resolve_data_config
 
+from pst_timm.data.images import find_images, open_image
+from pst_timm.layers import PyramidSparseAttention
 from pst_timm.models import ResNetPST, inspect_tokens
+from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import write_whole
 
 from .drawing import View, draw_sheet, draw_view
 
-__all__ = ['find_images', 'look', 'open_image', 'visualize']
+__all__ = ['DPI', 'FORMATS', 'MIN_SIDE', 'check_output', 'look', 'visualize']
+
+_logger = logging.getLogger(__name__)
 
 FORMATS = ('.png', '.pdf', '.svg')
-EXTENSIONS = (*get_img_extensions(), '.webp', '.bmp', '.gif', '.tif', '.tiff')
 DPI = 400
 MIN_SIDE = 32  # a coarse token
-
-
-def open_image(path: os.PathLike, mode: str = 'RGB') -> Image.Image:
-    """Read an image as a person sees it: upright, transparent parts white.
-
-    Args:
-        path: The file.
-        mode: 'RGB', or 'L' for grey.
-
-    Raises:
-        ValueError: If it is missing, damaged, or no image.
-    """
-    if not os.path.isfile(path):
-        raise ValueError(f'There is no image {path}.')
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith('I;16'):
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert('RGBA')
-                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-            return image.convert(mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # all that PIL's readers raise
-        raise ValueError(f'{path} cannot be read as an image: {e}.') from e
-
-
-def find_images(folder: os.PathLike, limit: int) -> Tuple[List[Path], int]:
-    """Images in a folder and the folders in it, by name; evenly spaced ones if there are more than the limit.
-
-    Returns:
-        The images, and how many there are in all.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    paths = sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() in EXTENSIONS and p.is_file())
-    if not paths:
-        raise ValueError(f'The folder {folder} has no images ({", ".join(EXTENSIONS)}).')
-    count = min(limit, len(paths))
-    return [paths[i * len(paths) // count] for i in range(count)], len(paths)
 
 
 def look(
@@ -83,25 +45,27 @@ def look(
         block: The PST block to look at.
 
     Raises:
-        ValueError: If the model is no classifier with PST, selects nothing, or has another number of classes; if there
-            is no such block, or the image cannot be read.
+        PSTError: If the model is no classifier, selects nothing, or has another number of classes; if there is no such
+            block, or the image cannot be read.
+        ValueError: If the model has no PST, or cannot be inspected as it is.
     """
     if model.num_classes == 0:
-        raise ValueError('The model has no classifier, whose prediction could be drawn.')
+        raise PSTError('The model has no classifier, whose prediction could be drawn.')
     names = _class_names(model) if class_names is None else class_names
     if len(names) != model.num_classes:
-        raise ValueError(f'{len(names)} class names for a model of {model.num_classes} classes.')
+        raise PSTError(f'{len(names)} class names for a model of {model.num_classes} classes.')
     config = resolve_data_config({'img_size': img_size} if img_size else {}, model=model)
     channels = config['input_size'][0]
     x = create_transform(**config)(open_image(path, 'L' if channels == 1 else 'RGB'))[None]
     coarse, fine, blocks = inspect_tokens(model, x.to(next(model.parameters())), topk, fusion)
     if not -len(blocks) <= block < len(blocks):
-        raise ValueError(f'There is no PST block {block}: the model has {len(blocks)}, counted from 0.')
+        raise PSTError(f'There is no PST block {block}: the model has {len(blocks)}, counted from 0.')
     tokens = blocks[block]
     if tokens.selected.shape[2] == 0:
-        raise ValueError('topk must be at least 1 to draw what is selected: with 0 nothing is.')
+        raise PSTError('topk must be at least 1 to draw what is selected: with 0 nothing is.')
     mean, std = (torch.tensor(config[k])[:, None, None] for k in ('mean', 'std'))
     fine_cell = model.feature_info[3]['reduction']
+    layers = [m for m in model.modules() if isinstance(m, PyramidSparseAttention)]
     ratio = 2 if tokens.children.shape[3] == 4 else 1
     return View(
         name=Path(path).name,
@@ -117,6 +81,8 @@ def look(
         coarse=_array(coarse[0].softmax(dim=0)),
         fine=_array(fine[0].softmax(dim=0)),
         class_names=list(names),
+        model=model.pretrained_cfg.get('architecture') or type(model).__name__,
+        fusion=fusion or layers[block].fine_fusion,
     )
 
 
@@ -152,16 +118,20 @@ def visualize(
         The files written.
 
     Raises:
-        ValueError: If the output is no such file or cannot be written, or as `look` does.
-        ImportError: If matplotlib is missing.
+        PSTError: If the output is no such file or cannot be written, matplotlib is missing, or as `look` does.
+        ValueError: As `look` does.
     """
     output = Path(output)
     check_output(output, source)
-    if not Path(source).is_dir():
-        view = look(model, source, **kwargs)
-        return [_save(draw_view(view), output, view.name)]
-    paths, _ = find_images(source, limit)
+    folder = Path(source).is_dir()
+    paths = find_images(source, limit)[0] if folder else [Path(source)]
     views = [look(model, path, **kwargs) for path in paths]
+    if views[0].selects_all:
+        _logger.warning(
+            f'Every head selects all {views[0].attention.size} coarse tokens, so the picture shows no choice: select '
+            f'fewer with topk, or take a larger img_size.')
+    if not folder:
+        return [_save(draw_view(views[0]), output, views[0].name)]
     written = [_save(draw_sheet(views), output, Path(source).name)]
     for i, view in enumerate(views if each else ()):
         # numbered, as two folders may each have an image of that name
@@ -173,13 +143,13 @@ def visualize(
 def check_output(output: Path, source: os.PathLike) -> None:
     """Raise an error, before anything is computed, if a figure cannot go there or cannot be drawn at all."""
     if output.suffix.lower() not in FORMATS:
-        raise ValueError(f'The output must be a {", ".join(FORMATS)} file, got {output}.')
+        raise PSTError(f'The output must be a {", ".join(FORMATS)} file, got {output}.')
     if output.exists() and output.samefile(source):
-        raise ValueError(f'The output {output} is the image itself: choose another name.')
+        raise PSTError(f'The output {output} is the image itself: choose another name.')
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ImportError("Figures need matplotlib: pip install matplotlib, or 'pst_timm[train]'.") from None
+        raise PSTError("Figures need matplotlib: pip install matplotlib, or 'pst_timm[train]'.") from None
 
 
 def _save(figure: Any, path: Path, title: str) -> Path:

@@ -1,4 +1,7 @@
 """The demo, on a smaller model."""
+import os
+import shlex
+import signal
 import subprocess
 import sys
 
@@ -6,7 +9,9 @@ import numpy as np
 import timm
 from PIL import Image
 
-from scripts.demo import TARGET, write_digits
+from pst_timm.engine import Interrupted
+from scripts import demo
+from scripts.demo import TARGET, command_to_go_on, write_digits
 from tests.engine.helpers import script_env
 
 
@@ -21,18 +26,72 @@ def test_digits_are_split_once_and_for_all(tmp_path):
         assert image.size == (64, 64) and np.asarray(image).std() > 10
 
 
-def test_demo_ends_with_a_table_and_fails_below_its_target(tmp_path):
-    done = subprocess.run(
-        [sys.executable, '-m', 'scripts.demo', '--model', 'test_resnet_pst', '--epochs', '1'],
-        cwd=tmp_path, env=script_env(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
-    lines = done.stdout.splitlines()
+def start(*words, cwd):
+    return subprocess.Popen(
+        words, cwd=cwd, env=script_env(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True)
+
+
+def test_a_stopped_demo_goes_on_and_ends_with_a_table(tmp_path):
+    run = start(sys.executable, '-m', 'scripts.demo', '--model', 'test_resnet_pst', '--epochs', '1', cwd=tmp_path)
+    for line in run.stderr:
+        if line.startswith('Train: 0 [  15/'):
+            # as a terminal does, to all processes
+            os.killpg(run.pid, signal.SIGINT)
+            break
+    rest = run.communicate(timeout=120)[1].strip().splitlines()
+    assert run.returncode == 75, rest
+    words = 'Stopped; to go on: '
+    assert rest[-1].startswith(words) and not [line for line in rest if 'Traceback' in line]
+    folder = tmp_path / 'output' / 'demo'
+    [recovery] = folder.glob('*.pth.tar')
+    assert recovery.name.startswith('recovery-0-')
+
+    run = start(*shlex.split(rest[-1].removeprefix(words)), cwd=tmp_path)
+    out, err = run.communicate(timeout=300)
+    assert f'Going on from {recovery.relative_to(tmp_path)}' in err
+    lines = out.splitlines()
     top1 = next(float(line.split()[2].rstrip('%')) for line in lines if line.startswith('top-1, coarse'))
-    assert done.returncode == (0 if top1 >= TARGET else 1), done.stderr
+    assert run.returncode == (0 if top1 >= TARGET else 1), err
     assert any(line.startswith('fine, topk=2, gate') for line in lines)
     assert any(' is a ' in line and 'probability 0.' in line for line in lines)
-    with Image.open(tmp_path / 'output/demo/curve.png') as curve:
-        assert curve.height > 200
-    folder = tmp_path / 'output/demo/test_resnet_pst_digits'
-    assert (folder / 'model.safetensors').is_file()
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    for name in ('curve.png', 'attention.png'):
+        assert any(line.startswith('picture: ') and line.endswith(f'output/demo/{name}') for line in lines)
+        with Image.open(folder / name) as picture:
+            assert picture.height > 200
+    assert not list(folder.glob('recovery*')) and (folder / 'model_best.pth.tar').is_file()
+    weights = folder / 'test_resnet_pst_digits'
+    assert (weights / 'model.safetensors').is_file()
+    model = timm.create_model(f'local-dir:{weights}', pretrained=True)
     assert model.num_classes == 10 and model.pretrained_cfg['input_size'] == (3, 64, 64)
+
+
+def test_the_command_to_go_on_is_one_that_can_be_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'executable', str(tmp_path / '.venv/bin/python'))
+    assert command_to_go_on() == '.venv/bin/python -m scripts.demo --resume auto'
+    assert command_to_go_on(['--resume', 'auto', '--aa', '']) == (
+        ".venv/bin/python -m scripts.demo --resume auto --aa ''")
+    monkeypatch.setattr(sys, 'executable', '/usr/bin/python3')
+    assert command_to_go_on(['--epochs', '1']) == '/usr/bin/python3 -m scripts.demo --epochs 1 --resume auto'
+
+
+def test_a_new_demo_does_not_go_on_with_an_older_one(tmp_path, monkeypatch):
+    def stop(args):
+        raise Interrupted('stopped')
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, 'train', stop)
+    monkeypatch.setattr(demo, 'write_digits', lambda folder: (0, 0))
+    old = tmp_path / 'output/demo/recovery-8-3.pth.tar'
+    old.parent.mkdir(parents=True)
+    old.touch()
+    assert demo.main(['--resume', 'auto']) == 75 and old.exists()
+    assert demo.main([]) == 75 and not old.exists()
+
+
+def test_a_wrong_flag_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, 'write_digits', lambda folder: (0, 0))
+    assert demo.main(['--epoch', '1']) == 1
+    assert 'python -m scripts.demo: error: ' in capsys.readouterr().err

@@ -2,6 +2,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -12,10 +13,12 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 import pst_timm
-from pst_timm.commands.visualize import main
+from pst_timm.commands import visualize as command
+from pst_timm.data.images import find_images
+from pst_timm.utils.errors import PSTError
 from pst_timm.visualize import view as tool
 from pst_timm.visualize.drawing import HEAD_COLORS, draw_sheet, draw_view
-from pst_timm.visualize.view import find_images, look, open_image, visualize
+from pst_timm.visualize.view import look, visualize
 from tests.helpers import randomize
 
 pytest.importorskip('matplotlib')
@@ -45,6 +48,14 @@ def folder(tmp_path):
 
 def build(**kwargs):
     return randomize(timm.create_model('test_resnet_pst', num_classes=10, **kwargs)).eval()
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The models that the command draws, which it then does not."""
+    models = []
+    monkeypatch.setattr(command, 'visualize', lambda source, model, *args, **kwargs: models.append(model) or [])
+    return models
 
 
 def panel(figure, title, nth=0):
@@ -99,7 +110,8 @@ def test_the_tokens_drawn_are_those_of_the_layer(photo, img_size, topk, kwargs):
     heat = panel(figure, 'Coarse attention').images[-1]
     np.testing.assert_allclose(
         heat.get_array() / 100, tokens.attention[0].mean(dim=(0, 1)).reshape(h, w), atol=1e-6)
-    assert view.attention.sum() == pytest.approx(1, abs=1e-5) and heat.get_clim()[0] == 0
+    assert view.attention.sum() == pytest.approx(1, abs=1e-5)
+    np.testing.assert_allclose(heat.get_clim(), [heat.get_array().min(), heat.get_array().max()])
     np.testing.assert_allclose(view.coarse, found.coarse[0].softmax(dim=0), atol=1e-6)
     np.testing.assert_allclose(view.fine, found.fine[0].softmax(dim=0), atol=1e-6)
     assert not np.allclose(view.coarse, view.fine)
@@ -149,9 +161,10 @@ def test_no_text_overlaps_or_leaves_the_figure(photo, heads, size):
     for figure in (draw_view(view), draw_sheet([view, view])):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        texts = [text for axes in figure.axes for text in written(axes)]
+        texts = [*figure.texts, *(text for axes in figure.axes for text in written(axes))]
         boxes = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in texts]
-        assert len(boxes) > 20 and 'share (%)' in [text for text, _ in boxes]
+        seen = ' '.join(text for text, _ in boxes)
+        assert len(boxes) > 20 and 'share (%)' in seen and 'fine attention (gate) over k = 3 of' in seen
         for text, box in boxes:
             assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text
         for (a, first), (b, second) in combinations(boxes, 2):
@@ -176,39 +189,49 @@ def test_a_grey_model_takes_grey_images(photo):
     np.testing.assert_allclose(look(model, photo, 1).pixels[..., 1], noise((64, 64)) / 255, atol=1e-5)
 
 
+def test_the_caption_names_model_k_and_fusion(photo, folder):
+    model = build(fine_fusion='joint')
+    view = look(model, photo, 2, img_size=96)
+    caption = 'test_resnet_pst, 96 x 96 px, fine attention (joint) over k = 2 of 9 tokens'
+    for figure in (draw_view(view), draw_sheet([view, view])):
+        assert [text.get_text() for text in figure.texts] == [caption]
+    assert look(model, photo, 2, 'gate', img_size=96).caption == caption.replace('joint', 'gate')
+
+
+def test_no_choice_is_said_to_be_none(photo, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(tool, 'DPI', 60)
+    model = build()
+    assert look(model, photo, 9, img_size=64).caption.endswith('over k = 4 of 4 tokens: all, so none is chosen')
+    visualize(photo, model, tmp_path / 'x.png', topk=3, img_size=64)
+    assert not caplog.messages
+    visualize(photo, model, tmp_path / 'x.png', topk=4, img_size=64)
+    [message] = caplog.messages
+    assert 'selects all 4 coarse tokens' in message
+
+
+def test_a_nearly_even_map_shows_its_structure_and_rounding_shows_none(photo):
+    view = look(build(), photo, 3, img_size=96)
+    even = np.full((3, 3), 1 / 9)
+    for attention, seen in ((even + np.linspace(-1e-3, 1e-3, 9).reshape(3, 3), True), (even + 1e-9 * np.eye(3), False)):
+        figure = draw_view(replace(view, attention=attention))
+        heat = panel(figure, 'Coarse attention').images[-1]
+        spread = np.ptp(heat.norm(heat.get_array()))
+        assert spread == pytest.approx(1) if seen else spread < 0.01
+        [bar] = [axes for axes in figure.axes if axes.get_ylabel().startswith('share')]
+        assert bar.get_ylabel() == 'share (%)\neven 11.1'
+        assert [line.get_ydata()[0] for line in bar.lines if len(line.get_ydata()) == 2] == [pytest.approx(100 / 9)]
+        # numbers that differ, written whole
+        figure.canvas.draw()
+        ticks = [label.get_text() for label in bar.get_yticklabels()]
+        assert len(set(ticks)) == len(ticks) > 1 and not bar.yaxis.get_offset_text().get_text()
+
+
 def test_the_models_settings_stay(photo):
     model = build(topk=4, fine_fusion='joint')
     look(model, photo, 2, 'gate', img_size=64)
     attention = model.pst.blocks[0].attn
     assert (attention.topk, attention.fine_fusion) == (4, 'joint')
     assert look(model, photo, img_size=64).selected.shape == (2, 4)
-
-
-def test_images_are_opened_as_a_person_sees_them(tmp_path):
-    path = tmp_path / 'x.png'
-    pixels = noise((4, 6, 3))
-    exif = Image.Exif()
-    exif[274] = 6  # to be turned a quarter to the right
-    Image.fromarray(pixels).save(path, exif=exif)
-    np.testing.assert_array_equal(open_image(path), np.rot90(pixels, -1))
-    Image.fromarray(np.concatenate([pixels, np.zeros((4, 6, 1), np.uint8)], axis=2)).save(path)
-    assert (np.asarray(open_image(path)) == 255).all()  # wholly transparent
-    palette = Image.new('P', (6, 4), 1)
-    palette.putpalette([0, 0, 0, 200, 100, 50])
-    palette.save(path)
-    assert open_image(path).getcolors() == [(24, (200, 100, 50))]
-    palette.save(path, transparency=1)
-    assert open_image(path).getcolors() == [(24, (255, 255, 255))]
-    Image.fromarray(pixels[..., 0]).save(path)
-    np.testing.assert_array_equal(open_image(path), pixels[..., :1].repeat(3, axis=2))
-    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(path)
-    np.testing.assert_array_equal(open_image(path, 'L'), pixels[..., 0])
-
-
-def test_a_folder_gives_evenly_spaced_images(folder):
-    paths, found = find_images(folder, 10)
-    assert [str(p.relative_to(folder)) for p in paths] == ['a/1.jpeg', 'a/2.JPG', 'b/1.png', 'c.webp'] and found == 4
-    assert find_images(folder, 2)[0] == [paths[0], paths[2]]
 
 
 def test_contact_sheet(folder):
@@ -227,17 +250,18 @@ def test_contact_sheet(folder):
         for y, view in zip(rows, views):
             assert drawn(column[y], 32, 3, 'coarse') == sorted(view.selected[head].tolist())
     # one scale of attention for all, so that rows can be compared
-    limits = {axes.images[-1].get_clim()[1] for axes in figure.axes if len(axes.images) == 2 and not axes.patches}
-    assert [*limits] == [pytest.approx(100 * np.median([view.attention.max() for view in views]))]
+    [limits] = {axes.images[-1].get_clim() for axes in figure.axes if len(axes.images) == 2 and not axes.patches}
+    expected = [np.median([end(view.attention) for view in views]) for end in (np.min, np.max)]
+    assert limits == pytest.approx(100 * np.array(expected))
 
 
 def test_command(photo, tmp_path):
     output = tmp_path / 'figure.png'
-    command = [sys.executable, '-m', 'pst_timm.cli', 'visualize', str(photo), '--model', 'test_resnet_pst',
-               '--topk', '2', '--fusion', 'joint', '--img-size', '96', '--output', str(output)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    words = [sys.executable, '-m', 'pst_timm', 'visualize', str(photo), '--model', 'test_resnet_pst',
+             '--topk', '2', '--fusion', 'joint', '--img-size', '96', '--output', str(output)]
+    done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f'Written: {output}\n' and not done.stderr
+    assert done.stdout == f'Written: {output}\n' and 'random' not in done.stderr
     with Image.open(output) as image:
         assert image.format == 'PNG' and min(image.size) > 800 and image.info['Title'] == 'photo.png'
         assert len(image.convert('RGB').getcolors(2 ** 24)) > 100
@@ -247,7 +271,7 @@ def test_command_on_a_folder(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tool, 'DPI', 60)
     output = tmp_path / 'sheet.pdf'
     argv = ['--model', 'test_resnet_pst', '--limit', '2', '--each', '--output', str(output)]
-    assert main([str(folder), *argv]) == 0
+    assert command.main([str(folder), *argv]) == 0
     names = ['sheet.pdf', 'sheet-01-1.pdf', 'sheet-02-1.pdf']
     assert capsys.readouterr().out.splitlines() == [
         '2 of 4 images drawn.', *(f'Written: {tmp_path / name}' for name in names)]
@@ -255,24 +279,29 @@ def test_command_on_a_folder(folder, tmp_path, capsys, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, 'photos'])
 
 
-def test_a_checkpoint_brings_model_and_classes(photo, tmp_path, capsys):
+def test_a_checkpoint_brings_model_and_classes(photo, tmp_path, capsys, seen):
     path = tmp_path / 'last.pth.tar'
     model = randomize(timm.create_model('test_resnet_pst', num_classes=7)).eval()
-    torch.save({'arch': 'test_resnet_pst', 'state_dict': model.state_dict()}, path)
-    loaded = tool.load_source('test_resnet_pst', path, None)
-    assert loaded.num_classes == 7 and torch.equal(loaded.fc.weight, model.fc.weight) and not loaded.training
+    averaged = randomize(timm.create_model('test_resnet_pst', num_classes=7), seed=1).eval()
+    torch.save({
+        'arch': 'test_resnet_pst', 'state_dict': model.state_dict(), 'state_dict_ema': averaged.state_dict()}, path)
     argv = [str(photo), '--checkpoint', str(path), '--output', str(tmp_path / 'x.png')]
-    assert main([*argv, '--num-classes', '5']) == 1
+    assert command.main([*argv, '--model', 'test_resnet_pst']) == 0
+    assert command.main([*argv, '--no-use-ema']) == 0
+    for loaded, expected in zip(seen, (averaged, model)):
+        assert loaded.num_classes == 7 and torch.equal(loaded.fc.weight, expected.fc.weight) and not loaded.training
+    assert command.main([*argv, '--num-classes', '5']) == 1
     assert 'fc.weight, (7, 128) where (5, 128) was expected' in capsys.readouterr().err
-    assert main([*argv, '--model', 'resnet18_pst']) == 1
+    assert command.main([*argv, '--model', 'resnet18_pst']) == 1
     assert 'is a checkpoint of test_resnet_pst, not of resnet18_pst' in capsys.readouterr().err
 
 
-def test_random_weights_are_said_to_be_random(capsys):
-    assert tool.load_source('test_resnet_pst', None, None).num_classes == 10
-    assert not capsys.readouterr().err
-    assert tool.load_source('test_resnet_pst.untrained', None, 3).num_classes == 3
+def test_random_weights_are_said_to_be_random(photo, capsys, seen):
+    assert command.main([str(photo), '--model', 'test_resnet_pst', '--topk', '1']) == 0
+    assert 'random' not in capsys.readouterr().err
+    assert command.main([str(photo), '--model', 'test_resnet_pst.untrained', '--num-classes', '3', '--topk', '1']) == 0
     assert 'random' in capsys.readouterr().err
+    assert [model.num_classes for model in seen] == [10, 3]
 
 
 @pytest.mark.parametrize('words, message', [
@@ -313,7 +342,7 @@ def test_errors_take_one_line_and_leave_nothing(words, message, photo, tmp_path,
     torch.save({'arch': 'test_resnet', 'state_dict': plain.state_dict()}, tmp_path / 'plain.pth.tar')
     before = {p: p.stat().st_size for p in tmp_path.rglob('*')}
     try:
-        code = main(words.split())
+        code = command.main(words.split())
     except SystemExit as e:
         code = e.code
     error = capsys.readouterr().err
@@ -324,8 +353,8 @@ def test_errors_take_one_line_and_leave_nothing(words, message, photo, tmp_path,
 
 def test_without_matplotlib_it_says_so_before_it_computes(photo, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    monkeypatch.setattr(tool, 'load_model', lambda *args, **kwargs: pytest.fail('too late'))
-    assert main([str(photo), '--model', 'test_resnet_pst', '--output', str(tmp_path / 'x.png')]) == 1
+    monkeypatch.setattr(command, 'load_model', lambda *args, **kwargs: pytest.fail('too late'))
+    assert command.main([str(photo), '--model', 'test_resnet_pst', '--output', str(tmp_path / 'x.png')]) == 1
     assert 'pip install matplotlib' in capsys.readouterr().err
     assert not (tmp_path / 'x.png').exists()
 
@@ -341,12 +370,12 @@ def test_a_full_disk_leaves_the_old_figure(photo, tmp_path, monkeypatch):
     output = tmp_path / 'x.png'
     output.write_bytes(b'old')
     monkeypatch.setattr(Figure, 'savefig', fail)
-    with pytest.raises(ValueError, match=r'Cannot write .*No space left'):
+    with pytest.raises(PSTError, match=r'Cannot write .*No space left'):
         visualize(photo, build(), output, topk=1, img_size=64)
     assert output.read_bytes() == b'old'
     assert sorted(p.name for p in tmp_path.iterdir()) == ['photo.png', 'x.png']
 
 
 def test_nothing_selected_is_nothing_to_draw(photo):
-    with pytest.raises(ValueError, match='topk must be at least 1'):
+    with pytest.raises(PSTError, match='topk must be at least 1'):
         look(build(), photo, 0)

@@ -1,0 +1,56 @@
+"""Images are read as a person sees them; what is none is named."""
+import numpy as np
+import pytest
+from PIL import Image
+
+from pst_timm.data.images import find_images, open_image
+from pst_timm.utils.errors import PSTError
+
+
+def noise(shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_images_are_opened_as_a_person_sees_them(tmp_path):
+    path = tmp_path / 'x.png'
+    pixels = noise((4, 6, 3))
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned a quarter to the right
+    Image.fromarray(pixels).save(path, exif=exif)
+    np.testing.assert_array_equal(open_image(path), np.rot90(pixels, -1))
+    Image.fromarray(np.concatenate([pixels, np.zeros((4, 6, 1), np.uint8)], axis=2)).save(path)
+    assert (np.asarray(open_image(path)) == 255).all()  # wholly transparent
+    palette = Image.new('P', (6, 4), 1)
+    palette.putpalette([0, 0, 0, 200, 100, 50])
+    palette.save(path)
+    assert open_image(path).getcolors() == [(24, (200, 100, 50))]
+    palette.save(path, transparency=1)
+    assert open_image(path).getcolors() == [(24, (255, 255, 255))]
+    Image.fromarray(pixels[..., 0]).save(path)
+    np.testing.assert_array_equal(open_image(path), pixels[..., :1].repeat(3, axis=2))
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(path)
+    np.testing.assert_array_equal(open_image(path, 'L'), pixels[..., 0])
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    (tmp_path / 'noise.png').write_bytes(b'noise')
+    Image.fromarray(noise((64, 64, 3))).save(tmp_path / 'whole.png')
+    (tmp_path / 'cut.png').write_bytes((tmp_path / 'whole.png').read_bytes()[:3000])
+    for name, message in (
+            ('nowhere.png', 'There is no image .*nowhere.png'),
+            ('noise.png', 'noise.png cannot be read as an image: cannot identify'),
+            ('cut.png', 'cut.png cannot be read as an image: ')):
+        with pytest.raises(PSTError, match=message):
+            open_image(tmp_path / name)
+
+
+def test_a_folder_gives_evenly_spaced_images(tmp_path):
+    for name in ('b/1.png', 'a/2.JPG', 'c.webp', 'a/1.jpeg', 'notes.txt'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    paths, found = find_images(tmp_path, 10)
+    assert [str(p.relative_to(tmp_path)) for p in paths] == ['a/1.jpeg', 'a/2.JPG', 'b/1.png', 'c.webp']
+    assert found == 4 and find_images(tmp_path, 2) == ([paths[0], paths[2]], 4)
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(PSTError, match=r'empty has no images \(.png, '):
+        find_images(tmp_path / 'empty', 1)
