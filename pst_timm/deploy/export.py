@@ -8,6 +8,7 @@ import torch.nn as nn
 from timm.data import create_transform, resolve_data_config
 
 from pst_timm.checkpoints import attention_settings, label_names
+from pst_timm.data.images import open_image
 from pst_timm.metrics.agreement import compare_logits
 from pst_timm.models import reparameterize
 from pst_timm.utils.files import write_whole
@@ -165,8 +166,6 @@ def _inputs(batch: int, size: Tuple[int, int], config: Dict[str, Any], images: S
     channels = config['input_size'][0]
     if not images:
         return torch.randn(batch, channels, *size)
-    from PIL import Image
-
     transform = create_transform(**{**config, 'input_size': (channels, *size)})
     return torch.stack([
-        transform(Image.open(images[i % len(images)]).convert('L' if channels == 1 else 'RGB')) for i in range(batch)])
+        transform(open_image(images[i % len(images)], 'L' if channels == 1 else 'RGB')) for i in range(batch)])

@@ -78,13 +78,14 @@ def test_command(tmp_path, capsys):
     assert (info['topk'], info['fine_fusion']) == (4, 'joint')
     assert main(['resnet18', '--no-pretrained', '--topk', '4', '--output', str(path)]) == 1
     assert 'no sparse attention' in capsys.readouterr().err
-    assert main(['test_resnet_pst', '--topk', '-1', '--output', str(path)]) == 1
-    assert 'non-negative' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(['test_resnet_pst', '--topk', '-1', '--output', str(path)])
+    assert 'whole number of at least 0' in capsys.readouterr().err
 
 
 def test_an_answer_that_is_no_number_fails_the_check(tmp_path, capsys, monkeypatch):
     rows = [{'shape': '1x3x64x64', 'difference': 0.}, {'shape': '3x3x65x97', 'difference': float('nan')}]
-    monkeypatch.setattr('pst_timm.commands.export.check_export', lambda *args: rows)
+    monkeypatch.setattr('pst_timm.deploy.export.check_export', lambda *args: rows)
     argv = ['test_resnet_pst', '--format', 'torchscript', '--output', str(tmp_path / 'out.pt'), '--check']
     assert main(argv) == 1
     assert 'largest difference nan' in capsys.readouterr().out
@@ -100,7 +101,7 @@ def test_what_cannot_be_checked_is_explained(tmp_path, capsys):
     assert 'Input height' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(['test_resnet_pst', *argv, '--img-size', '0'])
-    assert 'at least 1, got 0' in capsys.readouterr().err
+    assert "at least 1, got '0'" in capsys.readouterr().err
 
 
 def test_metadata_is_json():
