@@ -54,7 +54,7 @@ def build(**kwargs):
 def seen(monkeypatch):
     """The models that the command draws, which it then does not."""
     models = []
-    monkeypatch.setattr(command, 'visualize', lambda source, model, *args, **kwargs: models.append(model) or [])
+    monkeypatch.setattr(tool, 'visualize', lambda source, model, *args, **kwargs: models.append(model) or [])
     return models
 
 
@@ -310,11 +310,11 @@ def test_random_weights_are_said_to_be_random(photo, capsys, seen):
     ('cut.png --model test_resnet_pst', 'cut.png cannot be read as an image: '),
     ('mixed --model test_resnet_pst', 'mixed/broken.png cannot be read as an image'),
     ('empty --model test_resnet_pst', r'The folder empty has no images \(.png, '),
-    ('photo.png', 'Name a model with --model, or a checkpoint with --checkpoint.'),
+    ('photo.png', 'name a model with --model, or a checkpoint with --checkpoint.'),
     ('photo.png --model resnet18_ptt', 'Did you mean resnet18_pst'),
     ('photo.png --model test_resnet_pst.other', r'Invalid pretrained tag \(other\)'),
     ('photo.png --model test_resnet_pst --num-classes 7', 'know 10 classes, not 7'),
-    ('photo.png --model test_resnet_pst.untrained --num-classes 0', 'The model has no classifier'),
+    ('photo.png --model test_resnet_pst.untrained --num-classes 0', "--num-classes: .* at least 1, got '0'"),
     ('photo.png --checkpoint nowhere.pth', 'There is no checkpoint nowhere.pth.'),
     ('photo.png --checkpoint plain.pth.tar', 'has no PST attention to look at'),
     ('photo.png --model test_resnet_pst --class-names names.txt', '2 class names for a model of 10 classes'),
@@ -325,9 +325,9 @@ def test_random_weights_are_said_to_be_random(photo, capsys, seen):
     ('photo.png --model test_resnet_pst --output nowhere/x.png', 'Cannot write nowhere/x.png: No such file'),
     ('photo.png --model test_resnet_pst --output photo.png', 'The output photo.png is the image itself'),
     ('photo.png --model test_resnet_pst --topk 0', '--topk must be at least 1, got 0'),
-    ('photo.png --model test_resnet_pst --topk two', "argument --topk: invalid int value: 'two'"),
-    ('photo.png --model test_resnet_pst --img-size 31', '--img-size must be at least 32'),
-    ('photo.png --model test_resnet_pst --limit 0', '--limit must be at least 1, got 0'),
+    ('photo.png --model test_resnet_pst --topk two', "argument --topk: expected a whole number of at least 0, got 'two'"),
+    ('photo.png --model test_resnet_pst --img-size 31', "--img-size: expected a whole number of at least 32, got '31'"),
+    ('photo.png --model test_resnet_pst --limit 0', "--limit: expected a whole number of at least 1, got '0'"),
 ])
 def test_errors_take_one_line_and_leave_nothing(words, message, photo, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -353,7 +353,7 @@ def test_errors_take_one_line_and_leave_nothing(words, message, photo, tmp_path,
 
 def test_without_matplotlib_it_says_so_before_it_computes(photo, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    monkeypatch.setattr(command, 'load_model', lambda *args, **kwargs: pytest.fail('too late'))
+    monkeypatch.setattr('pst_timm.checkpoints.load_model', lambda *args, **kwargs: pytest.fail('too late'))
     assert command.main([str(photo), '--model', 'test_resnet_pst', '--output', str(tmp_path / 'x.png')]) == 1
     assert 'pip install matplotlib' in capsys.readouterr().err
     assert not (tmp_path / 'x.png').exists()
