@@ -9,40 +9,39 @@ A page says what it wants by a mark, alone in its line; what follows, up to the 
 
 so that no number is typed in. Marks within fenced code are left alone.
 """
-import argparse
 import json
 import os
 import re
 import sys
 from pathlib import Path
-from typing import List, Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, List, Mapping, Optional, Sequence
 
-from pst_timm.study.plots import PLOTS, draw_plots
-from pst_timm.study.results import StudyData, load_study, read_table
-from pst_timm.study.tables import BLOCKS, study_block
 from pst_timm.utils.errors import PSTError
-from pst_timm.utils.pages import fill_text
-from pst_timm.utils.tables import markdown_table
 
-__all__ = ['fill_page', 'fill_text', 'load_studies', 'main', 'pages']
+from .common import ArgumentParser, run
 
+if TYPE_CHECKING:
+    from pst_timm.study.results import StudyData
 
+__all__ = ['fill_page', 'load_studies', 'main', 'pages']
 
 def pages(root: Path) -> List[Path]:
     """The pages of a checkout that may have marks."""
     return [path for path in (root / 'README.md', *sorted((root / 'docs').glob('*.md'))) if path.is_file()]
 
 
-def load_studies(root: Path) -> Mapping[str, StudyData]:
+def load_studies(root: Path) -> Mapping[str, 'StudyData']:
     """The studies of a checkout by name.
 
     Raises:
         PSTError: If a file of theirs is missing or garbled.
     """
+    from pst_timm.study.results import load_study
+
     return {path.name: load_study(path) for path in sorted((root / 'results' / 'study').glob('*')) if path.is_dir()}
 
 
-def fill_page(path: Path, root: Path, studies: Mapping[str, StudyData]) -> str:
+def fill_page(path: Path, root: Path, studies: Mapping[str, 'StudyData']) -> str:
     """The text of a page with its blocks made anew.
 
     Args:
@@ -53,6 +52,9 @@ def fill_page(path: Path, root: Path, studies: Mapping[str, StudyData]) -> str:
     Raises:
         PSTError: If a mark asks for what there is not, or a file is garbled.
     """
+    from pst_timm.study.tables import BLOCKS, study_block
+    from pst_timm.utils.pages import fill_text
+
     def performance(words: List[str]) -> str:
         if len(words) != 1:
             raise PSTError(f'{path}: unknown mark {" ".join(["performance", *words])!r}; known is "performance NAME".')
@@ -75,10 +77,13 @@ def fill_page(path: Path, root: Path, studies: Mapping[str, StudyData]) -> str:
 
 def performance_block(folder: Path, name: str) -> str:
     """How something was measured, and the table of it, numbers with a decimal point cut to three places."""
+    from pst_timm.utils.files import read_csv
+    from pst_timm.utils.tables import markdown_table
+
     def cell(value: str) -> str:
         return f'{float(value):.3f}' if re.fullmatch(r'-?\d+\.\d+(e-?\d+)?', value) else value
 
-    rows = [{key: cell(value) for key, value in row.items()} for row in read_table(folder / f'{name}.csv', {})]
+    rows = [{key: cell(value) for key, value in row.items()} for row in read_csv(folder / f'{name}.csv')]
     path = folder / f'{name}.json'
     try:
         setting = json.loads(path.read_text(encoding='utf-8'))['setting']
@@ -91,6 +96,8 @@ def performance_block(folder: Path, name: str) -> str:
 
 def plot_links(folder: Path, page: Path) -> str:
     """Links from a page to the plots of a study, empty if there are none."""
+    from pst_timm.study.plots import PLOTS
+
     return '\n\n'.join(
         f'![{what}]({Path(os.path.relpath(folder / f"{name}.png", page.parent)).as_posix()})'
         for name, what in PLOTS.items() if (folder / f'{name}.png').is_file())
@@ -98,27 +105,30 @@ def plot_links(folder: Path, page: Path) -> str:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """`pst-timm report`; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog='pst-timm report', description='Make the tables in README.md and docs/*.md, and the plots, from results/.')
     parser.add_argument('--root', type=Path, default=Path(), help='the checkout (default: this folder)')
     args = parser.parse_args(argv)
     if not (args.root / 'results').is_dir():
-        parser.error(f'{args.root.resolve()} has no folder results; run this in a checkout, or name one with --root')
-    try:
-        studies = load_studies(args.root)
-        _draw(studies, args.root)
-        for path in pages(args.root):
-            text = fill_page(path, args.root, studies)
-            if text != path.read_text(encoding='utf-8'):
-                path.write_text(text, encoding='utf-8')
-                print(f'{path}: made anew')
-    except PSTError as e:
-        print(f'pst-timm report: error: {e}', file=sys.stderr)
-        return 1
-    return 0
+        parser.error(f'{args.root.resolve()} has no folder results: run this in a checkout, or name one with --root')
+    return run(parser.prog, _report, args.root)
 
 
-def _draw(studies: Mapping[str, StudyData], root: Path) -> None:
+def _report(root: Path) -> None:
+    from pst_timm.utils.files import write_text
+
+    studies = load_studies(root)
+    _draw(studies, root)
+    for path in pages(root):
+        text = fill_page(path, root, studies)
+        if text != path.read_text(encoding='utf-8'):
+            write_text(path, text)
+            print(f'{path}: made anew')
+
+
+def _draw(studies: Mapping[str, 'StudyData'], root: Path) -> None:
+    from pst_timm.study.plots import draw_plots
+
     for name, study in studies.items():
         try:
             for path in draw_plots(study, root / 'results' / 'study' / name):

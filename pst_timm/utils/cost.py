@@ -1,5 +1,6 @@
 """What a model costs: multiply-adds, activations, memory."""
 import copy
+import os
 from typing import Sequence
 
 import torch
@@ -31,6 +32,8 @@ def peak_memory(call: Call, device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    # its messages about itself, and about GPUs that are not there, are above every level that it knows
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         call()
     held = peak = 0

@@ -10,13 +10,12 @@ __all__ = ['best_device', 'check_device', 'hardware_name']
 
 
 def best_device() -> str:
-    """'cuda', 'mps' or 'cpu', the first that is present."""
-    if torch.cuda.is_available():
-        return 'cuda'
-    return 'mps' if torch.backends.mps.is_available() else 'cpu'
+    """The accelerator that is present ('cuda', 'mps', ...), else 'cpu'."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator is not None else 'cpu'
 
 
-def check_device(name: str) -> torch.device:
+def check_device(name: str = '') -> torch.device:
     """The device of that name, the best one present if the name is empty. A GPU is not touched.
 
     Raises:

@@ -3,7 +3,8 @@ import csv
 import io
 import json
 import os
-import tempfile
+import secrets
+import stat
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
@@ -11,11 +12,11 @@ from safetensors import SafetensorError
 
 from .errors import PSTError
 
-__all__ = ['columns_of', 'read_csv', 'write_csv', 'write_json', 'write_text', 'write_whole']
+__all__ = ['columns_of', 'read_class_names', 'read_csv', 'write_csv', 'write_json', 'write_text', 'write_whole']
 
 
 def write_whole(path: os.PathLike, write: Callable[[str], Any]) -> None:
-    """Have a file written beside its place and moved there when it is complete.
+    """Have a file written beside the one it replaces, and moved there when it is complete.
 
     Args:
         path: The file.
@@ -25,25 +26,24 @@ def write_whole(path: os.PathLike, write: Callable[[str], Any]) -> None:
         PSTError: If the file cannot be written; what was there before is untouched.
     """
     path = Path(path)
+    temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}{path.suffix}')
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix=path.suffix)
+        # made here, so that it has the modes of the user's umask whatever the writer thinks of them
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except OSError as e:
         raise PSTError(f'Cannot write {path}: {e.strerror}.') from None
     try:
+        modes = stat.S_IMODE(os.fstat(handle).st_mode)
         os.close(handle)
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
+        write(str(temporary))
+        os.chmod(temporary, modes)
         os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as e:  # torch reports a full disk as a RuntimeError
+    except OSError as e:
+        raise PSTError(f'Cannot write {path}: {e.strerror or e}.') from e
+    except (RuntimeError, SafetensorError) as e:  # torch reports a full disk as a RuntimeError
         raise PSTError(f'Cannot write {path}: {e}.') from e
     finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: os.PathLike, text: str) -> None:

@@ -1,7 +1,7 @@
 """Wall time of calls, measured in turn so that a machine's drift meets all of them alike."""
 import statistics
 import time
-from typing import Callable, Dict, List, Mapping, Sequence
+from typing import Callable, Dict, List, Mapping, Optional, Sequence
 
 import torch
 
@@ -10,10 +10,10 @@ __all__ = ['Call', 'median_ratio', 'percentile', 'time_in_turn']
 Call = Callable[[], object]
 
 
-def timer() -> float:
-    """Seconds on a clock that is read when the accelerator, if there is one, has finished."""
+def _clock(device: Optional[torch.device]) -> float:
+    """Seconds, read when the accelerator, if there is one, has finished."""
     if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device if device is not None and device.type != 'cpu' else None)
     return time.perf_counter()
 
 
@@ -22,6 +22,7 @@ def time_in_turn(
         repeats: int,
         warmup: int = 2,
         tick: Callable[[], object] = lambda: None,
+        device: Optional[torch.device] = None,
 ) -> Dict[str, List[float]]:
     """Time several calls A B A B ..., so that a machine's drift meets all of them alike.
 
@@ -30,6 +31,7 @@ def time_in_turn(
         repeats: Timed rounds.
         warmup: Rounds before them.
         tick: Called after each round, for a progress bar.
+        device: The accelerator to wait for before the clock is read (default: the current one).
 
     Returns:
         Wall seconds of every timed call, by name, in order.
@@ -37,9 +39,9 @@ def time_in_turn(
     times = {name: [] for name in calls}
     for i in range(warmup + repeats):
         for name, call in calls.items():
-            start = timer()
+            start = _clock(device)
             call()
-            elapsed = timer() - start
+            elapsed = _clock(device) - start
             if i >= warmup:
                 times[name].append(elapsed)
         tick()
