@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from timm.models import adapt_input_conv, clean_state_dict, load_state_dict
 
-__all__ = ['TrunkLoad', 'load_trunk']
+__all__ = ['TrunkLoad', 'copy_trunk', 'load_trunk']
 
 TRUNK = re.compile(r'(conv1|bn1|maxpool|layer[1-4])\.')
 # a counter that only a cumulative average would read, absent from some converted checkpoints
@@ -26,6 +26,10 @@ class TrunkLoad(NamedTuple):
     """Keys of the model that kept their values: PST, fusion, head."""
     ignored: List[str]
     """Keys of the source that have no place in the model: its classifier."""
+
+    def __repr__(self) -> str:
+        counts = ', '.join(f'{name} {len(keys)}' for name, keys in self._asdict().items())
+        return f'{type(self).__name__}({counts})'
 
 
 def _read_source(source: Union[str, os.PathLike, Dict[str, torch.Tensor]]) -> Dict[str, torch.Tensor]:
@@ -67,16 +71,32 @@ def load_trunk(model: nn.Module, source: Union[str, os.PathLike, Dict[str, torch
         FileNotFoundError: If the source is a file that does not exist.
         TypeError: If the source is none of these.
     """
-    state = clean_state_dict(_read_source(source))
+    return copy_trunk(model, clean_state_dict(_read_source(source)))
+
+
+def copy_trunk(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> TrunkLoad:
+    """What `load_trunk` does once the weights are read.
+
+    Args:
+        model: See `load_trunk`.
+        state_dict: Weights of a plain timm ResNet, under its own names.
+
+    Returns:
+        The keys loaded, left untouched and ignored.
+
+    Raises:
+        ValueError: If the weights are not those of a ResNet of the model's depth and width (names the first layer that
+            differs), or the model has no such trunk.
+    """
     net = getattr(model, 'model', model)  # features_only wraps the network under this name
     target = net.state_dict()
     wanted = [k for k in target if TRUNK.match(k)]
     if not wanted:
         raise ValueError(f'{type(net).__name__} has no ResNet trunk (conv1, bn1, layer1 to layer4) to load into.')
     stages = {k.split('.')[0] for k in wanted}
-    offered = [k for k in state if TRUNK.match(k) and k.split('.')[0] in stages]
+    offered = [k for k in state_dict if TRUNK.match(k) and k.split('.')[0] in stages]
 
-    missing = [k for k in wanted if k not in state and not k.endswith(OPTIONAL)]
+    missing = [k for k in wanted if k not in state_dict and not k.endswith(OPTIONAL)]
     if missing:
         raise ValueError(
             f'The source is not a ResNet of this trunk: the model has {missing[0]}, which the source has not '
@@ -86,7 +106,7 @@ def load_trunk(model: nn.Module, source: Union[str, os.PathLike, Dict[str, torch
         raise ValueError(
             f'The source is not a ResNet of this trunk: it has {surplus[0]}, which the model has not '
             f'({len(surplus)} keys too many). Use weights of the same depth and block.')
-    weights = {k: state[k] for k in wanted if k in state}
+    weights = {k: state_dict[k] for k in wanted if k in state_dict}
     first = next(k for k in wanted if target[k].ndim == 4)
     in_chans = target[first].shape[1]
     if weights[first].shape[1] != in_chans:
@@ -101,5 +121,5 @@ def load_trunk(model: nn.Module, source: Union[str, os.PathLike, Dict[str, torch
     return TrunkLoad(
         loaded=list(weights),
         untouched=[k for k in target if k not in weights],
-        ignored=[k for k in state if k not in weights],
+        ignored=[k for k in state_dict if k not in weights],
     )

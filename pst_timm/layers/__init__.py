@@ -1,5 +1,5 @@
 """The layers of PST: tensors in, tensors out. They know torch and timm.layers only."""
-from .attention import FINE_FUSIONS, PyramidSparseAttention, SparseTokens
+from .attention import FINE_FUSIONS, PyramidSparseAttention, SparseTokens, attention_set
 from .conv_norm import Concat, ConvNorm, FusedConvAct, Pair, SplitConvAct
 from .module import PyramidSparseBlock, PyramidSparseTransformer
 
@@ -14,4 +14,5 @@ __all__ = [
     'PyramidSparseTransformer',
     'SparseTokens',
     'SplitConvAct',
+    'attention_set',
 ]

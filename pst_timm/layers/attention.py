@@ -8,19 +8,27 @@ Shapes used throughout: B images, C channels in `heads` heads of d = C / heads; 
 """
 import numbers
 import random
-from typing import Final, NamedTuple, Optional, Tuple
+from contextlib import contextmanager
+from typing import Final, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import LayerType, register_notrace_module, use_fused_attn
+from timm.layers import LayerType, register_notrace_function, register_notrace_module, use_fused_attn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .conv_norm import ConvNorm
 
-__all__ = ['FINE_FUSIONS', 'PyramidSparseAttention', 'SparseTokens']
+__all__ = ['FINE_FUSIONS', 'PyramidSparseAttention', 'SparseTokens', 'attention_set']
 
 FINE_FUSIONS = ('gate', 'joint')
+
+UNTRACED = (
+    'PyramidSparseAttention decides by sizes, settings and mode what it runs, which a traced graph cannot follow: keep '
+    'it whole. timm.models.create_feature_extractor does; for others pass '
+    'tracer_kwargs=dict(leaf_modules=timm.layers.get_notrace_modules(), '
+    'autowrap_functions=timm.layers.get_notrace_functions()).')
 
 
 class SparseTokens(NamedTuple):
@@ -73,6 +81,22 @@ def as_probability(value: float, name: str) -> float:
     return float(value)
 
 
+@torch.fx.wrap  # a shape is no condition on the values, so a traced graph may go past it
+@register_notrace_function
+def check_maps(x: torch.Tensor, channels: int, upper: torch.Tensor, upper_channels: int) -> None:
+    """Check that x is a (B, channels, H, W) map and upper a (B, upper_channels, h, w) map of the same images.
+
+    Raises:
+        ValueError: If one is not, or they hold different numbers of images.
+    """
+    for name, t, chs in (('x', x, channels), ('upper', upper, upper_channels)):
+        if t.ndim != 4 or t.shape[1] != chs:
+            raise ValueError(f'{name} has shape {list(t.shape)}, expected (batch, {chs}, height, width).')
+    if x.shape[0] != upper.shape[0]:
+        raise ValueError(
+            f'x holds {x.shape[0]} images and upper {upper.shape[0]}: both must be maps of the same batch.')
+
+
 def level_ratio(fine_size: Tuple[int, int], coarse_size: Tuple[int, int]) -> int:
     """How many fine tokens a coarse token spans along each side: 2, or 1 for equal maps.
 
@@ -118,7 +142,8 @@ class PyramidSparseAttention(nn.Module):
       ones, each child's logit lowered by the log of how many siblings share its parent (itself included). Children
       that equal their parent then reproduce coarse attention exactly.
 
-    Training is coarse-only unless `train_topk` is set: the fine branch does not run and the gate takes no gradient.
+    Training is coarse-only unless `train_topk` is set: the fine branch does not run. Where training does not run the
+    gate, its gradient is zero, so that every parameter has one; kept from weight decay, it then stays as it is.
     Inference is deterministic, where the published code perturbs the selection there too.
     """
     fused_attn: Final[bool]
@@ -179,7 +204,6 @@ class PyramidSparseAttention(nn.Module):
         self.gate = nn.Linear(2 * self.head_dim, self.head_dim, **dd)  # shared by all heads
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
-        self.gate.requires_grad_(self.train_topk > 0 and self.train_fusion == 'gate')
         self.sparse_kv = self.kv.can_fold()
 
     @torch.jit.ignore
@@ -355,11 +379,12 @@ class PyramidSparseAttention(nn.Module):
             The attended map (B, C, H, W).
 
         Raises:
-            ValueError: If the channels or the sizes of the two maps do not fit.
+            ValueError: If the channels, the batch or the sizes of the two maps do not fit.
         """
-        for name, channels in (('x', x.shape[1]), ('upper', upper.shape[1])):
-            if channels != self.dim:
-                raise ValueError(f'{name} has {channels} channels, this attention expects {self.dim}.')
+        if not torch.jit.is_scripting():
+            if isinstance(x, torch.fx.Proxy):
+                raise torch.fx.proxy.TraceError(UNTRACED)
+        check_maps(x, self.dim, upper, self.dim)
         H, W = x.shape[2], x.shape[3]
         h, w = upper.shape[2], upper.shape[3]
         ratio = level_ratio((H, W), (h, w))
@@ -375,7 +400,7 @@ class PyramidSparseAttention(nn.Module):
             out = self._fine(x, q, k, v, (h, w), ratio, topk)
         else:
             out = self._attend(q, k, v)
-        if self.training and self.train_topk > 0:
+        if self.training:
             # the gate takes part, with no effect, in steps that do not run it: DDP wants every parameter used
             out = out + 0. * (self.gate.weight.sum() + self.gate.bias.sum())
 
@@ -396,8 +421,9 @@ class PyramidSparseAttention(nn.Module):
             fine: Only training reads it.
 
         Raises:
-            ValueError: If the sizes of the two maps do not fit.
+            ValueError: If the channels, the batch or the sizes of the two maps do not fit.
         """
+        check_maps(x, self.dim, upper, self.dim)
         fine_size, coarse_size = (x.shape[2], x.shape[3]), (upper.shape[2], upper.shape[3])
         ratio = level_ratio(fine_size, coarse_size)
         q = self._heads(self.q(x))
@@ -409,3 +435,29 @@ class PyramidSparseAttention(nn.Module):
         index, exists = self._children(selected, fine_size, coarse_size, ratio)
         return SparseTokens(
             fine_size, coarse_size, attention, self._scores(q, k), selected, index.masked_fill(~exists, -1))
+
+
+@contextmanager
+def attention_set(
+        layers: Sequence[PyramidSparseAttention],
+        topk: Optional[int] = None,
+        fusion: Optional[str] = None,
+) -> Iterator[None]:
+    """Set the fine attention of some layers for a while; afterwards each of them is as it was, also after an error.
+
+    Args:
+        layers: The layers.
+        topk: Coarse tokens selected per image and head, as each layer is set if None.
+        fusion: 'gate' or 'joint', as each layer is set if None.
+
+    Raises:
+        ValueError: If `topk` is negative or not an integer, or the fusion is unknown.
+    """
+    before = [(layer.topk, layer.fine_fusion) for layer in layers]
+    try:
+        for layer in layers:
+            layer.set_topk(layer.topk if topk is None else topk, fusion)
+        yield
+    finally:
+        for layer, settings in zip(layers, before):
+            layer.set_topk(*settings)

@@ -1,21 +1,17 @@
 """PST block and module: two neighbouring levels of a pyramid in, the finer one out."""
-from typing import Optional
+from typing import Any, List, Optional
 
 import torch
+import torch.fx
 import torch.nn as nn
-from timm.layers import DropPath, LayerType, register_notrace_function
+from timm.layers import DropPath, LayerType
 
-from .attention import PyramidSparseAttention
+from .attention import PyramidSparseAttention, check_maps
 from .conv_norm import ConvNorm
 
 __all__ = ['PyramidSparseBlock', 'PyramidSparseTransformer']
 
-
-@register_notrace_function
-def check_channels(x: torch.Tensor, channels: int, name: str) -> None:
-    """Raise a ValueError unless x is a (B, channels, H, W) map."""
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f'{name} has shape {x.shape}, expected (batch, {channels}, height, width).')
+torch.fx.wrap('check_maps')  # FX wants it said in every file that calls it
 
 
 class PyramidSparseBlock(nn.Module):
@@ -26,34 +22,27 @@ class PyramidSparseBlock(nn.Module):
             dim: int,
             num_heads: int,
             mlp_ratio: float = 2.,
-            topk: int = 0,
-            fine_fusion: str = 'gate',
-            train_topk: int = 0,
-            train_fine_prob: float = 1.0,
-            pos_enc: bool = True,
             zero_init: bool = False,
             drop_path: float = 0.,
             act_layer: LayerType = nn.SiLU,
             norm_layer: LayerType = nn.BatchNorm2d,
             device=None,
             dtype=None,
+            **attn_kwargs: Any,
     ):
         """
         Args:
             dim: Channels of both maps.
             num_heads: Number of heads, a divisor of `dim`.
             mlp_ratio: Hidden channels of the MLP over `dim`.
-            topk: See `PyramidSparseAttention`, as for the next three.
-            fine_fusion: How coarse and fine attention are combined.
-            train_topk: Coarse tokens selected in training.
-            train_fine_prob: Share of the training steps in which the fine branch runs.
-            pos_enc: Whether the attention has its position encoding.
             zero_init: Start both residual branches at zero, by the weight of their last norm.
             drop_path: Probability of dropping each residual branch in training.
             act_layer: Activation of the MLP.
             norm_layer: Norm of every convolution.
+            attn_kwargs: Options of `PyramidSparseAttention`, such as `topk=8`.
 
         Raises:
+            TypeError: If there is no such option.
             ValueError: If the MLP would have no hidden channel, or an option is out of its range.
         """
         dd = {'device': device, 'dtype': dtype}
@@ -61,17 +50,7 @@ class PyramidSparseBlock(nn.Module):
         hidden = int(dim * mlp_ratio)
         if hidden < 1:
             raise ValueError(f'mlp_ratio={mlp_ratio} leaves the MLP of {dim} channels no hidden channel.')
-        self.attn = PyramidSparseAttention(
-            dim,
-            num_heads,
-            topk=topk,
-            fine_fusion=fine_fusion,
-            train_topk=train_topk,
-            train_fine_prob=train_fine_prob,
-            pos_enc=pos_enc,
-            norm_layer=norm_layer,
-            **dd,
-        )
+        self.attn = PyramidSparseAttention(dim, num_heads, norm_layer=norm_layer, **dd, **attn_kwargs)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.mlp = nn.Sequential(
             ConvNorm(dim, hidden, 1, norm_layer=norm_layer, act_layer=act_layer, **dd),
@@ -103,20 +82,13 @@ class PyramidSparseTransformer(nn.Module):
             upper_chs: int,
             out_chs: int,
             depth: int = 1,
-            mlp_ratio: float = 2.,
             expansion: float = 0.5,
             head_dim: int = 32,
-            topk: int = 0,
-            fine_fusion: str = 'gate',
-            train_topk: int = 0,
-            train_fine_prob: float = 1.0,
-            pos_enc: bool = True,
-            zero_init: bool = False,
-            drop_path: float = 0.,
             act_layer: LayerType = nn.SiLU,
             norm_layer: LayerType = nn.BatchNorm2d,
             device=None,
             dtype=None,
+            **block_kwargs: Any,
     ):
         """
         Args:
@@ -124,20 +96,14 @@ class PyramidSparseTransformer(nn.Module):
             upper_chs: Channels of the coarse map.
             out_chs: Channels of the output.
             depth: Number of blocks. 0 leaves the convolutions on the fine map alone: nothing reads the coarse map.
-            mlp_ratio: Hidden channels of each block's MLP over its width.
             expansion: Width of the blocks over `out_chs`; the width must be a multiple of `head_dim`.
             head_dim: Channels per head.
-            topk: See `PyramidSparseAttention`, as for the next three.
-            fine_fusion: How coarse and fine attention are combined.
-            train_topk: Coarse tokens selected in training.
-            train_fine_prob: Share of the training steps in which the fine branch runs.
-            pos_enc: Whether the attention has its position encoding.
-            zero_init: Start both residual branches at zero, by the weight of their last norm.
-            drop_path: Probability of dropping each residual branch in training.
             act_layer: Activation of the convolutions and the MLPs.
             norm_layer: Norm of every convolution.
+            block_kwargs: Options of `PyramidSparseBlock` and of the attention in it, such as `mlp_ratio=3., topk=8`.
 
         Raises:
+            TypeError: If there is no such option.
             ValueError: If the width of the blocks is not a multiple of `head_dim`, or an option is out of its range.
         """
         dd = {'device': device, 'dtype': dtype}
@@ -159,39 +125,36 @@ class PyramidSparseTransformer(nn.Module):
         # without blocks nothing would read it, and an unused parameter stops DDP
         self.conv_upper = ConvNorm(upper_chs, hidden, 1, **conv_kwargs) if depth > 0 else nn.Identity()
         self.blocks = nn.ModuleList([
-            PyramidSparseBlock(
-                hidden,
-                hidden // head_dim,
-                mlp_ratio=mlp_ratio,
-                topk=topk,
-                fine_fusion=fine_fusion,
-                train_topk=train_topk,
-                train_fine_prob=train_fine_prob,
-                pos_enc=pos_enc,
-                zero_init=zero_init,
-                drop_path=drop_path,
-                **conv_kwargs,
-            )
+            PyramidSparseBlock(hidden, hidden // head_dim, **conv_kwargs, **block_kwargs)
             for _ in range(depth)
         ])
+        if depth == 0:
+            # a mistake in the options is one without blocks as well
+            PyramidSparseBlock(hidden, hidden // head_dim, **{**conv_kwargs, 'device': 'meta'}, **block_kwargs)
         self.conv_out = ConvNorm((depth + 1) * hidden, out_chs, 1, **conv_kwargs)
+
+    @torch.jit.ignore
+    def attentions(self) -> List[PyramidSparseAttention]:
+        """The attention of each block, in the order in which they run."""
+        # a loop over the list of a scripted module gives the blocks that it was scripted from
+        return [block.attn for block in self.blocks.children()]
 
     @torch.jit.ignore
     def set_topk(self, topk: int, fusion: Optional[str] = None) -> None:
         """Change the fine attention of every block, see `PyramidSparseAttention.set_topk`."""
-        for block in self.blocks:
-            block.attn.set_topk(topk, fusion)
+        for attn in self.attentions():
+            attn.set_topk(topk, fusion)
 
     @torch.jit.ignore
     def set_fine_step(self, seed: int, step: int = 0) -> None:
         """Place every block in the sequence of training steps, see `PyramidSparseAttention.set_fine_step`."""
-        for block in self.blocks:
-            block.attn.set_fine_step(seed, step)
+        for attn in self.attentions():
+            attn.set_fine_step(seed, step)
 
     @torch.jit.ignore
     def draw_fine(self) -> bool:
         """Draw for all blocks, which walk through the same sequence; see `PyramidSparseAttention.draw_fine`."""
-        draws = [block.attn.draw_fine() for block in self.blocks]  # a list, as every block has to take its draw
+        draws = [attn.draw_fine() for attn in self.attentions()]  # a list, as every block has to take its draw
         return any(draws)
 
     def forward(self, x: torch.Tensor, upper: torch.Tensor, fine: Optional[bool] = None) -> torch.Tensor:
@@ -205,10 +168,9 @@ class PyramidSparseTransformer(nn.Module):
             The fused map (B, out_chs, H, W).
 
         Raises:
-            ValueError: If the channels or the sizes of the two maps do not fit.
+            ValueError: If the channels, the batch or the sizes of the two maps do not fit.
         """
-        check_channels(x, self.in_chs, 'x')
-        check_channels(upper, self.upper_chs, 'upper')
+        check_maps(x, self.in_chs, upper, self.upper_chs)
         x = self.conv_in(x)
         upper = self.conv_upper(upper)
         outs = [x]

@@ -5,7 +5,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 import torch
 import torch.nn as nn
 
-from pst_timm.layers import PyramidSparseAttention, SparseTokens
+from pst_timm.layers import PyramidSparseAttention, SparseTokens, attention_set
 
 __all__ = ['Inspection', 'inspect_tokens']
 
@@ -54,28 +54,11 @@ def inspect_tokens(
         raise ValueError('The model is in training mode, in which it selects at random or not at all: call eval().')
     if x.ndim != 4:
         raise ValueError(f'x has shape {tuple(x.shape)}, expected a batch of images (B, in_chans, H, W).')
-    with _attention_set(layers, 0):
+    with attention_set(layers, 0):
         coarse = model(x)
-    with _attention_set(layers, topk, fusion), _recorded(layers) as blocks:
+    with attention_set(layers, topk, fusion), _recorded(layers) as blocks:
         fine = model(x)
     return Inspection(coarse, fine, blocks)
-
-
-@contextmanager
-def _attention_set(
-        layers: List[PyramidSparseAttention],
-        topk: Optional[int],
-        fusion: Optional[str] = None,
-) -> Iterator[None]:
-    """Set the fine attention of some layers for a while; None leaves it as each of them has it."""
-    before = [(layer.topk, layer.fine_fusion) for layer in layers]
-    try:
-        for layer in layers:
-            layer.set_topk(layer.topk if topk is None else topk, fusion)
-        yield
-    finally:
-        for layer, settings in zip(layers, before):
-            layer.set_topk(*settings)
 
 
 @contextmanager

@@ -14,25 +14,35 @@ C4 = layer3 and C5 = layer4 the rest of the network is, at fusion width w:
 Where this departs from the published code: its trunk puts SiLU inside the bottlenecks, and what it calls ResNet-18 is
 the Bottleneck 2,2,2,2 trunk, named `resnet26_pst` here beside the true `resnet18_pst`.
 """
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Type, Union
 
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerType, create_classifier, get_device_dtype
+from timm.layers import LayerType, create_classifier, get_device_dtype, to_2tuple
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
+    resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices  # timm exports it from here alone
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from pst_timm.layers import Concat, ConvNorm, PyramidSparseTransformer
+from pst_timm.layers import (
+    FINE_FUSIONS,
+    Concat,
+    ConvNorm,
+    PyramidSparseAttention,
+    PyramidSparseTransformer,
+    attention_set,
+)
 
 from .digest import check_digest, drop_digest
 
@@ -42,7 +52,21 @@ WEIGHTS = Path(__file__).resolve().parent / 'weights'
 
 
 class ResNetPST(ResNet):
-    """ResNet with a PST neck over its last two stages and a widened classification head."""
+    """ResNet with a PST neck over its last two stages and a widened classification head.
+
+    FX keeps the attention whole, as `timm.models.create_feature_extractor` asks it to; torchvision's function of that
+    name does so with `tracer_kwargs=dict(leaf_modules=timm.layers.get_notrace_modules(),
+    autowrap_functions=timm.layers.get_notrace_functions())`, and without them is refused.
+
+    What training and validation have to know of a model beside timm's interface, it says itself. Any timm model may
+    offer these methods, and a caller uses those that it finds:
+
+    * `set_train_step(seed, step)`: place the model's own random decisions in a sequence that all ranks share.
+    * `inference_settings()`: what the model has beside its weights, as arguments of `timm.create_model`.
+    * `with_settings(**settings)`: a context in which these are others.
+    * `sweep_settings(topks)`: the settings that are worth a comparison, each for `with_settings`.
+    * `tokens(img_size)`: how many tokens there are to select from; a k above it is that many.
+    """
 
     def __init__(
             self,
@@ -87,10 +111,10 @@ class ResNetPST(ResNet):
             pst_pos_enc: Whether the attention has its position encoding; without it for ablations.
             pst_zero_init: Start the residual branches of the PST blocks at zero, as `zero_init_last` does the trunk's.
             pst_act_layer: Activation of the PST, the fusion and the head.
-            topk: Coarse tokens selected per image and head at inference, 0 for coarse attention alone.
+            topk: See `PyramidSparseAttention`, as for the next three.
             fine_fusion: How coarse and fine attention are combined, 'gate' or 'joint'.
             train_topk: Coarse tokens selected in training, 0 for coarse-only training.
-            train_fine_prob: Share of the training steps in which the fine branch runs, if `train_topk` is set.
+            train_fine_prob: Share of the training steps in which the fine branch runs.
             head_hidden_size: Channels of the convolution before the pooling.
             norm_layer: Norm of trunk, PST, fusion and head.
             drop_rate: Dropout probability before the classifier.
@@ -145,6 +169,7 @@ class ResNetPST(ResNet):
         self.feature_info[3] = dict(c4, num_chs=pst_width + c4['num_chs'], module='pst_cat')
         self.feature_info[4] = dict(c5, num_chs=pst_width, module='fuse_merge')
         self.last_level = 4
+        self.coarse_stride = c5['reduction']
 
         self.num_features = pst_width
         self.conv_head = ConvNorm(pst_width, head_hidden_size, 1, **conv_kwargs)
@@ -165,8 +190,14 @@ class ResNetPST(ResNet):
         self.head_hidden_size = in_features * self.global_pool.feat_mult()
 
     @torch.jit.ignore
+    def _attentions(self) -> List[PyramidSparseAttention]:
+        return self.pst.attentions() if self.last_level >= 3 else []  # a model pruned below has no PST
+
+    @torch.jit.ignore
     def set_topk(self, topk: int, fusion: Optional[str] = None) -> None:
         """Change the fine attention used at inference; weights are not touched.
+
+        Works on a scripted model too; one that was saved, frozen or traced keeps what it had then.
 
         Args:
             topk: Coarse tokens selected per image and head, 0 for coarse attention alone; more than there are
@@ -176,11 +207,11 @@ class ResNetPST(ResNet):
         Raises:
             ValueError: If `topk` is negative or not an integer, or the fusion is unknown.
         """
-        if self.last_level >= 3:  # a model pruned below has no PST
-            self.pst.set_topk(topk, fusion)
+        for attn in self._attentions():
+            attn.set_topk(topk, fusion)
 
     @torch.jit.ignore
-    def set_fine_step(self, seed: int, step: int = 0) -> None:
+    def set_train_step(self, seed: int, step: int = 0) -> None:
         """Seed the draws of `train_fine_prob` and place them at a training step.
 
         Call it alike on all ranks. A run that calls it at the start of every epoch can be resumed at any of them.
@@ -189,8 +220,62 @@ class ResNetPST(ResNet):
             seed: Seed of the sequence of draws.
             step: Index of the next training step.
         """
-        if self.last_level >= 3:
-            self.pst.set_fine_step(seed, step)
+        for attn in self._attentions():
+            attn.set_fine_step(seed, step)
+
+    set_fine_step = set_train_step  # as the layers call it
+
+    @torch.jit.ignore
+    def inference_settings(self) -> Dict[str, Any]:
+        """`topk` and `fine_fusion` as they are now; empty for a model without attention."""
+        attentions = self._attentions()
+        return {'topk': attentions[0].topk, 'fine_fusion': attentions[0].fine_fusion} if attentions else {}
+
+    @torch.jit.ignore
+    @contextmanager
+    def with_settings(self, topk: Optional[int] = None, fine_fusion: Optional[str] = None) -> Iterator[None]:
+        """Set the fine attention for a while; afterwards it is as it was, also after an error.
+
+        Args:
+            topk: Coarse tokens selected per image and head, unchanged if None.
+            fine_fusion: 'gate' or 'joint', unchanged if None; 'coarse' is what tables call `topk=0`.
+
+        Raises:
+            ValueError: If `topk` is negative or not an integer, or the fusion is unknown or does not go with it.
+        """
+        if fine_fusion == 'coarse':
+            if topk != 0:
+                raise ValueError(f"fine_fusion='coarse' is attention with topk=0, got topk={topk!r}.")
+            fine_fusion = None
+        with attention_set(self._attentions(), topk, fine_fusion):
+            yield
+
+    @torch.jit.ignore
+    def sweep_settings(self, topks: Sequence[int]) -> List[Dict[str, Any]]:
+        """Settings to compare, for `with_settings`, each once.
+
+        Args:
+            topks: Coarse tokens to select; 0 is coarse attention alone.
+
+        Returns:
+            `topk` and `fine_fusion` of each: 'coarse' for k = 0, 'gate' and then 'joint' for every other k. A model
+            without attention has one setting, the coarse one.
+        """
+        if not self._attentions():
+            topks = [0]
+        return [
+            {'topk': k, 'fine_fusion': fusion}
+            for k in dict.fromkeys(topks) for fusion in (FINE_FUSIONS if k else ('coarse',))]
+
+    @torch.jit.ignore
+    def tokens(self, img_size: Union[int, Tuple[int, int]]) -> int:
+        """How many coarse tokens there are to select from, 0 in a model without attention.
+
+        Args:
+            img_size: Height and width of the images, or one number for both.
+        """
+        height, width = (-(-side // self.coarse_stride) for side in to_2tuple(img_size))  # every stage rounds up
+        return height * width if self._attentions() else 0
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -208,21 +293,22 @@ class ResNetPST(ResNet):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        """Names of parameters to keep from weight decay: none beyond the norms and biases that timm keeps from it."""
-        return set()
+        """Names of the gates: where training does not run them, decay is all that would move them."""
+        return {n for n, _ in self.named_parameters() if n.startswith('pst.blocks.') and '.attn.gate.' in n}
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replace the classifier.
 
         Args:
             num_classes: Number of classes, 0 for no classifier.
-            global_pool: Pooling type, '' (with `num_classes=0`) for none, unchanged if None.
+            global_pool: Pooling type, '' (with `num_classes=0`) for none. None leaves it as it is, but for a
+                classifier on a model without pooling, which gets 'avg'.
 
         Raises:
-            ValueError: If there are classes but no pooling.
+            ValueError: If classes without pooling are asked for.
         """
         if global_pool is None:
-            global_pool = self.global_pool.pool_type
+            global_pool = self.global_pool.pool_type or ('avg' if num_classes > 0 else '')
         in_features = self.head_hidden_size // self.global_pool.feat_mult()
         self._set_classifier(num_classes, global_pool, in_features, **get_device_dtype(self))
         self.global_pool.train(self.training)
@@ -370,7 +456,9 @@ def _create_resnet_pst(variant: str, pretrained: bool = False, **kwargs) -> ResN
         raise ValueError(
             f"feature_cls='{feature_cls}' runs a model as a chain of modules, which {variant} is not: "
             f"use 'getter' (the default), 'hook' or 'fx'.")
-    if not pretrained and not kwargs.get('pretrained_cfg'):
+    if pretrained:
+        _check_weights_exist(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    elif not kwargs.get('pretrained_cfg'):
         # weights that were not asked for decide neither class count nor input size
         kwargs['pretrained_cfg'] = 'untrained'
     model = build_model_with_cfg(
@@ -383,6 +471,19 @@ def _create_resnet_pst(variant: str, pretrained: bool = False, **kwargs) -> ResN
     )
     drop_digest(model)
     return model
+
+
+def _check_weights_exist(variant: str, pretrained_cfg: Any, pretrained_cfg_overlay: Optional[Dict[str, Any]]) -> None:
+    """Raise a RuntimeError that says what to do where timm's own says only that there are no weights."""
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    if cfg.has_weights or cfg.state_dict:
+        return
+    name, tags = '.'.join(filter(None, (variant, cfg.tag))), timm.list_pretrained(f'{variant}.*')
+    missing = f'{name}, only for {", ".join(tags)}' if tags else f'{variant} yet'
+    raise RuntimeError(
+        f'No pretrained weights exist for {missing}. The ways on are pst_timm.load_trunk for the weights of a plain '
+        f'ResNet in its trunk, pst_timm.register_weights for your own, or the name of a published model, '
+        f"'hf-hub:org/name'.")
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:

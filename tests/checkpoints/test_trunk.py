@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import pst_timm
+from pst_timm.models import copy_trunk
 from tests.helpers import randomize
 from tests.models.helpers import MODELS, TINY, build, images
 
@@ -256,3 +257,17 @@ def test_other_sources_are_type_errors(source):
 def test_a_model_without_a_trunk_is_an_error(source):
     with pytest.raises(ValueError, match='VisionTransformer'):
         pst_timm.load_trunk(timm.create_model('test_vit'), source.state_dict())
+
+
+def test_the_result_prints_in_a_line():
+    result = pst_timm.TrunkLoad(loaded=['a'] * 122, untouched=['b'] * 48, ignored=['fc.weight', 'fc.bias'])
+    assert repr(result) == str(result) == 'TrunkLoad(loaded 122, untouched 48, ignored 2)'
+    assert result.ignored == ['fc.weight', 'fc.bias'] and tuple(result) == (*result,)
+
+
+def test_copy_trunk_is_load_trunk_without_the_reading(source):
+    model, other = build(), build()
+    assert copy_trunk(model, source.state_dict()) == pst_timm.load_trunk(other, {'state_dict': source.state_dict()})
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+    with pytest.raises(ValueError, match='which the source has not'):
+        copy_trunk(model, {'state_dict': source.state_dict()})

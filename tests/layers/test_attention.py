@@ -1,5 +1,6 @@
 """Attention against the oracle, its identities, its cost and its errors."""
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -352,12 +353,18 @@ def test_other_size_ratios_are_errors(sizes, topk):
         build_attention(topk=topk)(x, upper)
 
 
-@pytest.mark.parametrize('channels, upper_channels, words', [(6, 8, ('x', '6', '8')), (8, 10, ('upper', '10', '8'))])
-def test_mismatched_channels_are_errors(channels, upper_channels, words):
-    x, upper = build_maps(channels=channels, upper_channels=upper_channels)
-    with pytest.raises(ValueError) as error:
-        build_attention()(x, upper)
-    assert all(word in str(error.value) for word in words)
+@pytest.mark.parametrize('shapes, message', [
+    (((2, 6, 4, 4), (2, 8, 2, 2)), 'x has shape [2, 6, 4, 4], expected (batch, 8, height, width).'),
+    (((2, 8, 4, 4), (2, 10, 2, 2)), 'upper has shape [2, 10, 2, 2], expected (batch, 8, height, width).'),
+    (((8, 4, 4), (2, 8, 2, 2)), 'x has shape [8, 4, 4], expected (batch, 8, height, width).'),
+    (((2, 8, 4, 4), (8, 4)), 'upper has shape [8, 4], expected (batch, 8, height, width).'),
+    (((2, 8, 4, 4), (3, 8, 2, 2)), 'x holds 2 images and upper 3: both must be maps of the same batch.'),
+    (((1, 8, 4, 4), (3, 8, 2, 2)), 'x holds 1 images and upper 3: both must be maps of the same batch.'),
+])
+@pytest.mark.parametrize('call', ['forward', 'inspect'])
+def test_maps_that_do_not_fit_are_errors(call, shapes, message):
+    with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
+        getattr(build_attention().float(), call)(*(torch.zeros(shape) for shape in shapes))
 
 
 def test_device_and_dtype_reach_every_tensor():

@@ -105,10 +105,33 @@ def test_bad_arguments_are_named(kwargs, words):
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize('depth', [0, 1])
+def test_options_are_those_of_the_layers_below(depth):
+    """Each option has one home, and a mistake is one whether or not a block reads it."""
+    with pytest.raises(TypeError, match='topkk'):
+        build_pst(depth=depth, topkk=3)
+    with pytest.raises(TypeError, match='num_heads'):
+        build_pst(depth=depth, num_heads=3)
+    with pytest.raises(ValueError, match='train_fine_prob'):
+        build_pst(depth=depth, train_fine_prob=2.)
+    for block in build_pst(depth=depth, topk=3, fine_fusion='joint', pos_enc=False, mlp_ratio=3.).blocks:
+        attn = block.attn
+        assert (attn.topk, attn.fine_fusion, attn.pos_enc) == (3, 'joint', False)
+        assert block.mlp[0].conv.out_channels == 3 * attn.dim
+
+
+def test_checking_options_draws_no_random_numbers():
+    state = torch.get_rng_state()
+    PyramidSparseTransformer(6, 10, 16, head_dim=4, depth=0, device='meta')
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize('shapes, words', [
     (((1, 5, 4, 4), (1, 10, 2, 2)), ['x', '1, 5, 4, 4', '6']),
     (((1, 6, 4, 4), (1, 9, 2, 2)), ['upper', '1, 9, 2, 2', '10']),
     (((6, 4, 4), (1, 10, 2, 2)), ['x', '6, 4, 4']),
+    (((1, 6, 4, 4), (10, 2, 2)), ['upper', '10, 2, 2']),
+    (((2, 6, 4, 4), (3, 10, 2, 2)), ['x holds 2 images', 'upper 3', 'same batch']),
     (((1, 6, 9, 4), (1, 10, 4, 2)), ['9x4', '4x2']),
 ])
 @pytest.mark.parametrize('depth', [1, 2])

@@ -25,7 +25,7 @@ def train(rank: int, kwargs: dict) -> dict:
     attn = model.pst.blocks[0].attn
     attn.kv.register_forward_hook(lambda m, args, out: reads.append(tuple(args[0].shape[2:])))
     ddp = DistributedDataParallel(model)
-    optimizer = torch.optim.SGD([p for p in ddp.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
     fine_steps = []
     for _ in range(6):
         reads.clear()

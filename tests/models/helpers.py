@@ -1,4 +1,6 @@
 """Models and inputs for the tests of the models."""
+import re
+
 import timm
 import torch
 
@@ -16,6 +18,14 @@ def build(name=TINY, random=True, **kwargs):
     """A model in eval mode, randomised (batch-norm statistics and gate included) unless told otherwise."""
     model = timm.create_model(name, **kwargs)
     return (randomize(model) if random else model).eval()
+
+
+def features_of(model, **kwargs):
+    """A features_only model with the weights of a full one."""
+    features = timm.create_model(model.pretrained_cfg['architecture'], features_only=True, **kwargs).eval()
+    state = model.state_dict()
+    features.load_state_dict({k: state[re.sub('^(model|body|graph_module)[.]', '', k)] for k in features.state_dict()})
+    return features
 
 
 def images(size=ODD_SIZE, batch=2, chans=3, seed=0):

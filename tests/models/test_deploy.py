@@ -1,5 +1,6 @@
 """Forms a model is deployed in: scripted, traced by FX, compiled, exported, reparameterised; each equal to eager."""
 import copy
+import functools
 import io
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn as nn
 from timm.layers import set_layer_config
 from timm.models import reparameterize_model
+from torch.fx.proxy import TraceError
 from torchvision.models.feature_extraction import create_feature_extractor as torchvision_extractor
 
 import pst_timm
@@ -69,14 +71,26 @@ class TestScript:
         buffer.seek(0)
         assert_equals_eager(torch.jit.load(buffer), model)
 
-    def test_trains(self):
-        model = torch.jit.script(build(num_classes=5, topk=3)).train()
-        model(images()).square().sum().backward()
-        assert {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None} == set()
+    def test_settings_of_the_scripted_model_are_its_own(self):
+        model, x = build(num_classes=5, pst_depth=2), images()
+        scripted = torch.jit.script(model)
+        with torch.no_grad():
+            for settings in model.sweep_settings([3, 0, 10 ** 6]):
+                with scripted.with_settings(**settings):
+                    assert model.inference_settings() == {'topk': 0, 'fine_fusion': 'gate'}
+                    y = scripted(x)
+                with model.with_settings(**settings):
+                    assert relative_error(y, model(x)) < 1e-5
+            scripted.set_topk(3, 'joint')
+            model.set_topk(3, 'joint')
+            assert relative_error(scripted(x), model(x)) < 1e-5
+            assert scripted.inference_settings() == {'topk': 3, 'fine_fusion': 'joint'}
 
-    @pytest.mark.parametrize('name', MODELS)
-    def test_every_model(self, name):
-        torch.jit.script(timm.create_model(name, topk=3, scriptable=True))
+    def test_a_saved_model_has_no_switch_that_would_do_nothing(self):
+        buffer = io.BytesIO()
+        torch.jit.save(torch.jit.script(build()), buffer)
+        buffer.seek(0)
+        assert not hasattr(torch.jit.load(buffer), 'set_topk')
 
 
 @pytest.mark.skipif(not hasattr(torch.jit, 'trace'), reason='torch no longer offers TorchScript')
@@ -104,18 +118,29 @@ class TestFX:
             assert relative_error(outs['P'], levels[3][:, :model.num_features]) < 1e-5
             assert relative_error(outs['logits'], model(x)) < 1e-5
 
-    def test_torchvisions_extractor_with_timms_leaves(self):
-        model = build(topk=2)
-        extractor = torchvision_extractor(
-            model,
-            return_nodes=['pst_cat'],
-            tracer_kwargs=dict(
-                leaf_modules=timm.layers.get_notrace_modules(),
-                autowrap_functions=timm.layers.get_notrace_functions(),
-            ),
-        )
-        x = images()
-        assert relative_error(extractor(x)['pst_cat'], model.forward_intermediates(x)[1][3]) < 1e-5
+    @pytest.mark.parametrize('train', [False, True])
+    @pytest.mark.parametrize('extractor', [
+        timm.models.create_feature_extractor,
+        functools.partial(torchvision_extractor, tracer_kwargs=dict(
+            leaf_modules=timm.layers.get_notrace_modules(),
+            autowrap_functions=timm.layers.get_notrace_functions(),
+        )),
+    ], ids=['timm', 'torchvision'])
+    def test_extractors_keep_the_attention_whole(self, extractor, train):
+        model, x = build(train_topk=100).train(train), images()
+        graph = extractor(model, ['pst_cat', 'fc'])
+        assert graph.training == train
+        for topk in (0, 2):
+            model.set_topk(topk)  # the graph runs the model's own layers
+            assert relative_error(graph(x)['fc'], model(x)) < 1e-5
+        assert relative_error(graph.eval()(x)['pst_cat'], model.eval().forward_intermediates(x)[1][3]) < 1e-5
+
+    def test_an_extractor_that_goes_into_the_attention_is_told_how_not_to(self):
+        for train in (False, True):
+            with pytest.raises(TraceError, match=r'keep it whole.*create_feature_extractor.*leaf_modules='):
+                torchvision_extractor(build().train(train), ['pst_cat'])
+        model, x = build(pst_depth=0), images()
+        assert relative_error(torchvision_extractor(model, ['fc'])(x)['fc'], model(x)) < 1e-5
 
     def test_a_graph_trains(self):
         features = timm.create_model(TINY, features_only=True, feature_cls='fx', train_topk=2).train()

@@ -1,6 +1,4 @@
 """Backbone use: features_only, forward_intermediates, pruning, output strides, against values worked out by hand."""
-import re
-
 import pytest
 import timm
 import torch
@@ -8,7 +6,7 @@ import torch
 from pst_timm.layers import FINE_FUSIONS
 from tests.helpers import relative_error
 from tests.layers import oracle
-from tests.models.helpers import LEVELS, MODELS, TINY, build, images, unused
+from tests.models.helpers import LEVELS, MODELS, TINY, build, features_of, images, unused
 
 ATTENTION = [dict(), *(dict(topk=3, fine_fusion=fusion) for fusion in FINE_FUSIONS)]
 attentions = pytest.mark.parametrize('kwargs', ATTENTION, ids=['coarse', *FINE_FUSIONS])
@@ -24,14 +22,6 @@ def levels_by_hand(model, x):
     enhanced = torch.cat([model.pst(c4, c5), c4], dim=1)
     fused = model.fuse_merge(torch.cat([model.fuse_down(enhanced), c5], dim=1))
     return [stem, c2, c3, enhanced, fused]
-
-
-def features_of(model, **kwargs):
-    """A features_only model with the weights of a full one."""
-    features = timm.create_model(TINY, features_only=True, **kwargs).eval()
-    state = model.state_dict()
-    features.load_state_dict({k: state[re.sub('^(model|body|graph_module)[.]', '', k)] for k in features.state_dict()})
-    return features
 
 
 def assert_same(actual, expected):

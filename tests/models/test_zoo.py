@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from timm.models import get_pretrained_cfg, is_model_pretrained
+from timm.models import is_model_pretrained
 from torch.utils.flop_counter import FlopCounterMode
 
 from pst_timm.layers import FINE_FUSIONS
 from pst_timm.models import ResNetPST
-from tests.models.helpers import LEVELS, MODELS, TINY, build, images, unused
+from tests.models.helpers import MODELS, TINY, build, images
 
 # parameters, GMACs at 224, channels of C4 and C5, fusion width, heads, trunk in timm
 TABLE = {
@@ -77,17 +77,6 @@ def test_the_tiny_model_is_tiny():
     assert sum(p.numel() for p in build().parameters()) < 800_000
 
 
-@models
-def test_forward_and_backward(name):
-    model = build(name, random=False, num_classes=7).train()
-    y = model(images((64, 64)))
-    assert y.shape == (2, 7) and torch.isfinite(y).all()
-    y.square().sum().backward()
-    assert unused(model) == set()
-    gates = [n for n, p in model.named_parameters() if not p.requires_grad]
-    assert gates == [f'pst.blocks.0.attn.gate.{n}' for n in ('weight', 'bias')]
-
-
 @pytest.mark.parametrize('topk', [4, 10 ** 6])
 @pytest.mark.parametrize('fusion', FINE_FUSIONS)
 @models
@@ -105,45 +94,40 @@ def test_fine_attention_acts_and_repeats_bitwise(name, fusion, topk):
 
 
 @models
-def test_features(name):
-    model = build(name, features_only=True, random=False)
-    x = images((64, 96))
-    with torch.no_grad():
-        features = model(x)
-    assert model.feature_info.reduction() == [2, 4, 8, 16, 32]
-    assert [tuple(f.shape) for f in features] == [
-        (2, chs, 64 // stride, 96 // stride)
-        for chs, stride in zip(model.feature_info.channels(), model.feature_info.reduction())
-    ]
-    assert len(features) == LEVELS
-
-
-@models
 def test_configuration(name):
-    cfg = get_pretrained_cfg(f'{name}.untrained')
-    assert is_model_pretrained(name) == (name == TINY)
     model = build_meta(name)
-    assert model.pretrained_cfg['tag'] == 'untrained'
-    assert cfg.num_classes == model.num_classes == 1000
-    assert cfg.classifier == 'fc' == model.get_classifier(name_only=True)
-    first = model.get_submodule(cfg.first_conv)
-    assert isinstance(first, torch.nn.Conv2d) and first.in_channels == 3
-    size = model.forward_features(torch.empty(1, *cfg.input_size, device='meta')).shape[2:]
-    assert tuple(size) == tuple(cfg.pool_size)
+    assert is_model_pretrained(name) == (name == TINY)
+    assert model.pretrained_cfg['tag'] == 'untrained' and model.num_classes == 1000
 
 
-def pretrained_error(name):
-    with pytest.raises(Exception) as error, torch.device('meta'):
-        timm.create_model(name, pretrained=True)
-    return error.type, str(error.value).replace(name, '{name}')
+@pytest.mark.parametrize('kwargs', [
+    dict(), dict(features_only=True), dict(num_classes=5), dict(pretrained_cfg=dict(num_classes=10)),
+    dict(pretrained_cfg_overlay=dict(num_classes=10)),
+], ids=str)
+@pytest.mark.parametrize('name, missing', [
+    *((name, f'for {name} yet.') for name in TABLE),
+    (f'{TINY}.untrained', f'for {TINY}.untrained, only for {TINY}.digits.'),
+])
+def test_without_weights_pretrained_says_which_there_are_and_the_ways_on(name, missing, kwargs):
+    if name.startswith(TINY) and 'pretrained_cfg' in kwargs:
+        missing = missing.replace('.untrained', '')  # a configuration of one's own has no tag
+    with pytest.raises(RuntimeError) as error, torch.device('meta'):
+        timm.create_model(name, pretrained=True, **kwargs)
+    assert str(error.value).startswith(f'No pretrained weights exist {missing} ')
+    assert all(word in str(error.value) for word in ('load_trunk', 'register_weights', 'hf-hub:org/name'))
 
 
-@published
-def test_pretrained_without_weights_is_timms_own_error(name):
-    untrained = next(m for m in timm.list_models('*net*') if m not in MODELS and not is_model_pretrained(m))
-    kind, message = pretrained_error(name)
-    assert (kind, message) == pretrained_error(untrained)
-    assert '{name}' in message
+@pytest.mark.parametrize('key', ['pretrained_cfg', 'pretrained_cfg_overlay'])
+@pytest.mark.parametrize('source', ['file', 'state_dict'])
+@pytest.mark.parametrize('features_only', [False, True])
+def test_weights_that_are_given_are_loaded(tmp_path, key, source, features_only):
+    given = build()
+    torch.save(given.state_dict(), tmp_path / 'model.pth')
+    where = {'file': str(tmp_path / 'model.pth'), 'state_dict': given.state_dict()}[source]
+    cfg = {source: where, 'num_classes': 1000, 'classifier': 'fc', 'first_conv': 'conv1.0'}
+    name = f'{TINY}.untrained' if key == 'pretrained_cfg_overlay' else TINY
+    model = timm.create_model(name, pretrained=True, features_only=features_only, **{key: cfg})
+    assert torch.equal(getattr(model, 'model', model).pst.conv_in.conv.weight, given.pst.conv_in.conv.weight)
 
 
 @models
