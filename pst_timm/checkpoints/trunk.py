@@ -1,35 +1,19 @@
 """Load the weights of a plain timm ResNet into the trunk of a ResNet-PST."""
 import os
-import re
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Union
+from typing import Dict, Union
 
 import timm
 import torch
 import torch.nn as nn
-from timm.models import adapt_input_conv, clean_state_dict, load_state_dict
+from timm.models import clean_state_dict, load_state_dict
 
-__all__ = ['TrunkLoad', 'copy_trunk', 'load_trunk']
+from pst_timm.models import TrunkLoad, copy_trunk
 
-TRUNK = re.compile(r'(conv1|bn1|maxpool|layer[1-4])\.')
-# a counter that only a cumulative average would read, absent from some converted checkpoints
-OPTIONAL = '.num_batches_tracked'
+__all__ = ['TrunkLoad', 'load_trunk']
+
 # what a name ends with that can only be meant as a file
 FILES = ('.safetensors', '.pth', '.pt', '.tar', '.bin', '.ckpt')
-
-
-class TrunkLoad(NamedTuple):
-    """What `load_trunk` did, as state-dict keys."""
-    loaded: List[str]
-    """Keys of the model that were given the source's values."""
-    untouched: List[str]
-    """Keys of the model that kept their values: PST, fusion, head."""
-    ignored: List[str]
-    """Keys of the source that have no place in the model: its classifier."""
-
-    def __repr__(self) -> str:
-        counts = ', '.join(f'{name} {len(keys)}' for name, keys in self._asdict().items())
-        return f'{type(self).__name__}({counts})'
 
 
 def _read_source(source: Union[str, os.PathLike, Dict[str, torch.Tensor]]) -> Dict[str, torch.Tensor]:
@@ -72,54 +56,3 @@ def load_trunk(model: nn.Module, source: Union[str, os.PathLike, Dict[str, torch
         TypeError: If the source is none of these.
     """
     return copy_trunk(model, clean_state_dict(_read_source(source)))
-
-
-def copy_trunk(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> TrunkLoad:
-    """What `load_trunk` does once the weights are read.
-
-    Args:
-        model: See `load_trunk`.
-        state_dict: Weights of a plain timm ResNet, under its own names.
-
-    Returns:
-        The keys loaded, left untouched and ignored.
-
-    Raises:
-        ValueError: If the weights are not those of a ResNet of the model's depth and width (names the first layer that
-            differs), or the model has no such trunk.
-    """
-    net = getattr(model, 'model', model)  # features_only wraps the network under this name
-    target = net.state_dict()
-    wanted = [k for k in target if TRUNK.match(k)]
-    if not wanted:
-        raise ValueError(f'{type(net).__name__} has no ResNet trunk (conv1, bn1, layer1 to layer4) to load into.')
-    stages = {k.split('.')[0] for k in wanted}
-    offered = [k for k in state_dict if TRUNK.match(k) and k.split('.')[0] in stages]
-
-    missing = [k for k in wanted if k not in state_dict and not k.endswith(OPTIONAL)]
-    if missing:
-        raise ValueError(
-            f'The source is not a ResNet of this trunk: the model has {missing[0]}, which the source has not '
-            f'({len(missing)} of {len(wanted)} trunk keys are missing). Use weights of the same depth and block.')
-    surplus = [k for k in offered if k not in target and not k.endswith(OPTIONAL)]
-    if surplus:
-        raise ValueError(
-            f'The source is not a ResNet of this trunk: it has {surplus[0]}, which the model has not '
-            f'({len(surplus)} keys too many). Use weights of the same depth and block.')
-    weights = {k: state_dict[k] for k in wanted if k in state_dict}
-    first = next(k for k in wanted if target[k].ndim == 4)
-    in_chans = target[first].shape[1]
-    if weights[first].shape[1] != in_chans:
-        weights[first] = adapt_input_conv(in_chans, weights[first])
-    for k, v in weights.items():
-        if v.shape != target[k].shape:
-            raise ValueError(
-                f'The source is not a ResNet of this trunk: {k} is {tuple(v.shape)} in the source and '
-                f'{tuple(target[k].shape)} in the model. Use weights of the same width.')
-
-    net.load_state_dict(weights, strict=False)
-    return TrunkLoad(
-        loaded=list(weights),
-        untouched=[k for k in target if k not in weights],
-        ignored=[k for k in state_dict if k not in weights],
-    )
