@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pst_timm.commands.report import fill_page, load_studies, main
-from pst_timm.metrics.answers import pack_answers, unpack_answers
+from pst_timm.metrics.answers import pack_answers
 from pst_timm.metrics.intervals import student_quantile
 from pst_timm.study import plots as study_plots
 from pst_timm.study.plots import draw_accuracy, draw_curves, draw_plots, draw_sweep, spread_out
@@ -109,24 +109,6 @@ def chosen(folder, **columns):
 
 
 # ------------------------------------------------------------------------------------------------------- the files
-
-def test_answers_by_hand():
-    assert unpack_answers('a8', 5).tolist() == [True, False, True, False, True]
-    assert unpack_answers('F', 4).tolist() == [True] * 4
-    assert unpack_answers('123', 12).tolist() == [bool(int(b)) for b in '000100100011']
-
-
-@settings(deadline=None, derandomize=True)
-@given(st.lists(st.booleans(), min_size=1, max_size=70))
-def test_answers_come_back(right):
-    assert unpack_answers(pack_answers(right), len(right)).tolist() == right
-
-
-@pytest.mark.parametrize('digits, images', [('a8', 4), ('a8', 9), ('a9', 5), ('8', 5)])
-def test_answers_of_another_number_of_images_are_refused(digits, images):
-    with pytest.raises(ValueError, match='images'):
-        unpack_answers(digits, images)
-
 
 def test_attention_that_selects_everything_is_one(folder):
     labels = [(a.img_size, str(a)) for a in load_study(folder).sweep('resnet18_pst')]
