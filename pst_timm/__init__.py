@@ -2,7 +2,7 @@
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, List
 
 from .version import __version__
 
@@ -25,6 +25,22 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
-# the command line loads what its command needs, so that its help does not wait for torch
-if not Path(sys.argv[0] if sys.argv else '').stem.startswith('pst-timm') and sys.argv[:1] != ['-m']:
+def __dir__() -> List[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _is_the_command() -> bool:
+    """Whether this process is `pst-timm` or `python -m pst_timm`; False where that is in doubt."""
+    words = getattr(sys, 'argv', [])
+    # what the interpreter was told to run: the last of its words before those of the program
+    told = sys.orig_argv[:max(len(sys.orig_argv) - len(words) + 1, 0)]
+    if not words or not told:
+        return False
+    if words[0] == '-m':  # so it reads while Python looks for the module
+        return told[-1] in (__name__, f'-m{__name__}')
+    return told[-1] == words[0] and Path(words[0]).name in ('pst-timm', 'pst-timm.exe')
+
+
+# the command loads what it needs itself, so that its help does not wait for torch
+if not _is_the_command():
     from . import models  # noqa: F401

@@ -49,6 +49,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f'pst-timm {__version__}')
         return 0
     if name not in COMMANDS:
-        print(f'pst-timm: error: unknown command {name!r}.{did_you_mean(name, COMMANDS)}\n\n{usage()}', file=sys.stderr)
+        kind = 'flag' if name.startswith('-') else 'command'
+        hint = did_you_mean(name, [*COMMANDS, '--help', '--version'])
+        print(f'pst-timm: error: unknown {kind} {name!r}.{hint} See pst-timm --help.', file=sys.stderr)
         return 2
     return import_module(f'.commands.{COMMANDS[name].module}', __package__).main(words[1:])

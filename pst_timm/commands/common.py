@@ -1,18 +1,149 @@
-"""What the commands share: how they end in an error, and the words that mean the same in all of them."""
+"""What the commands share: how they parse, how they end, and the flags that mean the same in all of them."""
 import argparse
 import sys
+from pathlib import Path
+from typing import Any, Callable, NoReturn, Optional, Sequence
 
-__all__ = ['CHECKPOINT_HELP', 'add_ema_flag', 'fail']
+from pst_timm.utils.errors import PSTError, did_you_mean
+
+__all__ = [
+    'CHECKPOINT_HELP',
+    'DTYPES',
+    'FINE_FUSIONS',
+    'INTERRUPTED',
+    'SOURCE_HELP',
+    'ArgumentParser',
+    'add_attention_flags',
+    'add_ema_flag',
+    'add_output',
+    'add_source',
+    'at_least',
+    'fail',
+    'run',
+]
 
 CHECKPOINT_HELP = 'training checkpoint, run folder, .safetensors file, or folder with config.json'
+SOURCE_HELP = f'model name, hf-hub:org/name, {CHECKPOINT_HELP}'
+INTERRUPTED = 130  # what shells say of a command that Ctrl-C ended
+# also in rooms that need torch, which a parser does not wait for
+DTYPES = ('float32', 'float16', 'bfloat16')
+FINE_FUSIONS = ('gate', 'joint')
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations, and whose errors are one line with the nearest valid spelling."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and leave with exit code 2."""
+        self.exit(2, f'{self.prog}: error: {message}{"" if message.endswith((".", "?")) else "."}\n')
+
+    def parse_args(
+            self,
+            args: Optional[Sequence[str]] = None,
+            namespace: Optional[argparse.Namespace] = None,
+    ) -> argparse.Namespace:
+        """Parse the words of a command line (`sys.argv` if None); all of them must be known."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            # what follows an unknown flag is its value as a rule
+            wrong = next((word for word in unknown if word.startswith('-')), unknown[0])
+            flags = [name for action in self._actions if action.help != argparse.SUPPRESS
+                     for name in action.option_strings]
+            # all flags are near each other by their dashes
+            hint = did_you_mean(wrong.split('=')[0], flags, most=1)
+            self.error(f'unknown argument {wrong!r}.{hint} See {self.prog} --help.')
+        return parsed
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(
+                action, f'expected one of {", ".join(known)}, got {value!r}.{did_you_mean(str(value), known)}')
+
+
+def run(prog: str, work: Callable[..., Optional[int]], *args: Any) -> int:
+    """Do the work of a command, and end as all commands do.
+
+    Args:
+        prog: How the command is called, for messages.
+        work: The work; returns an exit code, None if all is well.
+        args: What it is called with.
+
+    Returns:
+        The exit code: that of the work, of its `PSTError`, or 130 after Ctrl-C. Either is told in one sentence.
+    """
+    try:
+        import pst_timm.models  # noqa: F401  (registers them; the help of a command does not wait for it)
+
+        return work(*args) or 0
+    except PSTError as e:
+        return fail(prog, e)
+    except KeyboardInterrupt:
+        print(f'\n{prog}: stopped before the end.', file=sys.stderr)
+        return INTERRUPTED
 
 
 def fail(prog: str, error: Exception) -> int:
-    """Print an error as one sentence; returns the exit code."""
+    """Print an error; returns the exit code."""
     print(f'{prog}: error: {error}', file=sys.stderr)
     return getattr(error, 'exit_code', 1)
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The `type` of a flag that takes whole numbers from `least` on."""
+    def convert(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f'expected a whole number of at least {least}, got {text!r}')
+        return number
+    return convert
+
+
+def add_source(parser: argparse.ArgumentParser, name: str = 'source', names: bool = True, **kwargs: Any) -> None:
+    """Add what a model is taken from.
+
+    Args:
+        parser: The parser.
+        name: 'source', or a flag such as '--checkpoint'.
+        names: Whether names of models will do as well as files and folders.
+        kwargs: For `add_argument`.
+    """
+    parser.add_argument(name, **{'help': SOURCE_HELP if names else CHECKPOINT_HELP, **kwargs})
+
+
 def add_ema_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --use-ema and --no-use-ema as `use_ema`, None where neither is given."""
     parser.add_argument(
-        '--no-ema', action='store_true', help='the weights as trained, even where there is a moving average')
+        '--use-ema', action=argparse.BooleanOptionalAction, default=None,
+        help='the moving average (EMA) of the weights, or those as trained (default: the average if there is one)')
+    parser.add_argument('--no-ema', dest='use_ema', action='store_false', default=None, help=argparse.SUPPRESS)
+
+
+def add_attention_flags(
+        parser: argparse.ArgumentParser,
+        topk: Optional[int] = None,
+        default: str = "the model's",
+) -> None:
+    """Add --topk and --fine-fusion as `topk` and `fine_fusion`.
+
+    Args:
+        parser: The parser.
+        topk: The number of tokens where the flag is not given, None for that of the model.
+        default: What the help says of it, where it is None.
+    """
+    parser.add_argument(
+        '--topk', type=at_least(0), default=topk, metavar='K',
+        help=f'coarse tokens that each head selects, 0 for none (default: {default if topk is None else topk})')
+    parser.add_argument(
+        '--fine-fusion', '--fusion', choices=FINE_FUSIONS, help="how fine attention is added (default: the model's)")
+
+
+def add_output(parser: argparse.ArgumentParser, what: str = 'file to write', **kwargs: Any) -> None:
+    """Add --output, a path."""
+    parser.add_argument('--output', type=Path, help=what, **kwargs)

@@ -3,31 +3,30 @@ import argparse
 import logging
 from typing import Optional, Sequence
 
-from timm.utils import setup_default_logging
-
-from pst_timm.checkpoints.conversion import DTYPES, convert
-from pst_timm.utils.errors import PSTError
-
-from .common import CHECKPOINT_HELP, add_ema_flag, fail
+from .common import DTYPES, ArgumentParser, add_ema_flag, add_source, run
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """`pst-timm convert`; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog='pst-timm convert',
         description='Write the weights of a checkpoint as .safetensors, or back as a training checkpoint.')
-    parser.add_argument('source', help=CHECKPOINT_HELP)
+    add_source(parser, names=False)
     parser.add_argument('target', help='file to write: .safetensors or .pth.tar')
     parser.add_argument('--dtype', choices=DTYPES, default='float32', help='precision (default: %(default)s)')
     add_ema_flag(parser)
-    args = parser.parse_args(argv)
+    return run(parser.prog, _convert, parser.parse_args(argv))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from timm.utils import setup_default_logging
+
+    from pst_timm.checkpoints import convert
+
     setup_default_logging(logging.WARNING)
-    try:
-        done = convert(args.source, args.target, args.dtype, not args.no_ema)
-    except PSTError as e:
-        return fail(parser.prog, e)
+    chosen = {} if args.use_ema is None else {'use_ema': args.use_ema}
+    done = convert(args.source, args.target, args.dtype, **chosen)
     print(f'Written: {done.path} ({done.path.stat().st_size / 2 ** 20:.1f} MiB, {args.dtype}, '
           f'{"moving average (EMA)" if done.ema else "no EMA"}).')
     print(f'Logits differ from the source by {done.difference:.1e} of the largest one, top-1 agrees for '
           f'{done.agreement:.0%} of 16 random images.')
-    return 0

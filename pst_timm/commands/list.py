@@ -2,23 +2,25 @@
 import json
 from typing import Any, Dict, List, Optional, Sequence
 
-import timm
-import torch
-
-from pst_timm.models.resnet_pst import WEIGHTS
-from pst_timm.utils.cost import count_gmacs
-from pst_timm.utils.tables import format_table
+from .common import ArgumentParser, run
 
 __all__ = ['bundled_weights', 'main', 'model_rows']
 
 
 def bundled_weights() -> List[Dict[str, Any]]:
     """Records of the weights that come with the package: tag, data set, accuracy in percent, command to make them."""
+    from pst_timm.models.resnet_pst import WEIGHTS
+
     return [json.loads(path.read_text()) for path in sorted(WEIGHTS.glob('*.json'))]
 
 
 def model_rows() -> List[Dict[str, Any]]:
     """One row per model of this package: parameters at 1000 classes, GMACs, input size, published weights."""
+    import timm
+    import torch
+
+    from pst_timm.utils.cost import count_gmacs
+
     rows = []
     for name in timm.list_models('*resnet*_pst'):
         # no memory is touched, only shapes are followed
@@ -37,9 +39,17 @@ def model_rows() -> List[Dict[str, Any]]:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Print the models of this package; returns the exit code."""
+    """`pst-timm list`; returns the exit code."""
+    parser = ArgumentParser(
+        prog='pst-timm list', description='Show the models of this package and the weights that come with it.')
+    parser.parse_args(argv)
+    return run(parser.prog, _list)
+
+
+def _list() -> None:
+    from pst_timm.utils.tables import format_table
+
     print(format_table(model_rows()))
     for record in bundled_weights():
         print(f'\n{record["weights"]}, in the package: {record["top1"]:.2f}% top-1 of {record["images"]} images '
               f'({record["data_set"]}) at {record["img_size"]} px.\nTo make it again: {record["command"]}')
-    return 0

@@ -37,7 +37,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         done = publish(
             args.checkpoint, args.repo_id, private=args.private, revision=args.revision, dry_run=args.dry_run,
-            folder=args.folder, use_ema=not args.no_ema, topk=args.topk, fine_fusion=args.fine_fusion,
+            folder=args.folder, use_ema=args.use_ema is not False, topk=args.topk, fine_fusion=args.fine_fusion,
             results=args.results, class_names=read_class_names(args.class_names), data_set=args.data_set,
             license=args.license)
     except PSTError as e:

@@ -1,8 +1,34 @@
-"""The console command."""
+"""The console command: what it lists, how it ends, and what an interpreter loads for it."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import timm
 
-import pst_timm  # noqa: F401
+import pst_timm
+from pst_timm.cli import COMMANDS, main
+
+ROOT = Path(pst_timm.__file__).parents[1]
+REPORT = 'import sys, timm; print("registered" if timm.is_model("resnet18_pst") else "not registered")'
+COMMAND = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
 from pst_timm.cli import main
+try:
+    main()
+finally:
+    print("torch" in sys.modules)
+"""
+LIGHT = [['--help'], ['--version'], ['list', '--help'], ['convert', '--help'], ['benchmark', '--help'],
+         ['report', '--help']]
+
+
+def python(*words, **kwargs):
+    """What a new interpreter prints."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, check=True, cwd=ROOT, **kwargs)
+    return done.stdout.strip()
 
 
 def test_list_names_every_model_of_the_package(capsys):
@@ -13,12 +39,28 @@ def test_list_names_every_model_of_the_package(capsys):
     assert '29,260,488' in table and 'not yet trained' in table and 'GMACs' in table
 
 
-def test_help_and_unknown_commands(capsys):
+def test_help_and_version(capsys):
     assert main(['--help']) == 0
-    assert 'train' in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all(f'\n  {name} ' in shown and command.help in shown for name, command in COMMANDS.items())
+    assert main(['--version']) == 0
+    assert capsys.readouterr().out == f'pst-timm {pst_timm.__version__}\n'
     assert main([]) == 2
-    assert main(['trian']) == 2
-    assert "unknown command 'trian'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('word, message', [
+    ('trian', "unknown command 'trian'. Did you mean train? See pst-timm --help."),
+    ('--verison', "unknown flag '--verison'. Did you mean --version? See pst-timm --help."),
+    ('dance', "unknown command 'dance'. See pst-timm --help."),
+])
+def test_unknown_commands_are_told_in_one_line(word, message, capsys):
+    assert main([word]) == 2
+    assert capsys.readouterr().err == f'pst-timm: error: {message}\n'
+
+
+def test_every_command_is_there():
+    for command in COMMANDS.values():
+        assert (ROOT / 'pst_timm' / 'commands' / f'{command.module}.py').is_file()
 
 
 def test_train_and_validate_take_their_flags(capsys):
@@ -26,3 +68,78 @@ def test_train_and_validate_take_their_flags(capsys):
     assert 'pst-timm train: error:' in capsys.readouterr().err
     assert main(['validate', '--split-size', '1']) == 1
     assert 'pst-timm validate: error:' in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- what an interpreter loads
+
+@pytest.mark.parametrize('argv', LIGHT, ids=' '.join)
+def test_help_does_not_wait_for_torch(argv, tmp_path):
+    script = tmp_path / ('pst-timm.exe' if argv == ['--help'] else 'pst-timm')
+    script.write_text(COMMAND)
+    *shown, loaded = python(script, *argv).splitlines()
+    assert loaded == 'False'
+    assert any(word in shown[0] for word in ('usage: pst-timm', 'pst-timm 0'))
+
+
+@pytest.mark.parametrize('words', [['-m', 'pst_timm'], ['-X', 'utf8', '-mpst_timm']])
+def test_help_of_the_module_does_not_wait_for_torch(words):
+    done = subprocess.run(
+        [sys.executable, '-v', *words, '--help'], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.startswith('usage: pst-timm')
+    assert "import 'pst_timm'" in done.stderr and "import 'torch'" not in done.stderr
+
+
+def test_the_module_is_the_command():
+    assert python('-m', 'pst_timm', '--version') == f'pst-timm {pst_timm.__version__}'
+    done = subprocess.run([sys.executable, '-m', 'pst_timm', 'trian'], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and 'Did you mean train?' in done.stderr
+
+
+def test_the_command_registers_the_models_for_its_work(tmp_path):
+    script = tmp_path / 'pst-timm'
+    script.write_text(COMMAND)
+    *shown, loaded = python(script, 'list').splitlines()
+    assert loaded == 'True' and any(line.startswith('resnet50_pst ') for line in shown)
+
+
+@pytest.mark.parametrize('way', ['-c', 'script', 'package', 'pytest', 'spawned'])
+def test_everyone_else_gets_the_models_on_import(way, tmp_path):
+    code = f'import pst_timm\n{REPORT}\n'
+    path = [str(ROOT), str(tmp_path)]
+    environment = {'PYTHONPATH': ':'.join(path), 'PATH': '', 'OMP_NUM_THREADS': '1'}
+    if way == '-c':
+        words = ['-c', code, 'pst-timm']
+    elif way == 'script':
+        words = [tmp_path / 'pst-timm.py', '-m', 'pst_timm']
+        words[0].write_text(code)
+    elif way == 'package':  # whose __init__ imports ours while Python still looks for the module
+        (tmp_path / 'mine').mkdir()
+        (tmp_path / 'mine' / '__init__.py').write_text(code)
+        (tmp_path / 'mine' / 'go.py').touch()
+        words = ['-m', 'mine.go', 'pst_timm']
+    elif way == 'pytest':
+        (tmp_path / 'test_mine.py').write_text(f'{code}def test_it(): pass\n')
+        words = ['-m', 'pytest', '-s', '-q', '-p', 'no:cacheprovider', tmp_path / 'test_mine.py']
+    elif way == 'spawned':  # a worker of the command has its words, and yet runs the user's code
+        (tmp_path / 'mine.py').write_text(f'def go():\n    {code.strip()}'.replace('\nimport', '\n    import') + '\n')
+        (tmp_path / 'pst-timm').write_text(
+            'import mine, multiprocessing\n'
+            'if __name__ == "__main__":\n'
+            '    process = multiprocessing.get_context("spawn").Process(target=mine.go)\n'
+            '    process.start()\n'
+            '    process.join()\n')
+        words = [tmp_path / 'pst-timm', 'train']
+    shown = python(*words, env=environment)
+    assert 'registered' in shown.split('\n')[0] and 'not registered' not in shown
+
+
+def test_public_names_are_listed_and_loaded():
+    assert python('-c', (
+        'import pst_timm\n'
+        'assert {"load_trunk", "publish", "engine", "__version__"} <= set(dir(pst_timm))\n'
+        'assert "not_there" not in dir(pst_timm) and not hasattr(pst_timm, "not_there")\n'
+        'names = {}\n'
+        'exec("from pst_timm import *", names)\n'
+        'assert set(pst_timm.__all__) <= set(names)\n'
+        'assert names["load_trunk"] is pst_timm.load_trunk is pst_timm.checkpoints.load_trunk\n'
+        'print("fine")')) == 'fine'
