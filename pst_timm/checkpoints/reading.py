@@ -47,6 +47,8 @@ class Checkpoint:
     """Arguments of `timm.create_model` that the weights need."""
     pretrained_cfg: Dict[str, Any] = field(default_factory=dict)
     """Preprocessing and class names, as in timm's config.json."""
+    recipe: Dict[str, Any] = field(default_factory=dict)
+    """Flags of the training run that differ from their defaults and make it what it was."""
     epoch: Optional[int] = None
     metric: Optional[float] = None
     """Value of the run's evaluation metric at that epoch."""
@@ -59,13 +61,13 @@ class Checkpoint:
         return json.loads(json.dumps(facts, default=str))
 
 
-def read_checkpoint(path: PathLike, use_ema: bool = True) -> Checkpoint:
+def read_checkpoint(path: PathLike, use_ema: Optional[bool] = None) -> Checkpoint:
     """Read weights and what is known about them.
 
     Args:
         path: Folder of a training run (its best checkpoint), training checkpoint, .safetensors file, or folder with
             timm's config.json.
-        use_ema: Whether to take the moving average of a training checkpoint, if there is one.
+        use_ema: Whether to take the moving average of a training checkpoint; None takes it where there is one.
 
     Raises:
         PSTError: If there is no such thing, it is damaged, or it holds more than tensors and plain values.
@@ -115,7 +117,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _read_pickle(path: Path, use_ema: bool) -> Checkpoint:
+def _read_pickle(path: Path, use_ema: Optional[bool]) -> Checkpoint:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location='cpu', weights_only=True)
@@ -126,16 +128,17 @@ def _read_pickle(path: Path, use_ema: bool) -> Checkpoint:
             f'that loading it could run code ({reason}). Nothing in it was run. Use another file.') from None
     if not isinstance(content, dict):
         raise PSTError(f'{path} holds a {type(content).__name__}, no checkpoint or state dict.')
-    keys = [k for k in ('state_dict_ema', 'model_ema') if use_ema] + ['state_dict', 'model']
+    keys = [k for k in ('state_dict_ema', 'model_ema') if use_ema is not False] + ['state_dict', 'model']
     key = next((k for k in keys if isinstance(content.get(k), dict)), None)
     args = content.get('args')
+    facts = (content.get('facts') if key else None) or {'arch': content.get('arch') if key else None}
     return Checkpoint(
         path,
         clean_state_dict(content[key] if key else content),
-        arch=content.get('arch') if key else None,
         args=vars(args) if isinstance(args, argparse.Namespace) else {},
         epoch=content.get('epoch') if key else None,
         metric=content.get('metric') if key else None,
+        **facts,
         ema=key in ('state_dict_ema', 'model_ema') if key else None,
     )
 

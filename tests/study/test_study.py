@@ -347,7 +347,7 @@ class TestBeforeTheFirstCell:
     def test_jobs(self, data, tmp_path, capsys, jobs):
         with pytest.raises(SystemExit):
             main(words(write_config(tmp_path), data, tmp_path, f'--jobs={jobs}'))
-        assert f"expected a whole number from 0 on, got '{jobs}'" in capsys.readouterr().err
+        assert f"expected a whole number of at least 0, got '{jobs}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('more', [(), ('--of-study',)])
