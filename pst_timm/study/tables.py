@@ -107,7 +107,8 @@ def question_block(study: StudyData, number: str) -> Optional[str]:
     unknown = [cell for cell in cells if cell not in study.cells]
     if unknown:
         raise PSTError(f'{where} is about {unknown[0]!r}; the cells are {", ".join(study.cells)}.')
-    return '\n\n'.join(answer(study, cells)) or None
+    parts = answer(study, cells)
+    return '\n\n'.join([f'**`{study.name}` protocol**', *parts]) if parts else None
 
 
 def _compare(study: StudyData, cells: Sequence[str], evaluation: str) -> List[str]:
