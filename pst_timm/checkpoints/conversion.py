@@ -8,6 +8,7 @@ from typing import Dict, NamedTuple, Optional
 import torch
 from safetensors.torch import save_file
 
+from pst_timm.metrics.agreement import compare_logits
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import write_whole
 
@@ -104,9 +105,5 @@ def convert(
         save_safetensors(weights, target, written.facts())
     else:
         _save_pickle(written, target)
-    return Conversion(
-        target,
-        bool(checkpoint.ema),
-        ((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item(),
-        (got.argmax(dim=1) == expected.argmax(dim=1)).float().mean().item(),
-    )
+    agreement = compare_logits(got, expected)
+    return Conversion(target, bool(checkpoint.ema), agreement.difference, agreement.top1)

@@ -66,12 +66,16 @@ def fill_page(path: Path, root: Path, studies: Mapping[str, 'StudyData']) -> str
                 f'{path}: unknown mark {" ".join(["study", *words])!r}; known is "study NAME BLOCK" with a block of '
                 f'{", ".join((*BLOCKS, "plots"))}.')
         name, wanted = words
+        if name not in studies and name in told:
+            return ''
+        told.add(name)
         found = None
         if name in studies:
             found = plot_links(root / 'results' / 'study' / name, path) if wanted == 'plots' else (
                 study_block(studies[name], wanted))
         return found or f'Not yet run: `pst-timm study configs/study/{name}.yaml`.'
 
+    told = set()  # studies of the page that have not been run: said once
     return fill_text(path.read_text(encoding='utf-8'), {'performance': performance, 'study': study})
 
 

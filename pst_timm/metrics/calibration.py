@@ -1,4 +1,5 @@
-"""How far confidence and accuracy lie apart, and the temperature that mends it."""
+"""How far confidence and accuracy lie apart, and the temperature of the smallest loss, which may mend it."""
+import logging
 from typing import Any, Dict, List
 
 import torch
@@ -7,6 +8,8 @@ import torch.nn.functional as F
 from .base import Metric
 
 __all__ = ['Calibration', 'calibration_error', 'fit_temperature']
+
+_logger = logging.getLogger(__name__)
 
 
 def calibration_error(logits: torch.Tensor, target: torch.Tensor, bins: int = 15) -> float:
@@ -50,7 +53,7 @@ def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
 
 
 class Calibration(Metric):
-    """Calibration error as it is, and after the temperature that mends it (fitted on these same images)."""
+    """Calibration error as it is, and with the temperature of the smallest loss (fitted on these same images)."""
 
     def __init__(self):
         self.logits: List[torch.Tensor] = []
@@ -61,10 +64,12 @@ class Calibration(Metric):
         self.targets.append(target.cpu())
 
     def results(self) -> Dict[str, Any]:
+        """`ece`, `temperature` and `ece_calibrated`; a warning if the temperature makes the error larger."""
         logits, target = torch.cat(self.logits), torch.cat(self.targets)
         temperature = fit_temperature(logits, target)
-        return dict(
-            ece=round(calibration_error(logits, target), 5),
-            temperature=round(temperature, 4),
-            ece_calibrated=round(calibration_error(logits / temperature, target), 5),
-        )
+        before, after = (round(calibration_error(x, target), 5) for x in (logits, logits / temperature))
+        if after > before:
+            _logger.warning(
+                f'A temperature of {temperature:.4g} lowers the loss, but not the calibration error: {after:.5f} with '
+                f'it, {before:.5f} without. Use the model without it.')
+        return dict(ece=before, temperature=round(temperature, 4), ece_calibrated=after)

@@ -6,6 +6,8 @@ from typing import Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+from pst_timm.utils.errors import PSTError
+
 __all__ = [
     'Difference', 'Interval', 'image_interval', 'mean_and_sd', 'paired_difference', 'seed_interval',
     'student_quantile']
@@ -46,9 +48,16 @@ def mean_and_sd(values: Sequence[float]) -> Tuple[float, Optional[float]]:
 
 
 def student_quantile(level: float, df: int) -> float:
-    """The t with P(|T| <= t) = level for Student's t with so many degrees of freedom."""
-    from scipy.stats import t
+    """The t with P(|T| <= t) = level for Student's t with so many degrees of freedom.
 
+    Raises:
+        PSTError: If scipy is not installed.
+    """
+    try:
+        from scipy.stats import t
+    except ImportError as e:
+        raise PSTError(
+            f"Intervals over several seeds need scipy ({e}): pip install 'pst_timm[train]' brings it.") from None
     return float(t.ppf(0.5 + level / 2, df))
 
 

@@ -5,7 +5,7 @@ import platform
 from argparse import Namespace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import timm
@@ -15,35 +15,32 @@ from timm.data import resolve_data_config
 from torch.nn.functional import cross_entropy
 
 import pst_timm
-from pst_timm.checkpoints import create_model
+from pst_timm.checkpoints import load_model
 from pst_timm.data.datasets import create_eval_dataset
 from pst_timm.data.loaders import create_eval_loader
 from pst_timm.engine import factories, train, train_args, validate, validate_args
-from pst_timm.engine.validation import open_model
+from pst_timm.engine.flags import shared_keys
 from pst_timm.metrics.answers import pack_answers
 from pst_timm.metrics.calibration import calibration_error
 from pst_timm.utils.cost import count_gmacs
-from pst_timm.utils.devices import hardware_name
+from pst_timm.utils.devices import check_device, hardware_name
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import read_csv, write_json, write_text
 
 from .config import Cell
+from .results import Row
 
 __all__ = ['check_packages', 'read_record', 'run_cell', 'settings_of']
 
-Row = Dict[str, Any]
-# what training and evaluation share
-SHARED = (
-    'channels_last', 'crop_mode', 'crop_pct', 'data_on_device', 'device', 'device_modules', 'gp', 'img_size',
-    'in_chans', 'input_size', 'interpolation', 'mean', 'model', 'model_kwargs', 'pin_mem', 'std', 'workers')
 RECORD = 'cell.json'
 SETTINGS = 'settings.json'
+CHECKPOINT = 'last.pth.tar'
 # inverse strengths of the regularisation that a probe chooses from
 PROBE_C = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 def check_packages(cells: Iterable[Cell]) -> None:
-    """Raise an PSTError if cells need what is not installed; after the training it would be late to say so."""
+    """Raise a PSTError if cells need what is not installed; after the training it would be late to say so."""
     if any(c.probe for c in cells) and importlib.util.find_spec('sklearn') is None:
         raise PSTError(
             "The linear probe needs scikit-learn: pip install 'pst_timm[demo]', or take probe out of the study.")
@@ -69,19 +66,8 @@ def run_cell(cell: Cell, data_dir: str, output: Path, device: str = '', jobs: in
     folder = output / cell.id
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SETTINGS, cell.settings)
-    defaults = vars(train_args(**cell.train))
-    settings = {k: defaults[k] for k in ('batch_size', 'train_split', 'val_split')}
-    settings.update(
-        cell.train,
-        seed=cell.seed,
-        data_dir=data_dir,
-        class_map=write_classes(folder / 'classes.txt', cell.classes),
-        num_classes=len(cell.classes),
-        output=str(output),
-        experiment=cell.id,
-        resume='auto',
-        device=device or None,
-    )
+    settings = vars(train_args(**cell.train, **cell.given(data_dir, output, device)))
+    write_classes(Path(settings['class_map']), cell.classes)
     train(train_args(**settings))
     evaluations = evaluate_cell(cell, settings, folder)
     record = dict(
@@ -129,14 +115,14 @@ def write_classes(path: Path, classes: Sequence[str]) -> str:
 def evaluation_settings(settings: Mapping[str, Any], folder: Path) -> Row:
     """Flags of `validate` for the last checkpoint of a cell: the last epoch, so that the images choose nothing."""
     return dict(
-        {k: v for k, v in settings.items() if k in SHARED},
-        checkpoint=str(folder / 'last.pth.tar'),
-        use_ema=settings.get('model_ema', False),
+        {k: settings[k] for k in shared_keys('model', 'preprocessing', 'machine')},
+        checkpoint=str(folder / CHECKPOINT),
+        use_ema=settings['model_ema'],
         data_dir=settings['data_dir'],
         split=settings['val_split'],
         class_map=settings['class_map'],
         num_classes=settings['num_classes'],
-        batch_size=settings.get('validation_batch_size') or settings['batch_size'],
+        batch_size=settings['validation_batch_size'] or settings['batch_size'],
     )
 
 
@@ -148,16 +134,16 @@ def evaluate_cell(cell: Cell, settings: Mapping[str, Any], folder: Path) -> List
         percent, loss, ece (0 to 1) and answers; the final row first.
     """
     common = evaluation_settings(settings, folder)
-    measures = dict(calibrate=True, answers=True)
+    metrics = dict(calibrate=True, answers=True)
     images = len(open_split(common, settings['val_split'])[1])
     # a model without set_topk has no fusion to name
-    [final] = validate(validate_args(**common, **measures))
+    [final] = validate(validate_args(**common, **metrics))
     rows = [evaluation_row('final', images, final)]
     for size in cell.sweep.get('img_size', ()):
-        sized = dict(common, img_size=size)
+        sized = dict(common, img_size=size, torchscript=False)  # a scripted model keeps the attention it has
         rows += [
             evaluation_row('sweep', images, r)
-            for r in validate(validate_args(**sized, **measures, topk_sweep=cell.sweep['topk']))]
+            for r in validate(validate_args(**sized, **metrics, topk_sweep=cell.sweep['topk']))]
     if cell.probe:
         rows.append(probe(cell.probe, common, settings, folder))
     return rows
@@ -213,7 +199,7 @@ def pooled_features(common: Mapping[str, Any], split: str, class_map: str) -> Tu
     """Features before the classifier (N, channels) and labels (N,) of the images of some classes, in order."""
     args, dataset = open_split(common, split, class_map=class_map)
     device = factories.init_device(args)
-    model = open_model(args)
+    model = load_model(args.checkpoint, use_ema=args.use_ema)
     model.reset_classifier(0)
     model.to(device).eval()
     data_config = resolve_data_config(vars(args), model=model)
@@ -228,9 +214,10 @@ def pooled_features(common: Mapping[str, Any], split: str, class_map: str) -> Tu
 def describe(cell: Cell, settings: Mapping[str, Any], folder: Path, final: Mapping[str, Any], jobs: int) -> Row:
     """Everything about a cell in one row: seed, data, metrics, speed, versions, hardware."""
     args = train_args(**settings)
-    device = factories.init_device(args)
-    _, dataset = open_split(evaluation_settings(settings, folder), settings['train_split'])
-    model = create_model(args.model, num_classes=len(cell.classes), in_chans=args.in_chans, **args.model_kwargs)
+    device = check_device(args.device or '')
+    _, dataset = open_split(evaluation_settings(settings, folder), args.train_split)
+    model = load_model(folder / CHECKPOINT)
+    input_size = (model.pretrained_cfg['input_size'][0], final['img_size'], final['img_size'])
     speed = read_csv(folder / 'speed.csv')
     seconds = sum(float(r['train_seconds']) for r in speed)
     images = sum(float(r['train_seconds']) * float(r['train_images_per_second']) for r in speed)
@@ -246,7 +233,7 @@ def describe(cell: Cell, settings: Mapping[str, Any], folder: Path, final: Mappi
         val_images=final['images'],
         **{k: final[k] for k in ('top1', 'top5', 'loss', 'ece')},
         params=sum(p.numel() for p in model.parameters()),
-        gmacs=round(count_gmacs(model, (args.in_chans or 3, final['img_size'], final['img_size'])), 4),
+        gmacs=round(count_gmacs(model, input_size), 4),
         train_seconds=round(seconds, 1),
         images_per_second=round(images / seconds, 1),
         wait_share=round(sum(float(r['train_wait_share']) * float(r['train_seconds']) for r in speed) / seconds, 4),
@@ -261,5 +248,5 @@ def describe(cell: Cell, settings: Mapping[str, Any], folder: Path, final: Mappi
         pst_timm=pst_timm.__version__,
         python=platform.python_version(),
         date=datetime.now(timezone.utc).isoformat(timespec='seconds'),
-        settings=json.dumps(cell.settings['train'], sort_keys=True),
+        settings=json.dumps(cell.train, sort_keys=True),
     )

@@ -2,7 +2,7 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Sequence
+from typing import Any, Dict, Iterable, List, Mapping, Sequence
 
 import timm
 import yaml
@@ -10,17 +10,16 @@ import yaml
 from pst_timm.checkpoints import create_model
 from pst_timm.engine import train_args
 from pst_timm.engine.factories import import_modules
+from pst_timm.engine.flags import keys_with_role
 from pst_timm.utils.errors import PSTError, did_you_mean
 
 __all__ = ['Cell', 'Study', 'choose_classes', 'read_study']
 
-# what may differ between two runs of the same cell
-PLACE = ('class_map', 'data_dir', 'device', 'experiment', 'output', 'resume', 'workers')
+# what decides the result of a cell; where it runs and what it writes may differ between two runs of it
+DECISIVE = frozenset(keys_with_role('model', 'preprocessing', 'recipe', 'data'))
 STUDY_KEYS = {
     'name': str, 'title': str, 'seeds': list, 'classes': (list, dict), 'train': dict, 'cells': dict, 'sweep': dict,
     'probe': dict, 'questions': dict}
-# what a study gives to each cell itself
-GIVEN = ('class_map', 'data_dir', 'device', 'experiment', 'num_classes', 'output', 'resume', 'seed')
 REQUIRED = ('name', 'title', 'seeds', 'train', 'cells')
 
 
@@ -30,7 +29,7 @@ class Cell:
     name: str
     seed: int
     train: Dict[str, Any]
-    """Flags of the training engine, without those of the place."""
+    """Flags of the training engine, as the file has them."""
     classes: List[str]
     sweep: Dict[str, List[int]] = field(default_factory=dict)
     """`topk` and `img_size` of the fine-attention sweep, empty for none."""
@@ -49,8 +48,34 @@ class Cell:
     def settings(self) -> Dict[str, Any]:
         """Everything that decides the result, to tell a finished cell from one of an earlier configuration."""
         return dict(
-            train={k: v for k, v in self.train.items() if k not in PLACE}, seed=self.seed, classes=self.classes,
-            sweep=self.sweep, probe=self.probe)
+            train=_decisive(self.train), seed=self.seed, classes=self.classes, sweep=self.sweep, probe=self.probe)
+
+    def was_run_with(self, settings: Mapping[str, Any]) -> bool:
+        """Whether settings on record are those of this cell."""
+        return {**settings, 'train': _decisive(settings.get('train', {}))} == self.settings
+
+    def given(self, data_dir: str = '', output: Path = Path(), device: str = '') -> Dict[str, Any]:
+        """The flags that the study gives to a cell itself.
+
+        Args:
+            data_dir: Image folder with the splits.
+            output: Folder of the study.
+            device: Device, the best present if empty.
+        """
+        return dict(
+            seed=self.seed,
+            data_dir=data_dir,
+            class_map=str(output / self.id / 'classes.txt'),
+            num_classes=len(self.classes),
+            output=str(output),
+            experiment=self.id,
+            resume='auto',
+            device=device or None,
+        )
+
+
+def _decisive(flags: Mapping[str, Any]) -> Dict[str, Any]:
+    return {k: v for k, v in flags.items() if k in DECISIVE}
 
 
 @dataclass(frozen=True)
@@ -133,6 +158,7 @@ def read_study(path: str, data_dir: str) -> Study:
                 probe=probe_classes if name in probe.get('cells', []) else [],
             )
             for seed in values['seeds']]
+    _check_given(path, values, cells)
     _check_models(path, cells)
     return Study(values['name'], values['title'], cells, values.get('questions', {}))
 
@@ -158,10 +184,6 @@ def _wrong_cells(values: Dict[str, Any]) -> Iterable[str]:
     for name, own in values['cells'].items():
         if not isinstance(own, dict) or not {**values['train'], **own}.get('model'):
             yield f'cell {name!r} needs a mapping with its model'
-    for where, flags in (('train', values['train']), *values['cells'].items()):
-        for key in GIVEN:
-            if isinstance(flags, dict) and key in flags:
-                yield f'{where}: leave out {key}, which the study gives to each cell'
 
 
 def _wrong_lists(values: Dict[str, Any]) -> Iterable[str]:
@@ -181,6 +203,13 @@ def _wrong_lists(values: Dict[str, Any]) -> Iterable[str]:
 
 def _whole_numbers(values: Any, least: int) -> bool:
     return isinstance(values, list) and all(type(v) is int and v >= least for v in values)
+
+
+def _check_given(path: str, values: Dict[str, Any], cells: Iterable[Cell]) -> None:
+    for cell in cells:
+        for key in sorted(cell.given().keys() & cell.train.keys()):
+            where = 'train' if key in values['train'] else f'cell {cell.name}'
+            raise PSTError(f'{path}, {where}: leave out {key}, which the study gives to each cell.')
 
 
 def _check_models(path: str, cells: Iterable[Cell]) -> None:

@@ -119,11 +119,11 @@ def draw_curves(study: StudyData) -> Optional['Figure']:
 def draw_sweep(study: StudyData) -> Optional['Figure']:
     """Top-1, loss and calibration error over k: a row for each cell and image size, coarse attention as a line."""
     sweeps = {cell: study.sweep(cell) for cell in study.cells}
-    places = [(c, size) for c, sweep in sweeps.items() for size in dict.fromkeys(a.img_size for a in sweep)]
-    if not places:
+    shown = [(c, size) for c, sweep in sweeps.items() for size in dict.fromkeys(a.img_size for a in sweep)]
+    if not shown:
         return None
-    figure, panels = _figure(len(places), len(METRICS), 0.5 + 1.6 * len(places))
-    for row, (cell, size) in zip(panels, places):
+    figure, panels = _figure(len(shown), len(METRICS), 0.5 + 1.6 * len(shown))
+    for row, (cell, size) in zip(panels, shown):
         sweep = {a: rows for a, rows in sweeps[cell].items() if a.img_size == size}
         for axes, (key, label) in zip(row, METRICS.items()):
             _draw_sweep_panel(axes, sweep, key)
@@ -158,8 +158,8 @@ def _draw_seeds(axes: 'Axes', x: float, values: Sequence[float], color: str, asi
     """A dot for each seed, some points to the right of x."""
     from matplotlib.transforms import ScaledTranslation
 
-    place = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
-    axes.plot([x] * len(values), values, '.', color=color, mfc=color, markersize=2.5, transform=place)
+    beside = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
+    axes.plot([x] * len(values), values, '.', color=color, mfc=color, markersize=2.5, transform=beside)
     # the limits would leave out what has a transform of its own
     axes.update_datalim([(x, value) for value in values])
 
@@ -172,13 +172,13 @@ def comparable_cells(study: StudyData) -> List[str]:
 
 
 def spread_out(values: Sequence[float], gap: float, low: float = 0., high: float = 1.) -> List[float]:
-    """Places for labels, as near to the values as it goes with at least `gap` between them, in the same order.
+    """Heights for labels, as near to the values as it goes with at least `gap` between them, in the same order.
 
     Args:
         values: Where the labels belong, upwards.
         gap: Least distance.
-        low: Lowest place.
-        high: Highest place; too many labels reach beyond it.
+        low: Lowest height.
+        high: Highest height; too many labels reach beyond it.
     """
     steps = gap * np.arange(len(values))
     free = np.clip(np.asarray(values) - steps, low, max(low, high - gap * (len(values) - 1)))
@@ -219,11 +219,11 @@ def _label_lines(study: StudyData, axes: 'Axes', values: Mapping[str, float]) ->
     cells = sorted(values, key=values.get)
     heights = [(values[c] - low) / (high - low) for c in cells]
     # a line of text, as a share of the panel's height
-    places = spread_out(heights, 11 / (72 * 0.8 * axes.figure.get_figheight()))
-    for cell, height, place in zip(cells, heights, places):
+    spread = spread_out(heights, 11 / (72 * 0.8 * axes.figure.get_figheight()))
+    for cell, height, label in zip(cells, heights, spread):
         style = _style(study, cell)
         axes.annotate(
-            '', (1, height), (1, place), axes.transAxes, right_by(12),
+            '', (1, height), (1, label), axes.transAxes, right_by(12),
             arrowprops=dict(arrowstyle='-', color=style['color'], lw=0.6, shrinkA=0, shrinkB=0))
-        axes.plot(1, place, **style, markersize=4, transform=right_by(16), clip_on=False)
-        axes.text(1, place, cell, color=style['color'], fontsize=8, va='center', transform=right_by(22))
+        axes.plot(1, label, **style, markersize=4, transform=right_by(16), clip_on=False)
+        axes.text(1, label, cell, color=style['color'], fontsize=8, va='center', transform=right_by(22))

@@ -1,5 +1,4 @@
 """The files of a study under `results/study/NAME/`, read and checked."""
-import csv
 import json
 import math
 import re
@@ -8,16 +7,14 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Tuple
 
 from pst_timm.metrics.answers import unpack_answers
+from pst_timm.utils.errors import PSTError
+from pst_timm.utils.files import read_csv
 
-__all__ = ['Attention', 'PSTError', 'StudyData', 'load_study', 'read_table', 'unpack_answers']
+__all__ = ['KEYS', 'Attention', 'Row', 'StudyData', 'load_study', 'read_table']
 
 Row = Dict[str, Any]
 COARSE_STRIDE = 32
 """Image pixels per token of the coarse map, each way."""
-
-
-class PSTError(ValueError):
-    """The user can mend it; the message names the file and the column, and says what was expected."""
 
 
 class Kind(NamedTuple):
@@ -50,6 +47,10 @@ NUMBER = Kind('a number', float)
 PERCENT = Kind('a percentage from 0 to 100', _percent)
 HEX = Kind('hexadecimal digits', lambda text: re.fullmatch('[0-9a-fA-F]+', text)[0])
 
+# by table, the columns that tell whose row it is
+KEYS = {
+    'cells': dict(cell=NAME, seed=WHOLE), 'evaluations': dict(cell=NAME, seed=WHOLE),
+    'curves': dict(cell=NAME, seed=WHOLE), 'latency': dict(cell=NAME)}
 CELLS = dict(
     cell=NAME, model=NAME, model_kwargs=TEXT, seed=WHOLE, img_size=WHOLE, classes=WHOLE, top1=PERCENT, loss=NUMBER,
     ece=NUMBER, params=WHOLE, gmacs=NUMBER, train_seconds=_or_none(NUMBER), images_per_second=_or_none(NUMBER))
@@ -66,26 +67,16 @@ def read_table(path: Path, columns: Mapping[str, Kind]) -> List[Row]:
     """Rows of a CSV file, with the named columns parsed and the others as text.
 
     Raises:
-        PSTError: If the file is missing, empty or garbled.
+        PSTError: If the file is missing, empty or garbled; the message names the column and says what was expected.
     """
-    try:
-        with open(path, newline='', encoding='utf-8') as f:
-            reader = csv.DictReader(f)
-            if not reader.fieldnames:
-                raise PSTError(f'{path} is empty; its first line must name the columns ({", ".join(columns)}).')
-            absent = [c for c in columns if c not in reader.fieldnames]
-            if absent:
-                raise PSTError(f'{path} has no column {absent[0]!r}; it has {", ".join(reader.fieldnames)}.')
-            return [_parse(row, columns, f'{path}, line {reader.line_num}') for row in reader]
-    except OSError as e:
-        raise PSTError(f'{path} cannot be read ({e.strerror}).') from None
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise PSTError(f'{path} is not a CSV file ({e}).') from None
+    rows = read_csv(path)
+    absent = [c for c in columns if rows and c not in rows[0]]
+    if absent:
+        raise PSTError(f'{path} has no column {absent[0]!r}; it has {", ".join(rows[0])}.')
+    return [_parse(row, columns, f'{path}, line {line}') for line, row in enumerate(rows, 2)]
 
 
 def _parse(row: Row, columns: Mapping[str, Kind], where: str) -> Row:
-    if None in row or None in row.values():
-        raise PSTError(f'{where} does not have as many fields as the header; was the file cut off?')
     parsed = dict(row)
     for column, kind in columns.items():
         try:

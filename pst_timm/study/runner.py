@@ -6,7 +6,6 @@ Every cell of the grid is a process of its own that runs the ordinary training e
 each core of a CPU. A study that was stopped, in whatever way, goes on where it was: finished cells are not run again,
 and those that were at work resume from their last checkpoint.
 """
-import csv
 import logging
 import os
 import signal
@@ -15,35 +14,25 @@ import sys
 import threading
 import time
 from collections import deque
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Deque, Dict, Iterable, List, Optional
 
-import timm
 import torch
-import torch.nn as nn
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from pst_timm.engine import train_args
-from pst_timm.engine.factories import autocast_for, import_modules, init_device
-from pst_timm.utils.cost import count_gmacs
-from pst_timm.utils.devices import hardware_name
-from pst_timm.utils.errors import PSTError
-from pst_timm.utils.files import read_csv, write_csv, write_json, write_text
-from pst_timm.utils.timing import median_ratio, percentile, time_in_turn
+from pst_timm.utils.errors import PSTError, did_you_mean
+from pst_timm.utils.files import write_text
 
-from .cell import RECORD, check_packages, read_record, settings_of
+from .cell import RECORD, check_packages, read_record, run_cell, settings_of
+from .collection import check_tables, collect, merge
 from .config import Cell, Study
-from .tables import Row
+from .latency import measure_latency
 
-__all__ = ['run_study']
+__all__ = ['progress_of', 'run_one', 'run_study']
 
 _logger = logging.getLogger(__name__)
-
-TABLES = ('cells', 'evaluations', 'curves', 'latency')
-STOPPED = 130  # as a shell reports a command that was interrupted
 
 
 def finished(cell: Cell, output: Path) -> bool:
@@ -55,7 +44,7 @@ def finished(cell: Cell, output: Path) -> bool:
     folder = output / cell.id
     record = read_record(folder / RECORD)
     begun = settings_of(folder) if record is None else record['settings']
-    if begun not in (None, cell.settings):
+    if begun is not None and not cell.was_run_with(begun):
         raise PSTError(
             f'{folder} was run with other settings than the study now has: choose another --output, or remove that '
             f'folder to run the cell again.')
@@ -68,9 +57,22 @@ def epochs_done(cell: Cell, output: Path) -> int:
     return max(0, len(summary.read_text().splitlines()) - 1) if summary.is_file() else 0
 
 
+def progress_of(cell: Cell, output: Path) -> str:
+    """How far a cell is, in words.
+
+    Args:
+        cell: The cell.
+        output: Folder of the study.
+
+    Raises:
+        PSTError: If it was done, or begun, with other settings.
+    """
+    return 'finished' if finished(cell, output) else f'{epochs_done(cell, output)} of {cell.epochs} epochs'
+
+
 @dataclass
 class Slot:
-    """A place where one cell at a time can run."""
+    """A GPU, or some cores, where one cell at a time can run."""
     device: str
     environment: Dict[str, str]
     process: Optional[subprocess.Popen] = None
@@ -78,11 +80,11 @@ class Slot:
 
 
 def make_slots(device: str, jobs: int, cells: int) -> List[Slot]:
-    """Places for the cells: one per GPU, or one per core of a CPU.
+    """Slots for the cells: one per GPU, or one per core of a CPU.
 
     Args:
         device: 'cuda', 'mps' or 'cpu', or one GPU as in 'cuda:1'.
-        jobs: Places to make, 0 for as many as there are GPUs or cores.
+        jobs: Slots to make, 0 for as many as there are GPUs or cores.
         cells: No more than these are made.
     """
     if device == 'cuda':
@@ -150,6 +152,47 @@ def last_words(cell: Cell, output: Path) -> str:
     return next((line for line in reversed(lines) if line.strip()), 'it said nothing')
 
 
+def run_one(
+        study: Study,
+        id: str,
+        data_dir: str,
+        output: Path,
+        device: str = '',
+        jobs: int = 1,
+        child: bool = False,
+) -> None:
+    """Run one cell in this process, unless it is finished.
+
+    Args:
+        study: The study.
+        id: The cell, as `Cell.id` names it.
+        data_dir: Image folder with the splits.
+        output: Folder for the runs; each study has a folder in it, each cell one in that.
+        device: Device, the best present if empty.
+        jobs: Cells that run side by side on this machine, for the record.
+        child: Whether a study started this process, which then stops when the study does.
+
+    Raises:
+        PSTError: If there is no such cell, or it cannot be run.
+    """
+    cells = {c.id: c for c in study.cells}
+    if id not in cells:
+        raise PSTError(f'The study {study.name} has no cell {id!r}.{did_you_mean(id, cells)}')
+    if child:
+        stop_with_parent()
+    output = output / study.name
+    lock = FileLock(output / id / 'cell.lock')
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        # a cell of a study that was killed may still be writing its last checkpoint
+        _logger.info(f'{id}: another process is at work on it, waiting for its end.')
+        held = lock.acquire()
+    with held:
+        if not finished(cells[id], output):
+            run_cell(cells[id], data_dir, output, device, jobs)
+
+
 def run_study(
         study: Study,
         config: str,
@@ -158,8 +201,8 @@ def run_study(
         results: Path,
         device: str,
         jobs: int = 0,
-) -> List[str]:
-    """Run the cells that are not finished, and collect the results of all that are.
+) -> None:
+    """Run the cells that are not finished, collect the results of all that are, and time the models in the end.
 
     Args:
         study: The study.
@@ -170,15 +213,43 @@ def run_study(
         device: Device, as in `make_slots`.
         jobs: Cells at once, 0 for one per GPU or core.
 
+    Raises:
+        PSTError: If a cell failed (the others were run), the same study is at work, or a file is in the way.
+        KeyboardInterrupt: After Ctrl-C, when the cells at work have saved their state.
+    """
+    folder = output / study.name
+    try:
+        with FileLock(folder / 'study.lock', timeout=0):
+            failed = run_cells(study, config, data_dir, folder, results, device, jobs)
+            if failed:
+                raise PSTError(
+                    f'{len(failed)} cells failed: {", ".join(failed)}. Their logs say why; start the study again to '
+                    f'run what is missing.')
+            merge(results, study, 'latency', measure_latency(study, device))
+    except Timeout:
+        raise PSTError(f'This study is already at work in {folder}: wait, or choose another --output.') from None
+    except OSError as e:
+        raise PSTError(f'{e}. Make room, or mend the permissions; the same command goes on where it was.') from e
+
+
+def run_cells(
+        study: Study,
+        config: str,
+        data_dir: str,
+        output: Path,
+        results: Path,
+        device: str,
+        jobs: int,
+) -> List[str]:
+    """Run the cells that are not finished; arguments as in `run_study`, but for `output`, the folder of the study.
+
     Returns:
         Ids of the cells that failed.
     """
-    output = output / study.name
     missing: Deque[Cell] = deque(c for c in study.cells if not finished(c, output))
     done = [c for c in study.cells if c not in missing]
     check_packages(missing)
-    for table in TABLES:
-        read_rows(results / f'{table}.csv')
+    check_tables(results)
     _logger.info(f'{study.name}: {len(done)} of {len(study.cells)} cells are finished, {len(missing)} to run.')
     collect(study, output, results)
     slots = make_slots(device, jobs, len(missing)) if missing else []
@@ -219,129 +290,3 @@ def run_study(
         finally:
             stop(slots)
     return failed
-
-
-def collect(study: Study, output: Path, results: Path) -> None:
-    """Bring the records of the finished cells into the tables of the results; rows of other cells there stay."""
-    found = [(c, read_record(output / c.id / RECORD)) for c in study.cells]
-    records = [(c, record) for c, record in found if record is not None]
-    if not records:
-        return
-    who = [dict(cell=c.name, model=c.train['model'], seed=c.seed) for c, _ in records]
-    merge(results, study, 'cells', [r['cell'] for _, r in records])
-    merge(results, study, 'evaluations', [dict(w, **e) for w, (_, r) in zip(who, records) for e in r['evaluations']])
-    curves = [dict(cell=w['cell'], seed=w['seed'], **e) for w, (_, r) in zip(who, records) for e in r['curves']]
-    merge(results, study, 'curves', curves)
-    rows = read_rows(results / 'cells.csv')
-    there = {(r['cell'], r['seed']) for r in rows}
-    write_json(results / 'study.json', dict(
-        name=study.name,
-        setting=describe(study, rows),
-        cells=study.names,
-        seeds=study.seeds,
-        missing=[c.id for c in study.cells if (c.name, str(c.seed)) not in there],
-        questions=study.questions,
-    ))
-
-
-def read_rows(path: Path) -> List[Row]:
-    """Rows of a table of the results, none if it is not there.
-
-    Raises:
-        PSTError: If it is garbled.
-    """
-    if not path.is_file():
-        return []
-    try:
-        rows = read_csv(path)
-        whole = all(r['cell'] and int(r.get('seed', 0)) >= 0 and None not in (*r, *r.values()) for r in rows)
-    except (csv.Error, KeyError, TypeError, ValueError):
-        whole = False
-    if not whole:
-        raise PSTError(f'{path} is garbled: restore it, or remove it to make it anew from the cells in --output.')
-    return rows
-
-
-def merge(results: Path, study: Study, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows into a table of the results, in place of those of the same cells, in the order of the study."""
-    path = results / f'{table}.csv'
-    results.mkdir(parents=True, exist_ok=True)
-
-    def cell_of(row: Mapping[str, Any]) -> Tuple[str, str]:
-        return row['cell'], str(row.get('seed'))
-
-    new = {cell_of(r) for r in rows}
-    old = [r for r in read_rows(path) if cell_of(r) not in new]
-    order = study.names
-    merged = [r for r in old if r['cell'] in order] + list(rows)
-    merged.sort(key=lambda r: (order.index(r['cell']), int(r.get('seed', 0))))
-    write_csv(path, merged)
-
-
-def describe(study: Study, rows: Sequence[Mapping[str, str]]) -> str:
-    """One sentence on what was run and on what."""
-    def some(key: str, joint: str = '; ') -> str:
-        return joint.join(dict.fromkeys(r[key] for r in rows))
-
-    first = rows[0]
-    seeds = sorted({r['seed'] for r in rows}, key=int)
-    return (
-        f'{study.title}: {int(first["train_images"]):,} training and {int(first["val_images"]):,} validation images of '
-        f'{first["classes"]} classes, {some("img_size", " or ")} px, {some("epochs", " or ")} epochs, '
-        f'seeds {", ".join(seeds)}; '
-        f'{some("precision")}, {some("hardware")}, torch {some("torch")}, timm {some("timm")}')
-
-
-def measure_latency(study: Study, device: str, repeats: int = 20, train_repeats: int = 5) -> List[Row]:
-    """Time the models of a study in turn, nothing else running: weights do not matter, and are random.
-
-    Args:
-        study: The study.
-        device: Device.
-        repeats: Timed rounds of inference in float32, a validation batch each.
-        train_repeats: Timed rounds of forward and backward pass as in training, a training batch each.
-
-    Returns:
-        A row per cell name: params, gmacs, img_size, and for both (latency_ms, train_ms) the median of a batch in
-        milliseconds and the median of the paired ratios to the first cell (ratio, train_ratio).
-    """
-    infer, step, rows = {}, {}, []
-    for name in study.names:
-        cell = next(c for c in study.cells if c.name == name)
-        args = train_args(**cell.train, device=device)
-        import_modules(args.device_modules)
-        place = init_device(args)
-        memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-        model = timm.create_model(args.model, num_classes=len(cell.classes), **args.model_kwargs)
-        model = model.to(device=place, memory_format=memory_format)
-        size = args.img_size or model.default_cfg['input_size'][-1]
-        batches = args.validation_batch_size or args.batch_size, args.batch_size
-        images = [torch.randn(n, 3, size, size, device=place).contiguous(memory_format=memory_format) for n in batches]
-        infer[name] = partial(_infer, model, images[0])
-        step[name] = partial(_step, model, images[1], autocast_for(args, place))
-        rows.append(dict(
-            cell=name, params=sum(p.numel() for p in model.parameters()),
-            gmacs=round(count_gmacs(model, (3, size, size)), 4), img_size=size, batch_size=batches[0],
-            train_batch_size=batches[1]))
-    for calls, count, keys in (
-            (infer, repeats, ('latency_ms', 'ratio')),
-            (step, train_repeats, ('train_ms', 'train_ratio'))):
-        times = time_in_turn(calls, count)
-        for row in rows:
-            mine = times[row['cell']]
-            values = 1000 * percentile(mine, 50), median_ratio(mine, times[study.names[0]])
-            row.update(zip(keys, (round(v, 4) for v in values)))
-    about = dict(device=place.type, hardware=hardware_name(place), threads=torch.get_num_threads())
-    return [dict(row, **about) for row in rows]
-
-
-@torch.inference_mode()
-def _infer(model: nn.Module, images: torch.Tensor) -> None:
-    model.eval()(images)
-
-
-def _step(model: nn.Module, images: torch.Tensor, autocast: Callable[[], AbstractContextManager]) -> None:
-    with autocast():
-        output = model.train()(images)
-    output.float().logsumexp(dim=-1).mean().backward()
-    model.zero_grad()

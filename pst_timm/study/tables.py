@@ -1,17 +1,16 @@
 """The tables of a study as Markdown: setting, models, and an answer to each question."""
 import re
 from functools import partial
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence
+from typing import Callable, Dict, Iterable, List, Mapping, Optional, Sequence
 
 from pst_timm.metrics.intervals import Difference, Interval, mean_and_sd, paired_difference
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.tables import markdown_table
 
-from .results import Attention, StudyData
+from .results import Attention, Row, StudyData
 
-__all__ = ['BLOCKS', 'markdown_table', 'study_block']
+__all__ = ['BLOCKS', 'study_block']
 
-Row = Dict[str, Any]
 Rows = Mapping[int, Row]
 NONE = '-'
 VERSIONS = ('python', 'torch', 'torchvision', 'timm', 'pst_timm')
@@ -108,7 +107,8 @@ def question_block(study: StudyData, number: str) -> Optional[str]:
     unknown = [cell for cell in cells if cell not in study.cells]
     if unknown:
         raise PSTError(f'{where} is about {unknown[0]!r}; the cells are {", ".join(study.cells)}.')
-    return '\n\n'.join(answer(study, cells)) or None
+    parts = answer(study, cells)
+    return '\n\n'.join([f'**`{study.name}` protocol**', *parts]) if parts else None
 
 
 def _compare(study: StudyData, cells: Sequence[str], evaluation: str) -> List[str]:

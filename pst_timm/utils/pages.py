@@ -17,19 +17,20 @@ def fill_text(text: str, makers: Mapping[str, Callable[[List[str]], str]]) -> st
 
     Args:
         text: Markdown.
-        makers: By the kind in a mark, what makes the Markdown of its block from the words after it.
+        makers: By the kind in a mark, what makes the Markdown of its block from the words after it; called in the
+            order of the page.
     """
     mark = re.compile(rf'<!-- *({"|".join(makers)})\b(.*?)-->\s*')
     lines = text.split('\n')
     open_lines = [i for i, fenced in enumerate(_fenced(lines)) if not fenced]
     marks = [i for i in open_lines if mark.fullmatch(lines[i])]
+    blocks = [makers[kind](words.split()) for kind, words in (mark.fullmatch(lines[i]).groups() for i in marks)]
     # from the last to the first, so that the numbers of the lines before stay right
-    for start, following in reversed(list(zip(marks, [*marks[1:], len(lines)]))):
-        kind, words = mark.fullmatch(lines[start]).groups()
+    for start, following, block in reversed(list(zip(marks, [*marks[1:], len(lines)], blocks))):
         ends = [i for i in open_lines if start < i < following and lines[i].rstrip() == END]
         # without an end, what follows is not ours
         stop = ends[0] + 1 if ends else start + 1
-        lines[start + 1:stop] = ['', *makers[kind](words.split()).split('\n'), '', END]
+        lines[start + 1:stop] = ['', *block.split('\n'), '', END] if block else ['', END]
     return '\n'.join(lines)
 
 

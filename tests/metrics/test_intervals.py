@@ -1,6 +1,7 @@
 """Statistics against hand-worked cases, published tables and computations of another kind."""
 import math
 import statistics
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from pst_timm.metrics.intervals import (
     seed_interval,
     student_quantile,
 )
+from pst_timm.utils.errors import PSTError
 
 # two-sided quantiles of Student's t as printed tables have them
 TABLE = {
@@ -28,6 +30,14 @@ TABLE = {
 @pytest.mark.parametrize('level', TABLE)
 def test_student_quantiles_are_those_of_the_tables(level):
     assert {df: round(student_quantile(level, df), 3) for df in TABLE[level]} == TABLE[level]
+
+
+def test_without_scipy_it_says_what_to_install(monkeypatch):
+    for name in ('scipy', 'scipy.stats'):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(PSTError, match=r"need scipy .*: pip install 'pst_timm\[train\]'"):
+        seed_interval([1., 2., 3.])
+    assert seed_interval([1.]) is None and mean_and_sd([1., 3.])[1] == pytest.approx(math.sqrt(2))
 
 
 def test_mean_and_deviation():

@@ -4,6 +4,7 @@ import re
 import shutil
 import statistics
 import sys
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pst_timm.commands.report import fill_page, load_studies, main
-from pst_timm.metrics.answers import pack_answers, unpack_answers
+from pst_timm.metrics.answers import pack_answers
 from pst_timm.metrics.intervals import student_quantile
 from pst_timm.study import plots as study_plots
 from pst_timm.study.plots import draw_accuracy, draw_curves, draw_plots, draw_sweep, spread_out
@@ -109,24 +110,6 @@ def chosen(folder, **columns):
 
 
 # ------------------------------------------------------------------------------------------------------- the files
-
-def test_answers_by_hand():
-    assert unpack_answers('a8', 5).tolist() == [True, False, True, False, True]
-    assert unpack_answers('F', 4).tolist() == [True] * 4
-    assert unpack_answers('123', 12).tolist() == [bool(int(b)) for b in '000100100011']
-
-
-@settings(deadline=None, derandomize=True)
-@given(st.lists(st.booleans(), min_size=1, max_size=70))
-def test_answers_come_back(right):
-    assert unpack_answers(pack_answers(right), len(right)).tolist() == right
-
-
-@pytest.mark.parametrize('digits, images', [('a8', 4), ('a8', 9), ('a9', 5), ('8', 5)])
-def test_answers_of_another_number_of_images_are_refused(digits, images):
-    with pytest.raises(ValueError, match='images'):
-        unpack_answers(digits, images)
-
 
 def test_attention_that_selects_everything_is_one(folder):
     labels = [(a.img_size, str(a)) for a in load_study(folder).sweep('resnet18_pst')]
@@ -441,7 +424,10 @@ kept, as there was no end
 
 
 def test_only_marked_blocks_change():
-    filled = fill_text(PAGE, lambda kind, words: f'{kind}: {"+".join(words)}\ntwo lines')
+    def make(kind, words):
+        return f'{kind}: {"+".join(words)}\ntwo lines'
+
+    filled = fill_text(PAGE, {kind: partial(make, kind) for kind in ('study', 'performance')})
     expected = PAGE.replace('an old table', 'study: cpu+models\ntwo lines')
     expected = expected.replace(
         'figures -->\n', 'figures -->\n\nperformance: figures\ntwo lines\n\n<!-- end -->\n')
@@ -457,12 +443,23 @@ PIECES = st.sampled_from([
 @settings(deadline=None, derandomize=True)
 @given(st.lists(PIECES, max_size=14))
 def test_filling_twice_is_filling_once(pieces):
+    def filled_with(text, content):
+        return fill_text(text, {kind: lambda words: content for kind in ('study', 'performance')})
+
     text = '\n'.join(pieces)
-    filled = fill_text(text, lambda kind, words: f'block of {kind}')
-    assert fill_text(filled, lambda kind, words: f'block of {kind}') == filled
-    # another content replaces the first and leaves no trace of it
-    other = fill_text(filled, lambda kind, words: 'new')
-    assert other == filled.replace('block of study', 'new').replace('block of performance', 'new')
+    filled = filled_with(text, 'a block')
+    assert filled_with(filled, 'a block') == filled
+    # another content replaces the first and leaves no trace of it, nor does none
+    assert filled_with(filled, 'new\nlines') == filled.replace('a block', 'new\nlines')
+    assert filled_with(filled_with(filled, ''), 'a block') == filled
+
+
+def test_blocks_are_made_in_the_order_of_the_page():
+    made = []
+    text = '<!-- study a -->\n<!-- study b -->\n'
+    assert fill_text(text, {'study': lambda words: made.append(words) or ''}) == (
+        '<!-- study a -->\n\n<!-- end -->\n<!-- study b -->\n\n<!-- end -->\n')
+    assert made == [['a'], ['b']]
 
 
 def test_report_fills_pages_and_draws_plots_and_does_so_once(checkout, small, capsys):
@@ -491,12 +488,18 @@ def test_links_are_relative_to_the_page_and_lead_somewhere(checkout, small):
         '(results/study/cpu/sweep.png)']
 
 
-def test_what_was_not_run_says_how_to(checkout):
+def test_what_was_not_run_says_how_to_once_in_a_page(checkout, small):
     line = 'Not yet run: `pst-timm study configs/study/gpu.yaml`.'
     names = ('setting', 'models', 'question3', 'plots')
     (checkout / 'README.md').write_text('\n'.join(f'<!-- study gpu {name} -->' for name in names))
-    assert main(['--root', str(checkout)]) == 0
-    assert (checkout / 'README.md').read_text().count(f'-->\n\n{line}\n\n<!-- end -->') == len(names)
+    assert fill_page(checkout / 'README.md', checkout, load_studies(checkout)) == '\n'.join(
+        f'<!-- study gpu {name} -->\n\n{block}<!-- end -->' for name, block in zip(names, (f'{line}\n\n', '', '', '')))
+    # a study that lacks an answer says so where it is asked
+    drop(small, lambda row: row['cell'] == 'resnet18_pst')
+    page = checkout / 'docs/evidence.md'
+    page.write_text('<!-- study cpu question1 -->\n<!-- study cpu models -->\n<!-- study cpu question5 -->\n')
+    filled = fill_page(page, checkout, load_studies(checkout))
+    assert filled.count(line.replace('gpu', 'cpu')) == 2 and '| `resnet18` |' in filled
 
 
 def test_performance_tables(checkout, capsys):
@@ -533,6 +536,17 @@ def test_report_needs_results(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(['--root', str(tmp_path)])
     assert stop.value.code == 2 and 'has no folder results' in capsys.readouterr().err
+
+
+def test_without_scipy_there_is_one_sentence(checkout, small, monkeypatch, capsys):
+    for name in ('scipy', 'scipy.stats'):
+        monkeypatch.setitem(sys.modules, name, None)
+    page = checkout / 'docs/evidence.md'
+    page.write_text('<!-- study cpu question1 -->\n')
+    assert main(['--root', str(checkout)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith('pst-timm report: error: ') and said.endswith("pip install 'pst_timm[train]' brings it.\n")
+    assert said.count('\n') == 1 and page.read_text() == '<!-- study cpu question1 -->\n'
 
 
 def test_tables_come_without_matplotlib_too(checkout, small, monkeypatch, capsys):

@@ -15,12 +15,11 @@ from filelock import FileLock
 from pst_timm.commands.study import main
 from pst_timm.engine import validate, validate_args
 from pst_timm.engine.flags import TRAIN_FLAGS
-from pst_timm.metrics.answers import pack_answers
 from pst_timm.study import cell as study_cell
-from pst_timm.study import runner as study_module
-from pst_timm.study.cell import describe
+from pst_timm.study import runner as study_runner
+from pst_timm.study.collection import describe, merge
 from pst_timm.study.config import Study, choose_classes, read_study
-from pst_timm.study.runner import epochs_done, finished, make_slots, merge
+from pst_timm.study.runner import epochs_done, finished, make_slots
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import read_csv
 from tests.engine.helpers import ROOT, TINY, script_env, write_images
@@ -251,7 +250,8 @@ def test_a_cell_that_fails_does_not_stop_the_others(data, tmp_path):
     (dict(cells={'a/b': dict(model='resnet18')}), "'a/b' is no name for a folder"),
     (dict(cells={'a b': dict(model='resnet18')}), "'a b' is no name for a folder"),
     (dict(train=[1]), 'train must be a dict'),
-    (dict(train=dict(SHARED, seed=3)), 'train: leave out seed'),
+    (dict(train=dict(SHARED, seed=3)), 'train: leave out seed, which the study gives'),
+    (dict(cells=dict(a=dict(model='resnet18', resume='auto')), sweep={}, probe={}), 'cell a: leave out resume'),
     (dict(train=dict(SHARED, val_split='')), 'val_split is empty'),
     (dict(sweep=dict(cells=['plain'], topk=[1], img_size=[32])), 'test_resnet of plain has none'),
     (dict(sweep=dict(cells=['pst'], topk=[1], img_size=96)), 'img_size must be a list of whole numbers from 1 on'),
@@ -335,6 +335,10 @@ class TestBeforeTheFirstCell:
         folder.mkdir(parents=True)
         (folder / 'settings.json').write_text(json.dumps(cell.settings))
         assert not finished(cell, folder.parent)
+        # where it runs and what it writes does not matter
+        other = dict(TOY['train'], workers=3, channels_last=False, checkpoint_hist=1)
+        [same, *_] = read_study(str(write_config(tmp_path, train=other)), str(data)).cells
+        assert same.train != cell.train and not finished(same, folder.parent)
         changed = write_config(tmp_path, train=dict(TOY['train'], lr=0.1))
         said = self.refused(capsys, tmp_path, changed, data, tmp_path)
         assert f'{folder} was run with other settings' in said
@@ -343,15 +347,15 @@ class TestBeforeTheFirstCell:
     def test_jobs(self, data, tmp_path, capsys, jobs):
         with pytest.raises(SystemExit):
             main(words(write_config(tmp_path), data, tmp_path, f'--jobs={jobs}'))
-        assert f"expected a whole number from 0 on, got '{jobs}'" in capsys.readouterr().err
+        assert f"expected a whole number of at least 0, got '{jobs}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('more', [(), ('--of-study',)])
 def test_a_cell_alone_does_not_look_at_its_input(data, tmp_path, monkeypatch, more):
     """A batch system gives it none; within a study, the end of the input is the end of the study."""
     calls = []
-    monkeypatch.setattr(study_module, 'stop_with_parent', lambda: calls.append('stops with its parent'))
-    monkeypatch.setattr(study_module, 'run_cell', lambda *args: calls.append('runs'))
+    monkeypatch.setattr(study_runner, 'stop_with_parent', lambda: calls.append('stops with its parent'))
+    monkeypatch.setattr(study_runner, 'run_cell', lambda *args: calls.append('runs'))
     assert main(words(write_config(tmp_path), data, tmp_path, '--cell', 'plain-seed1', *more)) == 0
     assert calls == (['stops with its parent', 'runs'] if more else ['runs'])
 
@@ -368,6 +372,8 @@ def test_flags_that_the_configuration_leaves_out(data, tmp_path, monkeypatch):
     _, settings, folder = evaluated[0]
     flags = study_cell.evaluation_settings(settings, folder)
     assert (flags['split'], flags['batch_size'], settings['train_split']) == ('validation', 128, 'train')
+    assert (flags['img_size'], flags['channels_last'], flags['num_classes']) == (32, True, 3)
+    assert Path(flags['class_map']).read_text().split() == cell.classes
     assert json.loads((folder / 'settings.json').read_text()) == cell.settings and finished(cell, tmp_path)
 
 
@@ -410,12 +416,6 @@ def test_slots(monkeypatch):
     assert len(make_slots('cpu', 0, 1000)) == cores
     monkeypatch.setenv('OMP_NUM_THREADS', '7')
     assert make_slots('cpu', 1, 9)[0].environment['OMP_NUM_THREADS'] == '7'
-
-
-@pytest.mark.parametrize('right,digits', [
-    ([True], '8'), ([False, True, True, False], '6'), ([True] * 4 + [False, True], 'f4'), ([], '')])
-def test_pack_answers(right, digits):
-    assert pack_answers(right) == digits
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)

@@ -325,7 +325,7 @@ def test_random_weights_are_said_to_be_random(photo, capsys, seen):
     ('photo.png --model test_resnet_pst --output nowhere/x.png', 'Cannot write nowhere/x.png: No such file'),
     ('photo.png --model test_resnet_pst --output photo.png', 'The output photo.png is the image itself'),
     ('photo.png --model test_resnet_pst --topk 0', '--topk must be at least 1, got 0'),
-    ('photo.png --model test_resnet_pst --topk two', "argument --topk: expected a whole number of at least 0, got 'two'"),
+    ('photo.png --model test_resnet_pst --topk two', "--topk: expected a whole number of at least 0, got 'two'"),
     ('photo.png --model test_resnet_pst --img-size 31', "--img-size: expected a whole number of at least 32, got '31'"),
     ('photo.png --model test_resnet_pst --limit 0', "--limit: expected a whole number of at least 1, got '0'"),
 ])

@@ -1,0 +1,76 @@
+"""How fast the models of a study are, measured in turn with nothing else at work."""
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Callable, List
+
+import timm
+import torch
+import torch.nn as nn
+
+from pst_timm.engine import train_args
+from pst_timm.engine.factories import autocast_for, import_modules, init_device
+from pst_timm.utils.cost import count_gmacs
+from pst_timm.utils.devices import hardware_name
+from pst_timm.utils.timing import median_ratio, percentile, time_in_turn
+
+from .config import Study
+from .results import Row
+
+__all__ = ['measure_latency']
+
+
+def measure_latency(study: Study, device: str, repeats: int = 20, train_repeats: int = 5) -> List[Row]:
+    """Time the models of a study in turn, nothing else running: weights do not matter, and are random.
+
+    Args:
+        study: The study.
+        device: Device.
+        repeats: Timed rounds of inference in float32, a validation batch each.
+        train_repeats: Timed rounds of forward and backward pass as in training, a training batch each.
+
+    Returns:
+        A row per cell name: params, gmacs, img_size, and for both (latency_ms, train_ms) the median of a batch in
+        milliseconds and the median of the paired ratios to the first cell (ratio, train_ratio).
+    """
+    infer, step, rows = {}, {}, []
+    for name in study.names:
+        cell = next(c for c in study.cells if c.name == name)
+        args = train_args(**cell.train, device=device)
+        import_modules(args.device_modules)
+        torch_device = init_device(args)
+        memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+        model = timm.create_model(args.model, num_classes=len(cell.classes), **args.model_kwargs)
+        model = model.to(device=torch_device, memory_format=memory_format)
+        size = args.img_size or model.default_cfg['input_size'][-1]
+        batches = args.validation_batch_size or args.batch_size, args.batch_size
+        images = [
+            torch.randn(n, 3, size, size, device=torch_device).contiguous(memory_format=memory_format)
+            for n in batches]
+        infer[name] = partial(_infer, model, images[0])
+        step[name] = partial(_step, model, images[1], autocast_for(args, torch_device))
+        rows.append(dict(
+            cell=name, params=sum(p.numel() for p in model.parameters()),
+            gmacs=round(count_gmacs(model, (3, size, size)), 4), img_size=size, batch_size=batches[0],
+            train_batch_size=batches[1]))
+    for calls, count, keys in (
+            (infer, repeats, ('latency_ms', 'ratio')),
+            (step, train_repeats, ('train_ms', 'train_ratio'))):
+        times = time_in_turn(calls, count)
+        for row in rows:
+            mine = times[row['cell']]
+            values = 1000 * percentile(mine, 50), median_ratio(mine, times[study.names[0]])
+            row.update(zip(keys, (round(v, 4) for v in values)))
+    about = dict(device=torch_device.type, hardware=hardware_name(torch_device), threads=torch.get_num_threads())
+    return [dict(row, **about) for row in rows]
+
+
+@torch.inference_mode()
+def _infer(model: nn.Module, images: torch.Tensor) -> None:
+    model.eval()(images)
+
+
+def _step(model: nn.Module, images: torch.Tensor, autocast: Callable[[], AbstractContextManager]) -> None:
+    with autocast():
+        output = model.train()(images)
+    output.float().logsumexp(dim=-1).mean().backward()
+    model.zero_grad()
