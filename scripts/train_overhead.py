@@ -73,10 +73,10 @@ def measure_overhead(
     Returns:
         Median images per second of both (`bare`, `engine`) and their `ratio`.
     """
-    device = check_device(device or '')
+    chosen = check_device(device or '')
     batch = (
-        torch.randn(batch_size, 3, img_size, img_size, device=device),
-        torch.randint(0, 10, (batch_size,), device=device))
+        torch.randn(batch_size, 3, img_size, img_size, device=chosen),
+        torch.randint(0, 10, (batch_size,), device=chosen))
 
     criterion = torch.nn.CrossEntropyLoss()
     epochs = itertools.count()
@@ -84,7 +84,7 @@ def measure_overhead(
         _write_one_image_per_class(Path(folder) / 'data', batch_size)
         run = prepare(train_args(
             data_dir=f'{folder}/data', val_split='', output=folder, experiment='run', model=model, num_classes=10,
-            img_size=img_size, batch_size=batch_size, workers=0, device=str(device), lr=1e-3, weight_decay=1e-4,
+            img_size=img_size, batch_size=batch_size, workers=0, device=str(chosen), lr=1e-3, weight_decay=1e-4,
             sched='none', smoothing=0., log_interval=50))
         run.data = TrainData(FixedBatches(batch, steps), None, None)
         calls = {

@@ -1,10 +1,17 @@
-"""What the README and the docs state about the zoo is so."""
+"""What the README and the docs state about the zoo is so, and the commands in them are such as can be typed."""
+import contextlib
+import functools
+import io
 import json
 import re
+import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
+from pst_timm.cli import COMMANDS
 from pst_timm.commands import report
 from pst_timm.commands.list import bundled_weights, model_rows
 
@@ -26,19 +33,19 @@ def test_bundled_weights():
     assert f'{record["top1"]:.2f}% top-1 of {record["images"]} held-out images at {record["img_size"]} px' in text
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for target in re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', page.read_text()):
         assert (page.parent / target).exists(), f'{page.name} links to {target}'
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_configs_named_exist(page):
     for target in re.findall(r'(?:--config|pst-timm study) (configs/[\w./]+)', page.read_text()):
         assert (ROOT / target).is_file(), f'{page.name} names {target}'
 
 
-@pytest.mark.parametrize('page', report.pages(ROOT), ids=lambda p: p.name)
+@pytest.mark.parametrize('page', report.pages(ROOT), ids=lambda p: str(p.relative_to(ROOT)))
 def test_tables_are_those_of_the_measurements(page):
     assert report.fill_page(page, ROOT, report.load_studies(ROOT)) == page.read_text()
 
@@ -51,3 +58,78 @@ def test_pages_ask_for_what_was_measured():
     assert sorted(marks['evidence.md']) == sorted(
         f'study {study} {name}' for study, numbers in names.items()
         for name in ('setting', 'models', 'plots', *(f'question{i}' for i in numbers)))
+
+
+def test_pictures_are_small():
+    for target in re.findall(r'!\[[^]]*\]\(([^)]+)\)', (ROOT / 'README.md').read_text()):
+        assert (ROOT / target).stat().st_size < 300_000, target
+
+
+def commands(page):
+    """The words of each command in the code of a page, comments left out."""
+    text = re.sub(r'\\\n\s*', '', page.read_text())
+    code = '\n'.join(re.findall(r'^```sh\n(.*?)^```', text, re.M | re.S))
+    for line in [*code.splitlines(), *re.findall(r'^ {4,}(\S.*)', text, re.M)]:
+        line = line.split(' # ')[0].strip()
+        if re.match(r'(pst-timm|python|torchrun|srun) ', line):
+            yield shlex.split(line)
+
+
+@functools.lru_cache
+def help_of(module):
+    """What --help of a command prints."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+        import_module(module).main(['--help'])
+    return text.getvalue()
+
+
+def parse(words):
+    """Module of a command with a `main`, and the words that follow it."""
+    scripts = {'train.py': 'train', 'validate.py': 'validate'}
+    for i, word in enumerate(words):
+        if word in ('pst-timm', 'pst_timm'):
+            return (None if words[i + 1].startswith('--') else f'pst_timm.commands.{words[i + 1]}'), words[i + 2:]
+        if word in scripts:
+            return f'pst_timm.commands.{scripts[word]}', words[i + 1:]
+        if word.startswith('scripts.'):
+            return word, words[i + 1:]
+    raise AssertionError(f'what is {shlex.join(words)}?')
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_are_there_with_the_flags_named(page):
+    for words in commands(page):
+        module, rest = parse(words)
+        if module is None:
+            continue
+        known = re.findall(r'--[\w-]+', help_of(module))
+        for word in rest:
+            if word.startswith('--'):
+                assert word in known, f'{page.name}: {shlex.join(words)} has no {word}'
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_named_in_sentences_are_there(page):
+    text = page.read_text()
+    for name in re.findall(r'`pst-timm ([\w-]+)', text):
+        assert name in COMMANDS or name.startswith('--'), f'{page.name} names pst-timm {name}'
+    for name in re.findall(r'python -m (scripts[\w.]*)', text):
+        assert name == 'scripts.NAME' or (ROOT / f'{name.replace(".", "/")}.py').is_file(), f'{page.name} names {name}'
+    assert 'pst_timm.tools' not in text, f'{page.name} names a room that is gone'
+
+
+def test_the_first_lines_of_use_run():
+    blocks = re.findall(r'^```python\n(.*?)^```', (ROOT / 'README.md').read_text(), re.M | re.S)
+    names = {}
+    exec(blocks[0], names)
+    assert names['probabilities'].shape == (1, 10) and names['model'].pst.blocks[0].attn.topk == 2
+    names['images'] = torch.randn(2, 3, 96, 96)
+    [inspection] = [block for block in blocks if 'inspect_tokens' in block]
+    exec(inspection, names)
+    assert names['tokens'].selected.shape == (2, 2, 8)
+
+
+def test_all_pages_are_listed():
+    listed = re.findall(r'^- \[([\w.]+)\]', (ROOT / 'docs' / 'README.md').read_text(), re.M)
+    assert sorted(listed) == sorted(p.name for p in (ROOT / 'docs').glob('*.md') if p.name != 'README.md')
