@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf, split_model_name_tag
 
-from pst_timm.checkpoints import attention_settings, build_model
+from pst_timm.checkpoints import attention_settings, build_model, inference_settings
 from pst_timm.checkpoints.reading import Checkpoint, check_finite, read_checkpoint
 from pst_timm.models import ResNetPST
 from pst_timm.models.digest import digest_note
@@ -65,7 +65,7 @@ def save_folder(
         config['label_names'] = list(class_names)
     try:
         save_for_hf(
-            model, os.fspath(folder), model_config=config, model_args=attention_settings(model),
+            model, os.fspath(folder), model_config=config, model_args=inference_settings(model),
             safe_serialization=True, data_config=data_config)
     except OSError as e:
         raise PSTError(f'Cannot write {folder}: {e}.') from e
@@ -97,7 +97,7 @@ def publish(
         revision: Optional[str] = None,
         dry_run: bool = False,
         folder: Optional[os.PathLike] = None,
-        use_ema: bool = True,
+        use_ema: Optional[bool] = None,
         topk: Optional[int] = None,
         fine_fusion: Optional[str] = None,
         results: Optional[os.PathLike] = None,
@@ -119,7 +119,7 @@ def publish(
         revision: Branch, made if there is none; the main one if None.
         dry_run: Write the folder and stop.
         folder: Where to write the three files; None for `output/publish/name` in a dry run, else a temporary one.
-        use_ema: Whether to take the moving average of a training checkpoint, if there is one.
+        use_ema: Whether to take the moving average of a training checkpoint; None takes it where there is one.
         topk: Fine attention the accuracy was measured with, as the checkpoint has it if None.
         fine_fusion: Its fusion.
         results: What `validate.py --results-file` wrote for these weights, CSV or JSON; without it the card tells

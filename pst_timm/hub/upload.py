@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from pst_timm.checkpoints.reading import PICKLES
 from pst_timm.utils.errors import PSTError, Unavailable
 
 __all__ = ['FILES', 'Upload']
@@ -23,7 +24,6 @@ __all__ = ['FILES', 'Upload']
 _logger = logging.getLogger(__name__)
 
 FILES = ('model.safetensors', 'config.json', 'README.md')
-PICKLES = ('.bin', '.pth', '.pt', '.tar', '.ckpt', '.pkl')
 
 
 class Upload:
