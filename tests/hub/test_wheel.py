@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,10 @@ sys.exit(main(['list']))
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
-    """The wheel, built from a copy of what belongs into it."""
+    """The wheel, built from a copy of the checkout's code."""
     source, out = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('wheel')
-    shutil.copytree(ROOT / 'pst_timm', source / 'pst_timm', ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('pst_timm', 'scripts', 'tests'):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__'))
     for name in ('pyproject.toml', 'README.md', 'LICENSE'):
         shutil.copy(ROOT / name, source)
     run(sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-w', str(out), str(source))
@@ -64,18 +66,27 @@ def run(*words, **environment):
     return done.stdout
 
 
-def check(python, place, folder, digits):
-    out = run(python, '-c', CLASSIFY, str(place), *digits, HF_HUB_OFFLINE='1', HF_HOME=str(folder / 'empty'))
+def check(python, installed, folder, digits):
+    out = run(python, '-c', CLASSIFY, str(installed), *digits, HF_HUB_OFFLINE='1', HF_HOME=str(folder / 'empty'))
     assert out.splitlines()[0] == '0 1 2 3 4 5 6 7 8 9'
     assert 'test_resnet_pst.digits, in the package: ' in out
 
 
+def test_the_wheel_holds_what_needs_no_checkout(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.split('/')[0] for name in names if '.dist-info/' not in name} == {'pst_timm'}
+    assert {'pst_timm/py.typed', 'pst_timm/cli.py', 'pst_timm/__main__.py'} <= set(names)
+
+
 def test_the_wheel_classifies_digits_away_from_the_checkout(wheel, digits, tmp_path):
-    place = tmp_path / 'installed'
-    run(sys.executable, '-m', 'pip', 'install', '--no-deps', '--no-index', '--target', str(place), str(wheel))
-    names = [p.name for p in (place / 'pst_timm' / 'models' / 'weights').iterdir()]
+    installed = tmp_path / 'installed'
+    run(sys.executable, '-m', 'pip', 'install', '--no-deps', '--no-index', '--target', str(installed), str(wheel))
+    names = [p.name for p in (installed / 'pst_timm' / 'models' / 'weights').iterdir()]
     assert sorted(names) == ['test_resnet_pst.digits.json', 'test_resnet_pst.digits.safetensors']
-    check(sys.executable, place, tmp_path, digits)
+    check(sys.executable, installed, tmp_path, digits)
+    shown = run(sys.executable, str(installed / 'bin' / 'pst-timm'), '--version', PYTHONPATH=str(installed))
+    assert shown.startswith('pst-timm ')
 
 
 @pytest.mark.slow
@@ -83,5 +94,5 @@ def test_the_wheel_installs_into_an_empty_environment(wheel, digits, tmp_path):
     venv.create(tmp_path / 'venv', with_pip=True)
     python = tmp_path / 'venv' / 'bin' / 'python'
     run(python, '-m', 'pip', 'install', '--quiet', '--constraint', str(ROOT / 'constraints.txt'), str(wheel))
-    place = run(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip()
-    check(python, place, tmp_path, digits)
+    installed = run(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip()
+    check(python, installed, tmp_path, digits)
