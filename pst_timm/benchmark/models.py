@@ -51,6 +51,8 @@ def build(source: str, setting: Setting, **kwargs: Any) -> nn.Module:
         setting: How it is built.
         kwargs: For `timm.create_model`.
     """
+    if timm.is_model(source):  # speed does not depend on weights, nor does it wait for them
+        kwargs['pretrained'] = False
     model = load_model(source, **kwargs).to(setting.device)
     if hasattr(model, 'set_topk') and setting.topk is not None:
         model.set_topk(setting.topk, setting.fine_fusion)

@@ -24,7 +24,7 @@ from timm.utils import NativeScaler, init_distributed_device
 
 from pst_timm.checkpoints import create_model, load_weights, read_checkpoint
 from pst_timm.checkpoints.building import check_model_name
-from pst_timm.utils.devices import best_device
+from pst_timm.utils.devices import check_device
 from pst_timm.utils.errors import PSTError, did_you_mean
 
 __all__ = [
@@ -57,12 +57,12 @@ def init_device(args: Namespace) -> torch.device:
     Raises:
         PSTError: If the device is not there.
     """
-    args.device = args.device or best_device()
+    args.device = str(check_device(args.device))
     try:
         device = init_distributed_device(args)
-        torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as e:
-        raise PSTError(f'--device {args.device} cannot be used here: {e} Leave the flag out.') from e
+        raise PSTError(f'Cannot start on {args.device}: {e}') from e
+    check_device(str(device))  # that of this process, one of several
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
         torch.backends.cudnn.benchmark = True

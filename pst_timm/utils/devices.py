@@ -28,9 +28,9 @@ def check_device(name: str = '') -> torch.device:
             torch.empty(0, device=device)
         elif (device.index or 0) >= torch.cuda.device_count():
             raise RuntimeError(f'torch sees {torch.cuda.device_count()} GPUs.')
-    except (AssertionError, NotImplementedError, RuntimeError) as e:
-        raise PSTError(
-            f'--device {name} cannot be used here: {str(e).splitlines()[0]} Leave the flag out.') from None
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError) as e:
+        reason = str(e).splitlines()[0].rstrip('.')
+        raise PSTError(f'--device {name} cannot be used here: {reason}. Leave the flag out.') from None
     return device
 
 

@@ -1,29 +1,37 @@
 """What the benchmark measures is what it says; no test looks at a time."""
 import csv
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 
-from pst_timm.benchmark.models import (
+from pst_timm.benchmark import (
     Setting,
+    architecture,
+    benchmark_figures,
     benchmark_layers,
     benchmark_models,
     benchmark_parts,
     build,
+    figures,
+    image_size,
     make_call,
     plain_attention,
     plain_twin,
 )
 from pst_timm.commands.benchmark import main
 from pst_timm.layers import PyramidSparseAttention
-from pst_timm.utils.cost import count_activations, peak_memory
-from pst_timm.utils.timing import median_ratio, percentile, time_in_turn
+from pst_timm.models.resnet_pst import WEIGHTS
+from pst_timm.utils.errors import PSTError
 from tests.helpers import randomize, relative_error
 
-CPU = torch.device('cpu')
+DIGITS = WEIGHTS / 'test_resnet_pst.digits.safetensors'
+SMALL = ['-b', '1', '--img-size', '64', '--repeats', '1', '--device', 'cpu']
 
 
 @pytest.mark.parametrize('topk', [0, 3, 1000])
@@ -56,27 +64,6 @@ def test_plain_formula_is_left_out_where_it_would_not_fit():
     assert row['plain_ms'] is None and row['speedup'] is None and row['ours_ms'] > 0
 
 
-def test_calls_run_in_turn():
-    order = []
-    times = time_in_turn({'a': lambda: order.append('a'), 'b': lambda: order.append('b')}, repeats=3, warmup=1)
-    assert order == ['a', 'b'] * 4
-    assert len(times['a']) == len(times['b']) == 3
-    assert median_ratio([2., 9., 4.], [1., 3., 4.]) == 2.
-    assert percentile([1., 2., 3.], 50) == 2. and percentile([0., 10.], 90) == pytest.approx(9.)
-
-
-def test_peak_memory_counts_what_a_call_holds():
-    size = 2 ** 20
-    one = peak_memory(lambda: torch.empty(size), CPU)
-    two = peak_memory(lambda: [torch.empty(size), torch.empty(size)], CPU)
-    assert one == 4 * size and two == 8 * size
-
-
-def test_activations_of_known_layers():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5))
-    assert count_activations(lambda: net(torch.zeros(1, 3, 4, 4))) == 8 * 16 + 5
-
-
 @pytest.mark.parametrize('train', [False, True])
 def test_rows_of_a_pair(train):
     setting = Setting(batch_size=2, img_size=64, repeats=2, train=train, channels_last=True)
@@ -90,7 +77,7 @@ def test_rows_of_a_pair(train):
 
 def test_parts_add_up():
     rows = {r['part']: r for r in benchmark_parts(
-        'test_resnet_pst', Setting(batch_size=1, img_size=64, repeats=1, reparam=True), progress=False)}
+        ['test_resnet_pst'], Setting(batch_size=1, img_size=64, repeats=1, reparam=True), progress=False)}
     top = ['layer1', 'layer2', 'layer3', 'layer4', 'pst', 'fuse_down', 'fuse_merge', 'conv_head', 'fc']
     stem = 1 - sum(rows[part]['gmacs'] for part in top) / rows['whole model']['gmacs']
     assert 0 < stem < 0.6  # all but the stem is listed
@@ -116,54 +103,168 @@ def test_a_training_step_trains():
     assert not torch.equal(model.fc.weight, before)
 
 
+def test_a_checkpoint_tells_what_is_built():
+    source = str(DIGITS)
+    assert (architecture(source), image_size(source), plain_twin(source)) == ('test_resnet_pst', 64, 'test_resnet')
+    assert image_size('test_resnet_pst') == 224
+    setting = Setting(batch_size=1, img_size=64, repeats=1)
+    model = build(source, setting)
+    trained = timm.create_model('test_resnet_pst', pretrained=True)
+    torch.testing.assert_close(model.fc.weight, trained.fc.weight)
+    assert model.pst.blocks[0].attn.topk == trained.pst.blocks[0].attn.topk
+    plain, pst = benchmark_models([(source, 'test_resnet')], setting, progress=False)
+    # the same classes on both sides
+    expected = sum(p.numel() for p in timm.create_model('test_resnet', num_classes=10).parameters())
+    assert plain['params_m'] == pytest.approx(expected / 1e6)
+    assert (pst['model'], pst['params_m']) == (source, sum(p.numel() for p in trained.parameters()) / 1e6)
+
+
+def test_named_models_wait_for_no_weights(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError('weights were loaded')
+
+    monkeypatch.setattr('timm.models._builder.load_pretrained', refuse)
+    build('test_resnet_pst', Setting())
+
+
+def test_command_takes_the_size_from_the_checkpoint(tmp_path, capsys):
+    assert main(['--checkpoint', str(DIGITS), '-b', '1', '--repeats', '1', '--output', str(tmp_path)]) == 0
+    assert ', 64 px, ' in capsys.readouterr().out
+    assert ', 64 px, ' in json.loads((tmp_path / 'benchmark.json').read_text())['setting']
+    assert main([str(DIGITS), 'test_resnet_pst', '--repeats', '1']) == 1
+    assert 'different sizes' in capsys.readouterr().err
+
+
 def test_command_writes_csv_json_and_picture(tmp_path, capsys):
     accuracy = tmp_path / 'results.csv'
     accuracy.write_text('model,top1\ntest_resnet_pst,97.5\n')
-    assert main([
-        'test_resnet_pst', '-b', '1', '--img-size', '64', '--repeats', '1', '--device', 'cpu', '--reparam',
-        '--results-file', str(accuracy), '--output', str(tmp_path / 'out')]) == 0
-    assert 'latency_ratio' in capsys.readouterr().out
+    out = str(tmp_path / 'out')
+    assert main(['test_resnet_pst', *SMALL, '--reparam', '--results-file', str(accuracy), '--output', out]) == 0
+    shown = capsys.readouterr()
+    assert 'latency_ratio' in shown.out
+    # one line as the result comes, where there is no terminal
+    assert re.fullmatch(r'\[1/1\] test_resnet_pst: [\d.]+ ms a batch, [\d.]+ times test_resnet\n', shown.err)
     with open(tmp_path / 'out' / 'benchmark.csv', newline='') as f:
         assert [row['top1'] for row in csv.DictReader(f)] == ['', '97.5']
-    assert len(json.loads((tmp_path / 'out' / 'benchmark.json').read_text())['rows']) == 2
+    record = json.loads((tmp_path / 'out' / 'benchmark.json').read_text())
+    assert record.keys() == {'setting'} and 'batch 1, 64 px, float32, reparam, medians of 1 rounds' in record['setting']
     assert (tmp_path / 'out' / 'benchmark.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_without_matplotlib_the_figures_are_still_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    argv = ['test_resnet_pst', '-b', '1', '--img-size', '64', '--repeats', '1', '--device', 'cpu']
-    assert main([*argv, '--output', str(tmp_path)]) == 0
+    assert main(['test_resnet_pst', *SMALL, '--output', str(tmp_path)]) == 0
     assert 'No picture' in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ['benchmark.csv', 'benchmark.json']
 
 
+def test_layers_and_parts_by_command(tmp_path, capsys):
+    argv = ['--layers', '--quick', '--sizes', '8', '--topk', '2', '--fusion', 'joint', '--output', str(tmp_path)]
+    assert main(argv) == 0
+    shown = capsys.readouterr()
+    assert 'medians of 5 rounds' in shown.out and shown.err.startswith('[1/1] 8x8, k = 2 joint: ')
+    assert main(['test_resnet_pst', '--parts', *SMALL, '--output', str(tmp_path)]) == 0
+    with open(tmp_path / 'parts.csv', newline='') as f:
+        assert [row['part'] for row in csv.DictReader(f)][:2] == ['whole model', 'layer1']
+
+
+def stand_ins(monkeypatch):
+    """The headline figures, measured on nothing."""
+    seen = []
+
+    def measure(setting, tick):
+        seen.append(setting)
+        tick()
+        return 3., ' (MACs: 1.5)'
+
+    stood_in = tuple(figure._replace(measure=measure) for figure in figures.FIGURES)
+    monkeypatch.setattr(figures, 'FIGURES', stood_in)
+    return seen
+
+
+def test_headline_figures_come_one_by_one(monkeypatch, capsys):
+    seen = stand_ins(monkeypatch)
+    rows = benchmark_figures(Setting(repeats=3, topk=4))
+    assert len(rows) == len(seen) == 10
+    assert all(s.reparam and s.channels_last and s.batch_size == 8 and s.topk is None and s.repeats == 3 for s in seen)
+    by_name = {row['figure']: row for row in rows}
+    row = by_name['resnet50_pst over resnet50: latency (MACs: 1.5)']
+    assert row == dict(figure=row['figure'], target='<= 1.07', measured=3., met='no')
+    assert by_name['attention 14x14 over 7x7, k = 8 gate: times faster than the plain formula']['met'] == 'yes'
+    head, *lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r'10 figures of 3 rounds, about \d+ (s|min) on two idle cores\.', head)
+    assert len(lines) == 10
+    assert re.fullmatch(r'\[1/10\] attention 80x80 .*: 3\.000 \(target >= 4\) \(about \d+ s left\)', lines[0])
+    assert lines[-1].endswith(': 3.000 (target <= 1.08)')
+
+
+def test_quick_is_a_small_set_of_few_rounds(monkeypatch, capsys):
+    seen = stand_ins(monkeypatch)
+    assert main(['--quick', '--device', 'cpu']) == 0
+    assert len(seen) == 8 and {s.repeats for s in seen} == {5}
+    shown = capsys.readouterr().out
+    assert 'resnet101' not in shown and 'reparam, channels_last, medians of 5 rounds' in shown
+    quick = sum(f.seconds for f in figures.FIGURES if f.quick) * seen[0].rounds
+    assert quick < 0.25 * sum(f.seconds for f in figures.FIGURES) * Setting().rounds
+
+
+def test_figures_are_measured(monkeypatch):
+    """Each kind of figure, at a size for tests."""
+    setting = Setting(batch_size=1, img_size=64, repeats=1)
+    ticks = []
+
+    def tick():
+        ticks.append(1)
+
+    assert figures._attention_speed(8, 2, 'gate', 2)(setting, tick)[0] > 0
+    value, known = figures._latency('test_resnet_pst')(setting, tick)
+    assert value > 0 and re.fullmatch(r' \(MACs: 1\.\d{3}\)', known)
+    assert len(ticks) == 2 * setting.rounds
+    monkeypatch.setattr(figures, 'attention_memory', lambda size, *args: size ** 2)
+    assert figures._memory_growth(setting, tick) == (16., '')
+
+
 @pytest.mark.parametrize('argv, message', [
-    (['resnt50_pst'], 'Did you mean resnet50_pst'),
     (['resnet50_pst', '--baselines', 'resnet50', 'resnet18'], 'give one for each'),
-    (['resnet50'], 'has no plain twin'),
     (['--parts'], 'needs the models'),
-    (['--layers', '--sizes', '15'], 'must be even'),
+    (['resnet50_pst', '--parts', '--layers'], 'exclude each other'),
+    (['--layers', '--sizes', '15'], 'must be even and at least 2, got 15'),
     (['resnet50_pst', '--reparam', '--train'], '--train needs'),
     (['resnet50_pst', '--repeats', '0'], 'at least 1'),
     (['resnet50_pst', '--img-size', '0'], 'at least 1'),
-    (['resnet50_pst', '--topk', '-1'], 'must not be negative, got -1'),
-    (['resnet50_pst', '--device', 'abacus'], '--device abacus cannot be used here'),
-    (['resnet50_pst', '--results-file', 'nowhere.csv'], 'nowhere.csv'),
-    (['resnet50_pst', '--results-file', __file__], 'must have the columns'),
-    (['resnet50_pst', '--output', f'{__file__}/folder'], 'Not a directory'),
+    (['resnet50_pst', '--topk', '-1'], "at least 0, got '-1'"),
+    (['resnet50_pst', '--fusion', 'joint'], 'no say without --topk'),
     (['resnet50_pst', '--layers'], 'models has no say in the benchmark of layers'),
     (['--layers', '--compile'], 'compile has no say in the benchmark of layers'),
     (['resnet50_pst', '--parts', '--train'], 'train has no say in the benchmark of parts'),
     (['--batch-size', '4'], 'batch-size has no say in the benchmark of figures'),
 ])
-def test_mistakes_are_explained(argv, message, capsys):
+def test_contradictions_are_refused(argv, message, capsys):
     with pytest.raises(SystemExit) as e:
         main(argv)
     assert e.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count('\n') == 1
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['resnt50_pst'], 'Did you mean resnet50_pst'),
+    (['resnet50_pst', '--baselines', 'resnt50'], 'Did you mean resnet50'),
+    (['resnet50'], 'has no plain twin'),
+    (['nowhere.pth.tar'], 'nowhere.pth.tar'),
+    (['resnet50_pst', '--device', 'abacus'], '--device abacus cannot be used here'),
+    (['resnet50_pst', '--results-file', 'nowhere.csv'], 'nowhere.csv'),
+    (['resnet50_pst', '--results-file', str(Path(__file__).parents[2] / 'results/performance/layers.csv')],
+     'must have the columns'),
+    (['resnet50_pst', '--output', f'{__file__}/folder'], 'Not a directory'),
+])
+def test_mistakes_are_explained(argv, message, capsys):
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert error.startswith('pst-timm benchmark: error: ') and message in error and error.count('\n') == 1
 
 
 def test_twins():
     assert plain_twin('resnet101_pst') == 'resnet101'
-    with pytest.raises(ValueError, match='no plain twin'):
+    with pytest.raises(PSTError, match='no plain twin'):
         plain_twin('resnet50')

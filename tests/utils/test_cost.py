@@ -1,0 +1,33 @@
+"""Costs of what can be counted by hand."""
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pst_timm.utils.cost import count_activations, count_gmacs, peak_memory
+
+CPU = torch.device('cpu')
+
+
+def test_peak_memory_counts_what_a_call_holds():
+    size = 2 ** 20
+    one = peak_memory(lambda: torch.empty(size), CPU)
+    two = peak_memory(lambda: [torch.empty(size), torch.empty(size)], CPU)
+    assert one == 4 * size and two == 8 * size
+
+
+def test_peak_memory_says_nothing():
+    code = ('import torch\nfrom pst_timm.utils.cost import peak_memory\n'
+            'print(peak_memory(lambda: torch.empty(10), torch.device("cpu")))')
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert (done.stdout, done.stderr) == ('40\n', '')
+
+
+def test_multiply_adds_and_activations_of_known_layers():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5))
+    assert count_gmacs(net, (3, 4, 4)) * 1e9 == 16 * 8 * 27 + 8 * 16 * 5
+    assert count_activations(lambda: net(torch.zeros(1, 3, 4, 4))) == 8 * 16 + 5
+    assert next(net.parameters()).device == CPU
