@@ -119,3 +119,10 @@ def load_model(source: PathLike, **model_kwargs: Any) -> nn.Module:
     if not timm.is_model(source.split('.')[0]):
         raise PSTError(f'{source!r} is neither a model, a file nor a folder.{did_you_mean(source, timm.list_models())}')
     return timm.create_model(source, **model_kwargs)
+
+
+def label_names(model: nn.Module) -> list:
+    """Names of a classifier's classes in the order of its outputs; empty where they are not known."""
+    known = list(model.pretrained_cfg.get('label_names') or ())
+    # a classifier that was replaced has other classes
+    return known if len(known) == model.num_classes else []
