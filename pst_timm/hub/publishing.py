@@ -66,8 +66,9 @@ def save_folder(
     if class_names and len(class_names) != model.num_classes:
         raise PSTError(f'{len(class_names)} class names for a model of {model.num_classes} classes.')
     names = list(class_names or label_names(model))
-    # timm reads the names from the top of the file alone
-    config = {'label_names': names, 'pretrained_cfg': {'notes': [digest_note(model.state_dict())], 'label_names': None}}
+    config: Dict[str, Any] = {'label_names': names, 'pretrained_cfg': {'notes': [digest_note(model.state_dict())]}}
+    if 'label_names' in model.pretrained_cfg:
+        config['pretrained_cfg']['label_names'] = None  # timm writes and reads them at the top of the file
     folder = Path(folder)
     try:
         with tempfile.TemporaryDirectory() as unchecked:
