@@ -1,11 +1,12 @@
 """The model card: what a person wants to know before using a model. Every number is measured or from the checkpoint."""
 import re
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, List, Mapping, NamedTuple, Optional, Sequence
 
 import torch.nn as nn
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
-from pst_timm.checkpoints import attention_settings
+from pst_timm.checkpoints import attention_settings, label_names
 from pst_timm.checkpoints.reading import Checkpoint
 from pst_timm.utils.cost import count_gmacs
 
@@ -18,12 +19,8 @@ CITATION = """@article{hu2025pyramid,
   year    = {2025}
 }"""
 
-# what of a run's arguments concerns its machine, its folders or its progress, not its recipe
-NOT_RECIPE = re.compile(
-    r'^(data|data_dir|data_cfg|output|experiment|resume|no_resume_opt|start_epoch|local_rank|rank|world_size'
-    r'|distributed|device|device_modules|workers|pin_mem|no_prefetcher|log_.*|wandb_.*|checkpoint_hist'
-    r'|recovery_interval|save_images|eval_metric|val_interval|val_num_samples|validation_batch_size|tta|class_map'
-    r'|initial_checkpoint|trunk_checkpoint|pretrained_path|kd_model_name|local.*|.*_file|.*_path)$')
+TASK = 'image-classification'
+SHOWN_NAMES = 10
 
 
 class Accuracy(NamedTuple):
@@ -37,16 +34,24 @@ class Accuracy(NamedTuple):
     """How: by validate.py, or while training."""
 
 
-def _front_matter(license: str, data_set: Optional[str]) -> str:
-    facts: Dict[str, Any] = {
-        'tags': ['image-classification', 'timm', 'pst_timm', 'pyramid-sparse-transformer'],
-        'pipeline_tag': 'image-classification',
-        'library_name': 'timm',
-        'license': license,
-    }
-    if data_set and re.fullmatch(r'[\w.-]+/[\w.-]+', data_set):  # the name of a repository of data on the Hub
-        facts['datasets'] = [data_set]
-    return f'---\n{yaml.safe_dump(facts, sort_keys=False)}---\n'
+def _head(name: str, accuracy: Optional[Accuracy], license: str, data_set: Optional[str]) -> ModelCardData:
+    """What the Hub reads of a card: tags, licence, data set, and the accuracy as a model index."""
+    results = [
+        EvalResult(
+            task_type=TASK, dataset_type=data_set or 'unnamed', dataset_name=data_set or 'unnamed',
+            metric_type='accuracy', metric_name=metric, metric_value=value)
+        for metric, value in (('top-1 (%)', accuracy.top1), ('top-5 (%)', accuracy.top5)) if value is not None
+    ] if accuracy else None
+    return ModelCardData(
+        model_name=name if results else None,
+        tags=[TASK, 'timm', 'pst_timm', 'pyramid-sparse-transformer'],
+        pipeline_tag=TASK,
+        library_name='timm',
+        license=license,
+        # the name of a repository of data on the Hub
+        datasets=[data_set] if data_set and re.fullmatch(r'[\w.-]+/[\w.-]+', data_set) else None,
+        eval_results=results,
+    )
 
 
 def _attention(settings: Mapping[str, Any]) -> str:
@@ -92,47 +97,41 @@ def _accuracy_section(
 
 
 def _recipe_section(checkpoint: Checkpoint) -> List[str]:
-    recipe = {
-        k: v for k, v in checkpoint.args.items()
-        if not NOT_RECIPE.match(k) and not (v is None or (isinstance(v, (str, list, tuple, dict)) and not v))
-    }
-    if not recipe:
-        return ['## Training', '', 'The recipe did not come with the weights.', '']
     weights = ''
     if checkpoint.epoch is not None:
-        weights = f' The weights are those after epoch {checkpoint.epoch} (counted from 0)'
-        weights += ', as a moving average (EMA).' if checkpoint.ema else '.'
-    plain = yaml.safe_dump(_plain(recipe), sort_keys=True)
+        average = ', as a moving average (EMA)' if checkpoint.ema else ''
+        weights = f' The weights are those after epoch {checkpoint.epoch + 1}{average}.'
+    if not checkpoint.recipe:
+        return ['## Training', '', f'How the model was trained did not come with the weights.{weights}', '']
+    kind = checkpoint.args.get('dataset')
     return [
         '## Training',
         '',
-        f'Save this as `args.yaml` and run `pst-timm train --config args.yaml --data-dir PATH`.{weights}',
+        'Save the settings below as `args.yaml` and run',
         '',
-        '<details><summary>args.yaml</summary>',
-        '',
-        '```yaml',
-        plain.rstrip(),
+        '```sh',
+        f'pst-timm train --config args.yaml --data-dir PATH{f" --dataset {kind}" if kind else ""}',
         '```',
         '',
-        '</details>',
+        f'They are what differs from the defaults, without files of the machine of the run.{weights}',
+        '',
+        '```yaml',
+        yaml.safe_dump(checkpoint.recipe, sort_keys=True).rstrip(),
+        '```',
         '',
     ]
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def _usage_section(repo_id: str, side: int, channels: int, saved: str) -> List[str]:
+def _usage_section(repo_id: str, channels: int, saved: str, named: bool) -> List[str]:
     mode = 'L' if channels == 1 else 'RGB'
+    names = [
+        "names = model.pretrained_cfg['label_names']",
+        'print([(names[i], p) for i, p in zip(classes[0].tolist(), probabilities[0].tolist())])',
+    ] if named else ['print(classes, probabilities)']
     return [
         '## Usage',
         '',
-        '`pip install pst_timm`, then, to classify an image:',
+        'Install the package `pst_timm` (`pip install .` in a checkout of it). Then, to classify an image:',
         '',
         '```python',
         'import timm, torch',
@@ -145,7 +144,7 @@ def _usage_section(repo_id: str, side: int, channels: int, saved: str) -> List[s
         f"image = transform(Image.open('image.jpg').convert('{mode}')).unsqueeze(0)",
         'with torch.inference_mode():',
         '    probabilities, classes = model(image).softmax(dim=-1).topk(min(5, model.num_classes))',
-        "names = model.pretrained_cfg.get('label_names')  # where they are known",
+        *names,
         '```',
         '',
         'Feature maps at strides 2 to 32, for detection or segmentation:',
@@ -190,15 +189,15 @@ def model_card(
     cfg = model.pretrained_cfg
     channels, *size = cfg['input_size']
     settings = attention_settings(model)
-    names = list(cfg.get('label_names') or [])
+    name, names = repo_id.split('/')[-1], label_names(model)
     classes = f'{model.num_classes}'
     if names:
-        shown = ', '.join(str(n) for n in names[:10])
-        classes += f' ({shown}{", ..." if len(names) > 10 else ""})'
+        shown = ', '.join(str(n).replace('|', '\\|') for n in names[:SHOWN_NAMES])
+        classes += f': {shown}{", ... (all in config.json)" if len(names) > SHOWN_NAMES else ""}'
     data = f' for {data_set}' if data_set else ''
     saved = f'; saved with `topk={settings["topk"]}`, `fine_fusion={settings["fine_fusion"]!r}`'
     lines = [
-        f'# {repo_id.split("/")[-1]}',
+        f'# {name}: {checkpoint.arch}{f" trained on {data_set}" if data_set else ""}',
         '',
         f'An image classifier{data}: `{checkpoint.arch}`, a ResNet whose last two stages are fused by a Pyramid Sparse '
         'Transformer, for [timm](https://github.com/huggingface/pytorch-image-models) with the package `pst_timm`.',
@@ -213,7 +212,7 @@ def model_card(
         f'| attention | {_attention(settings)} |',
         '',
         *_accuracy_section(repo_id, accuracy, settings, data_set),
-        *_usage_section(repo_id, size[0], channels, saved),
+        *_usage_section(repo_id, channels, saved, bool(names)),
         *_recipe_section(checkpoint),
         '## Limits',
         '',
@@ -235,7 +234,7 @@ def model_card(
         '```',
         '',
     ]
-    return _front_matter(license, data_set) + '\n'.join(lines)
+    return f'---\n{_head(name, accuracy, license, data_set)}\n---\n' + '\n'.join(lines)
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -1,9 +1,10 @@
 """From a checkpoint to a repository on the Hub: weights, config.json and a model card, in one commit or not at all."""
-import csv
 import json
 import os
+import shutil
 import tempfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
@@ -12,16 +13,19 @@ import torch
 import torch.nn as nn
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from timm.models import save_for_hf, split_model_name_tag
 
-from pst_timm.checkpoints import attention_settings, build_model, inference_settings
+from pst_timm.checkpoints import attention_settings, build_model, inference_settings, label_names
 from pst_timm.checkpoints.reading import Checkpoint, check_finite, read_checkpoint
+from pst_timm.metrics.agreement import compare_logits
 from pst_timm.models import ResNetPST
 from pst_timm.models.digest import digest_note
 from pst_timm.utils.errors import PSTError
+from pst_timm.utils.files import read_csv, write_text, write_whole
 
 from .card import Accuracy, model_card
-from .upload import FILES, Upload
+from .upload import CARD, CONFIG, FILES, WEIGHTS, Upload
 
 __all__ = ['Publication', 'publish', 'save_folder']
 
@@ -46,12 +50,12 @@ def save_folder(
         class_names: Optional[Sequence[str]] = None,
         data_config: Optional[Dict[str, Any]] = None,
 ) -> None:
-    """Write model.safetensors and timm's config.json, and make sure that they give the same model again.
+    """Write model.safetensors and timm's config.json, if they give the same model again.
 
     Args:
         model: A model with its weights.
-        folder: Folder to write.
-        class_names: Names of the classes in the order of the outputs.
+        folder: Folder to write, made if there is none.
+        class_names: Names of the classes in the order of the outputs, those that the model knows if None.
         data_config: Preprocessing at test time, where it differs from the model's: timm's `test_input_size`,
             `test_crop_pct`.
 
@@ -60,16 +64,23 @@ def save_folder(
     """
     if class_names and len(class_names) != model.num_classes:
         raise PSTError(f'{len(class_names)} class names for a model of {model.num_classes} classes.')
-    config: Dict[str, Any] = {'pretrained_cfg': {'notes': [digest_note(model.state_dict())]}}
-    if class_names:
-        config['label_names'] = list(class_names)
+    names = list(class_names or label_names(model))
+    config: Dict[str, Any] = {'label_names': names, 'pretrained_cfg': {'notes': [digest_note(model.state_dict())]}}
+    if 'label_names' in model.pretrained_cfg:
+        config['pretrained_cfg']['label_names'] = None  # timm writes and reads them at the top of the file
+    folder = Path(folder)
     try:
-        save_for_hf(
-            model, os.fspath(folder), model_config=config, model_args=inference_settings(model),
-            safe_serialization=True, data_config=data_config)
-    except OSError as e:
+        with tempfile.TemporaryDirectory() as unchecked:
+            save_for_hf(
+                model, unchecked, model_config=config, model_args=inference_settings(model), safe_serialization=True,
+                data_config=data_config)
+            _check_reloaded(model, Path(unchecked))
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in (WEIGHTS, CONFIG):
+                # safetensors writes files that nobody else may read
+                write_whole(folder / name, partial(shutil.copyfile, Path(unchecked, name)))
+    except (OSError, SafetensorError) as e:
         raise PSTError(f'Cannot write {folder}: {e}.') from e
-    _check_reloaded(model, Path(folder))
 
 
 @torch.inference_mode()
@@ -79,14 +90,12 @@ def _check_reloaded(model: nn.Module, folder: Path) -> None:
     try:
         got = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(x)
     except RuntimeError as e:
-        raise PSTError(f'What was written to {folder} cannot be loaded again: {e}') from e
-    difference = float('inf')
-    if got.shape == expected.shape:
-        difference = ((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
+        raise PSTError(f'What was written cannot be loaded again: {e}') from e
+    difference = compare_logits(got, expected).difference
     if not difference <= TOLERANCE:
         raise PSTError(
-            f'What was written to {folder} gives other logits than the checkpoint (by {difference:.1e} of the largest '
-            f'one). Nothing was published; please report this.')
+            f'What was written gives other logits than the checkpoint (by {difference:.1e} of the largest one). '
+            f'Nothing was published; please report this.')
 
 
 def publish(
@@ -124,7 +133,7 @@ def publish(
         fine_fusion: Its fusion.
         results: What `validate.py --results-file` wrote for these weights, CSV or JSON; without it the card tells
             what the run measured while training.
-        class_names: Names of the classes in the order of the outputs.
+        class_names: Names of the classes in the order of the outputs, those in the checkpoint if None.
         data_set: Name of the data set, the run's if None.
         license: Identifier of the licence of the weights.
         token: Access token, the one of `hf auth login` or `HF_TOKEN` if None.
@@ -155,13 +164,12 @@ def publish(
         upload.check_access(source.arch)
     if folder is None and dry_run:
         folder = Path('output', 'publish', repo_id.split('/')[1])
-    with _kept_or_temporary(folder) as place:
-        save_folder(model, place, class_names, _test_config(accuracy, model))
+    with _kept_or_temporary(folder) as target:
+        save_folder(model, target, class_names, _test_config(accuracy, model))
         if class_names:
-            model.pretrained_cfg['label_names'] = tuple(class_names)
-        card = model_card(repo_id, source, model, accuracy, data_set, license)
-        (place / 'README.md').write_text(card, encoding='utf-8')
-        url = upload.send(place) if upload is not None else None
+            model.pretrained_cfg['label_names'] = list(class_names)
+        write_text(target / CARD, model_card(repo_id, source, model, accuracy, data_set, license))
+        url = upload.send(target) if upload is not None else None
     return Publication(Path(folder) if folder else None, url, bool(source.ema), accuracy)
 
 
@@ -191,8 +199,8 @@ def _kept_or_temporary(folder: Optional[os.PathLike]) -> Iterator[Path]:
 
 def _read_results(path: os.PathLike) -> List[Dict[str, Any]]:
     try:
-        with open(path, newline='') as file:
-            rows = json.load(file) if Path(path).suffix == '.json' else list(csv.DictReader(file))
+        path = Path(path)
+        rows = json.loads(path.read_text(encoding='utf-8')) if path.suffix == '.json' else read_csv(path)
         rows = rows if isinstance(rows, list) else [rows]
         for row in rows:
             row.update(
@@ -200,6 +208,8 @@ def _read_results(path: os.PathLike) -> List[Dict[str, Any]]:
                 crop_pct=float(row['crop_pct']), interpolation=str(row['interpolation']))
             if row.get('topk') not in (None, ''):
                 row['topk'] = int(row['topk'])
+    except PSTError:
+        raise
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
         raise PSTError(f'{path} is not a results file of validate.py ({e!r}).') from None
     if not rows:
@@ -239,7 +249,7 @@ def _measured(rows: List[Dict[str, Any]], source: Checkpoint, settings: Dict[str
             f'published: publish with --dry-run, then validate with --model local-dir:FOLDER --pretrained.')
     return Accuracy(
         row['top1'], row['top5'], row['img_size'], row['crop_pct'], row['interpolation'],
-        'by `validate.py` on these weights')
+        'by `pst-timm validate` on these weights')
 
 
 def _measured_in_training(source: Checkpoint, model: nn.Module) -> Optional[Accuracy]:
@@ -251,14 +261,13 @@ def _measured_in_training(source: Checkpoint, model: nn.Module) -> Optional[Accu
     top5 = None
     summary = source.path.parent / 'summary.csv'
     if summary.is_file():
-        with open(summary, newline='') as file:
-            line = next((r for r in csv.DictReader(file) if r.get('epoch') == str(source.epoch)), {})
+        line = next((r for r in read_csv(summary) if r.get('epoch') == str(source.epoch)), {})
         top1 = float(line['eval_top1']) if line.get('eval_top1') else top1
         top5 = float(line['eval_top5']) if line.get('eval_top5') else top5
     if top1 is None:
         return None
     cfg = model.pretrained_cfg
-    measured = f'in training, after epoch {source.epoch} (counted from 0)'
+    measured = f'in training, after epoch {source.epoch + 1}'
     if source.path.name.startswith('model_best'):
         measured += ', the epoch that was best on these images'
     return Accuracy(top1, top5, cfg['input_size'][-1], cfg['crop_pct'], cfg['interpolation'], measured)

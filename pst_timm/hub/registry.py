@@ -26,7 +26,7 @@ __all__ = ['register_weights']
 
 FIELDS = {f.name for f in dataclasses.fields(PretrainedCfg)}
 # not facts about the weights, but where a configuration came from
-PLACE = ('architecture', 'tag', 'source', 'file', 'url', 'hf_hub_id', 'hf_hub_filename', 'state_dict')
+ORIGIN = ('architecture', 'tag', 'source', 'file', 'url', 'hf_hub_id', 'hf_hub_filename', 'state_dict')
 
 
 def register_weights(
@@ -62,7 +62,7 @@ def register_weights(
         raise PSTError(f'There is no architecture {arch!r}.{did_you_mean(arch, timm.list_models(), 1)}')
     if (hf_hub_id is None) == (file is None):
         raise PSTError(f'{name} needs either hf_hub_id or file.')
-    unknown = sorted(set(cfg) - FIELDS.difference(PLACE))
+    unknown = sorted(set(cfg) - FIELDS.difference(ORIGIN))
     if unknown:
         raise PSTError(
             f'{unknown[0]!r} is no field of a pretrained configuration.{did_you_mean(unknown[0], FIELDS, 1)}')
@@ -74,7 +74,7 @@ def _facts_of_file(arch: str, file: os.PathLike) -> Dict[str, Any]:
     checkpoint = read_checkpoint(file)
     if checkpoint.arch not in (None, arch):
         raise PSTError(f'{checkpoint.path} holds weights of {checkpoint.arch}, not of {arch}.')
-    # a tag has no place for arguments: the weights must fit the architecture as it is
+    # a tag carries no arguments: the weights must fit the architecture as it is
     args = {k: v for k, v in checkpoint.args.items() if k != 'model_kwargs'}
     model = build_model(dataclasses.replace(checkpoint, arch=arch, args=args, model_args={}))
     return dict(_fields(model.pretrained_cfg), file=str(checkpoint.path.resolve()))
@@ -93,13 +93,13 @@ def _facts_of_repository(arch: str, hf_hub_id: str) -> Dict[str, Any]:
     sizes = dict(num_classes=facts['num_classes'], in_chans=facts['input_size'][0])
     if _shapes(arch, **{**sizes, **model_args}) != _shapes(arch, **sizes):
         raise PSTError(
-            f'{hf_hub_id} is {arch} with other arguments ({model_args}), for which a tag has no place: load it as '
+            f'{hf_hub_id} is {arch} with other arguments ({model_args}), which a tag does not carry: load it as '
             f"'hf-hub:{hf_hub_id}'.")
     return dict(_fields(facts), hf_hub_id=hf_hub_id)
 
 
 def _fields(facts: Dict[str, Any]) -> Dict[str, Any]:
-    return {k: v for k, v in facts.items() if k in FIELDS and k not in PLACE}
+    return {k: v for k, v in facts.items() if k in FIELDS and k not in ORIGIN}
 
 
 def _shapes(arch: str, **kwargs: Any) -> Dict[str, torch.Size]:

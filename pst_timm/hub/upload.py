@@ -19,11 +19,11 @@ from huggingface_hub.errors import (
 from pst_timm.checkpoints.reading import PICKLES
 from pst_timm.utils.errors import PSTError, Unavailable
 
-__all__ = ['FILES', 'Upload']
+__all__ = ['CARD', 'CONFIG', 'FILES', 'WEIGHTS', 'Upload']
 
 _logger = logging.getLogger(__name__)
 
-FILES = ('model.safetensors', 'config.json', 'README.md')
+WEIGHTS, CONFIG, CARD = FILES = ('model.safetensors', 'config.json', 'README.md')
 
 
 class Upload:
@@ -88,7 +88,7 @@ class Upload:
         with tempfile.TemporaryDirectory() as cache:
             try:
                 path = self._ask(lambda: hf_hub_download(
-                    self.repo_id, 'config.json', revision=self.revision, token=self.token, cache_dir=cache))
+                    self.repo_id, CONFIG, revision=self.revision, token=self.token, cache_dir=cache))
                 return json.loads(Path(path).read_text()).get('architecture', 'unknown')
             except EntryNotFoundError:
                 return None

@@ -7,6 +7,7 @@ from typing import Any, List, Optional, Sequence
 import torch
 from timm.data import create_transform, resolve_data_config
 
+from pst_timm.checkpoints import label_names
 from pst_timm.data.images import find_images, open_image
 from pst_timm.layers import PyramidSparseAttention
 from pst_timm.models import ResNetPST, inspect_tokens
@@ -51,7 +52,7 @@ def look(
     """
     if model.num_classes == 0:
         raise PSTError('The model has no classifier, whose prediction could be drawn.')
-    names = _class_names(model) if class_names is None else class_names
+    names = (label_names(model) or [f'class {i}' for i in range(model.num_classes)]) if class_names is None else class_names
     if len(names) != model.num_classes:
         raise PSTError(f'{len(names)} class names for a model of {model.num_classes} classes.')
     config = resolve_data_config({'img_size': img_size} if img_size else {}, model=model)
@@ -84,12 +85,6 @@ def look(
         model=model.pretrained_cfg.get('architecture') or type(model).__name__,
         fusion=fusion or layers[block].fine_fusion,
     )
-
-
-def _class_names(model: ResNetPST) -> Sequence[str]:
-    known = model.pretrained_cfg.get('label_names') or ()
-    # a classifier that was replaced has other classes
-    return known if len(known) == model.num_classes else [f'class {i}' for i in range(model.num_classes)]
 
 
 def _array(x: torch.Tensor) -> Any:

@@ -1,23 +1,39 @@
 """From a checkpoint to a live Hub, and everything that may go wrong on the way."""
 import contextlib
 import json
+import os
 import re
+import stat
 
 import pytest
 import timm
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pst_timm.cli import main
-from pst_timm.hub.publishing import publish
+from pst_timm.engine import parse_train_args
+from pst_timm.engine.flags import recipe
+from pst_timm.hub.publishing import publish, save_folder
 from pst_timm.utils.errors import PSTError
 from tests.checkpoints.helpers import Payload, build, images, logits, run_args, save_checkpoint
 from tests.helpers import randomize
 
 REPO = 'acme/tiny'
 FILES = ['README.md', 'config.json', 'model.safetensors']
+RECIPE = {
+    'model': 'test_resnet_pst', 'model_kwargs': {'topk': 0}, 'device_modules': ['pst_timm'], 'img_size': 64,
+    'trunk_checkpoint': 'test_resnet.r160_in1k', 'opt': 'adamw', 'lr': 0.003, 'epochs': 2, 'scale': [0.5, 1.0]}
+
+
+def facts(**entries):
+    """What a run of today tells in its checkpoints."""
+    cfg = {
+        'num_classes': 3, 'input_size': [3, 64, 64], 'mean': [0.5] * 3, 'std': [0.25] * 3, 'interpolation': 'bilinear',
+        'crop_pct': 1.0, 'label_names': ['cat', 'dog', 'newt']}
+    return {'arch': 'test_resnet_pst', 'pretrained_cfg': cfg, 'recipe': RECIPE, **entries}
 
 
 @pytest.fixture
@@ -129,9 +145,76 @@ def test_the_card_tells_what_was_measured(hub, tmp_path):
     assert numbers_of(card, 'multiply-adds').startswith('0.017 G for one 64 x 64')
     assert numbers_of(card, 'scans') == '64 | 1.0 | coarse alone (`topk=0`) | 71.50 | 93.75'
     assert '11.25' not in card
-    recipe = yaml.safe_load(re.search(r'```yaml\n(.*?)```', card, re.DOTALL)[1])
-    assert recipe['opt'] == 'adamw' and recipe['lr'] == 0.003 and 'data_dir' not in recipe
     assert '@article{hu2025pyramid' in card and '## Limits' in card and '## Licence' in card
+    # a checkpoint of before there were recipes
+    assert 'How the model was trained did not come with the weights. The weights are those after epoch 2.' in card
+    assert 'args.yaml' not in card and 'Measured in training, after epoch 2, the epoch that was best' in card
+
+
+def test_the_card_is_titled_and_indexed(hub, checkpoint):
+    publish(checkpoint, REPO)
+    assert '\n# tiny: test_resnet_pst trained on scans\n' in hub.read(REPO, 'README.md').decode()
+    publish(checkpoint, REPO, data_set='acme/scans')
+    data = ModelCard(hub.read(REPO, 'README.md').decode()).data
+    assert data.tags[:3] == ['image-classification', 'timm', 'pst_timm'] and data.datasets == ['acme/scans']
+    assert (data.license, data.library_name, data.pipeline_tag) == ('apache-2.0', 'timm', 'image-classification')
+    [found] = data.eval_results
+    assert (data.model_name, found.dataset_name, found.metric_type, found.metric_name, found.metric_value) == (
+        'tiny', 'acme/scans', 'accuracy', 'top-1 (%)', 71.5)
+    publish(checkpoint, REPO, topk=8)  # with which nothing was measured
+    assert 'model-index' not in hub.read(REPO, 'README.md').decode()
+
+
+def test_the_command_of_the_card_starts_the_same_run(hub, tmp_path):
+    path = save_checkpoint(tmp_path / 'last.pth.tar', build(), facts=facts())
+    publish(path, REPO)
+    card = hub.read(REPO, 'README.md').decode()
+    (tmp_path / 'args.yaml').write_text(re.search(r'```yaml\n(.*?)```', card, re.DOTALL)[1])
+    command = re.search(r'^pst-timm train (.*)$', card, re.MULTILINE)[1]
+    words = command.replace('args.yaml', str(tmp_path / 'args.yaml')).split()
+    args = parse_train_args(words)
+    assert args.data_dir == 'PATH' and args.trunk_checkpoint == 'test_resnet.r160_in1k' and args.opt == 'adamw'
+    # nothing but what differs from the defaults, and no folder of the machine
+    assert recipe(args) == yaml.safe_load((tmp_path / 'args.yaml').read_text()) == RECIPE
+    assert 'secret' not in card and 'The weights are those after epoch 2.' in card
+    publish(save_checkpoint(path, build(), facts=facts(), args=run_args(dataset='torch/cifar10')), REPO)
+    assert '--data-dir PATH --dataset torch/cifar10\n' in hub.read(REPO, 'README.md').decode()
+
+
+def test_class_names_come_from_the_checkpoint(hub, tmp_path):
+    path = save_checkpoint(tmp_path / 'last.pth.tar', build(), facts=facts())
+    publish(path, REPO)
+    config, card = (hub.read(REPO, name).decode() for name in ('config.json', 'README.md'))
+    assert config.count('newt') == 1 and json.loads(config)['label_names'] == ['cat', 'dog', 'newt']
+    assert numbers_of(card, 'classes') == '3: cat, dog, newt' and "model.pretrained_cfg['label_names']" in card
+    loaded = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    assert loaded.pretrained_cfg['label_names'] == ['cat', 'dog', 'newt']
+    publish(path, REPO, class_names=['a|b', 'b', 'c'])
+    config, card = (hub.read(REPO, name).decode() for name in ('config.json', 'README.md'))
+    assert 'newt' not in config + card and json.loads(config)['label_names'] == ['a|b', 'b', 'c']
+    assert numbers_of(card, 'classes') == r'3: a\|b, b, c'
+    with pytest.raises(PSTError, match='2 class names for a model of 3 classes'):
+        publish(path, REPO, class_names=['a', 'b'])
+
+
+def test_many_class_names_are_in_the_config_alone(hub, tmp_path):
+    names = [f'class{i}' for i in range(12)]
+    publish(save_checkpoint(tmp_path / 'last.pth.tar', build(num_classes=12)), REPO, class_names=names)
+    shown = numbers_of(hub.read(REPO, 'README.md').decode(), 'classes')
+    assert shown == f'12: {", ".join(names[:10])}, ... (all in config.json)'
+
+
+@pytest.mark.parametrize('umask, mode', [(0o022, 0o644), (0o077, 0o600)])
+def test_files_have_the_modes_of_the_umask(checkpoint, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        publish(checkpoint, REPO, dry_run=True, folder=tmp_path / 'published')
+        save_folder(build(), tmp_path / 'saved')
+    finally:
+        os.umask(before)
+    for folder, names in (('published', FILES), ('saved', FILES[1:])):
+        found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / folder).iterdir()}
+        assert found == dict.fromkeys(names, mode)
 
 
 def test_the_card_is_well_formed_and_its_snippets_run(hub, checkpoint, tmp_path, monkeypatch):
@@ -253,6 +336,9 @@ def test_a_difference_between_checkpoint_and_folder_is_refused(hub, checkpoint, 
     monkeypatch.setattr('pst_timm.hub.publishing.digest_note', lambda weights: 'none')
     code, message = fails(capsys, checkpoint)
     assert code == 1 and 'gives other logits than the checkpoint' in message
+    with pytest.raises(PSTError):
+        publish(checkpoint, REPO, dry_run=True, folder=checkpoint.parent / 'folder')
+    assert not list((checkpoint.parent / 'folder').iterdir())
     assert not hub.names(REPO) and hub.count('POST') == 0
 
 
