@@ -462,9 +462,11 @@ def prepare(args: Namespace) -> Run:
 def expected_channels(args: Namespace) -> int:
     """Input channels of the model that the arguments name, before it is made."""
     given = args.in_chans or (args.input_size[0] if args.input_size else None) or args.model_kwargs.get('in_chans')
-    if given or ':' in args.model:
-        return given or 3
-    return timm.get_pretrained_cfg_value(args.model, 'input_size')[0]
+    try:
+        size = None if ':' in args.model else timm.get_pretrained_cfg_value(args.model, 'input_size')
+    except RuntimeError:  # no such tag, which timm says when the model is made
+        size = None
+    return given or (size[0] if size else 3)
 
 
 def move_schedule(run: Run) -> None:
