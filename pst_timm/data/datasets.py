@@ -180,14 +180,14 @@ def check_classes(dataset: Dataset, num_classes: int, explicit: bool, split: str
 
 
 def create_eval_dataset(args: Namespace, split: str, num_samples: Optional[int]) -> Dataset:
-    """Open a split for evaluation; errors as in `create_train_data`."""
+    """Open a split for evaluation; errors as in `open_train_splits`."""
     return open_dataset(args, split, num_samples, is_training=False, batch_size=args.batch_size)
 
 
 def check_same_classes(args: Namespace, train: Optional[List[str]], evaluation: Optional[List[str]]) -> None:
     if train is None or evaluation is None or train == evaluation:
         return
-    # labels are places in the sorted list of folders, so one missing folder shifts all labels behind it
+    # labels are positions in the sorted list of folders, so one missing folder shifts all labels behind it
     odd = sorted(set(train) ^ set(evaluation))
     raise PSTError(
         f'The {args.train_split!r} and {args.val_split!r} splits have different classes ({", ".join(odd[:5])} in one '

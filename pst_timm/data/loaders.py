@@ -1,6 +1,8 @@
 """Loaders of training and evaluation, made by timm's factory."""
 import logging
+import warnings
 from argparse import Namespace
+from functools import cache
 from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
 
 import torch
@@ -8,6 +10,7 @@ from timm.data import FastCollateMixup, Mixup, create_loader
 from timm.utils import is_primary
 from torch.utils.data import DataLoader, Dataset
 
+from pst_timm.utils.devices import available_cores
 from pst_timm.utils.errors import PSTError
 
 from .datasets import (
@@ -21,9 +24,18 @@ from .datasets import (
 )
 from .on_device import DeviceLoader, RandomCrop, check_flags, reading_loader, store, storing_transform
 
-__all__ = ['TrainData', 'bad_images', 'checked_batches', 'create_eval_loader', 'create_train_data', 'report_bad_images']
+__all__ = [
+    'TrainData', 'TrainSplits', 'bad_images', 'checked_batches', 'create_eval_loader', 'create_train_data',
+    'open_train_splits', 'report_bad_images',
+]
 
 _logger = logging.getLogger(__name__)
+
+
+class TrainSplits(NamedTuple):
+    """The data of a training run, opened."""
+    train: Dataset
+    evaluation: Optional[Dataset]
 
 
 class TrainData(NamedTuple):
@@ -33,14 +45,29 @@ class TrainData(NamedTuple):
     mixup_fn: Optional[Mixup]
 
 
+def _pin_memory(args: Namespace) -> bool:
+    # torch warns of the flag, in every epoch, where there is nothing to pin the memory for
+    return args.pin_mem and torch.accelerator.is_available()
+
+
+@cache
+def note_workers(workers: int, show: bool) -> None:
+    """Say once if there are more loader workers than cores; torch would at every loader, and again in every epoch."""
+    warnings.filterwarnings('ignore', 'This DataLoader will create', UserWarning)
+    if show and workers > (cores := available_cores()):
+        _logger.warning(
+            f'{workers} loader workers share {cores} core(s): fewer may be faster, try --workers {max(1, cores - 1)}.')
+
+
 def _loader_kwargs(args: Namespace, data_config: Dict[str, Any], dtype: torch.dtype) -> Dict[str, Any]:
+    note_workers(args.workers, is_primary(args))
     return dict(
         input_size=data_config['input_size'],
         mean=data_config['mean'],
         std=data_config['std'],
         use_prefetcher=not args.no_prefetcher,
         num_workers=args.workers,
-        pin_memory=args.pin_mem,
+        pin_memory=_pin_memory(args),
         img_dtype=dtype,
         device=torch.device(args.device),
         # fresh workers take their seeds from the random state of the epoch, so that a resumed epoch is the same epoch
@@ -48,43 +75,58 @@ def _loader_kwargs(args: Namespace, data_config: Dict[str, Any], dtype: torch.dt
     )
 
 
-def create_train_data(
-        args: Namespace,
-        data_config: Dict[str, Any],
-        explicit_classes: bool,
-        dtype: torch.dtype,
-) -> TrainData:
-    """Open the splits and make the loaders of a training run.
+def open_train_splits(args: Namespace, in_chans: int) -> TrainSplits:
+    """Open the data of a training run; needs no model, and reads no image.
 
     Args:
-        args: Arguments with the device, the world and `num_classes` resolved.
-        data_config: Preprocessing, from `timm.data.resolve_data_config`.
-        explicit_classes: Whether the user gave the number of classes.
-        dtype: Precision of the images on the device.
+        args: Arguments with the world resolved.
+        in_chans: Input channels of the model.
 
     Raises:
-        PSTError: If the data is missing, empty, or has other classes than the model, or if it cannot be kept on the
-            device as asked.
+        PSTError: If the data is missing, empty, or has other classes than the user said, or if the flags do not fit
+            it.
     """
+    args = Namespace(**dict(vars(args), in_chans=in_chans))
     if args.data_on_device:
         check_flags(args)
-    dataset = open_dataset(
-        args, args.train_split, args.train_num_samples,
-        is_training=True, batch_size=args.batch_size, seed=args.seed, repeats=args.epoch_repeats)
-    check_classes(dataset, args.num_classes, explicit_classes, args.train_split)
-    dataset_eval = None
-    if args.val_split:
-        dataset_eval = create_eval_dataset(args, args.val_split, args.val_num_samples)
-        check_same_classes(args, class_names(dataset), class_names(dataset_eval))
-        if is_folder_or_tar(args) and dataset.reader.root == dataset_eval.reader.root:
-            _logger.warning(
-                f'Training and validation read the same images, {dataset.reader.root}: the accuracy will tell nothing '
-                f"new. Add a split, or --val-split '' for no validation.")
     if args.aug_repeats and not args.distributed:
         raise PSTError(
             f'--aug-repeats {args.aug_repeats:g} spreads the copies of an image over several processes and this run '
             f'has one: start it with torchrun, or add --aug-repeats 0.')
+    dataset = open_dataset(
+        args, args.train_split, args.train_num_samples,
+        is_training=True, batch_size=args.batch_size, seed=args.seed, repeats=args.epoch_repeats)
+    if args.num_classes is not None:
+        check_classes(dataset, args.num_classes, True, args.train_split)
+    if not args.val_split:
+        return TrainSplits(dataset, None)
+    dataset_eval = create_eval_dataset(args, args.val_split, args.val_num_samples)
+    check_same_classes(args, class_names(dataset), class_names(dataset_eval))
+    if is_folder_or_tar(args) and dataset.reader.root == dataset_eval.reader.root:
+        _logger.warning(
+            f'Training and validation read the same images, {dataset.reader.root}: the accuracy will tell nothing '
+            f"new. Add a split, or --val-split '' for no validation.")
+    return TrainSplits(dataset, dataset_eval)
 
+
+def create_train_data(
+        args: Namespace,
+        splits: TrainSplits,
+        data_config: Dict[str, Any],
+        dtype: torch.dtype,
+) -> TrainData:
+    """Make the loaders of a training run.
+
+    Args:
+        args: Arguments with the device, the world and `num_classes` resolved.
+        splits: From `open_train_splits`.
+        data_config: Preprocessing, from `timm.data.resolve_data_config`.
+        dtype: Precision of the images on the device.
+
+    Raises:
+        PSTError: If there are fewer images than a batch, or if they cannot be kept on the device as asked.
+    """
+    dataset = splits.train
     collate_fn, mixup_fn = _create_mixup(args)
     interpolation = args.train_interpolation
     if args.no_aug or not interpolation:
@@ -127,9 +169,9 @@ def create_train_data(
             dataset.transform = storing_transform(args.stored_size)
         loader, mixup_fn = _move_to_device(args, loader, 'training', crop, mixup_fn), None
     evaluation = None
-    if dataset_eval is not None:
+    if splits.evaluation is not None:
         evaluation = create_eval_loader(
-            args, dataset_eval, data_config, args.validation_batch_size or args.batch_size, dtype,
+            args, splits.evaluation, data_config, args.validation_batch_size or args.batch_size, dtype,
             distributed=args.distributed)
     return TrainData(loader, evaluation, mixup_fn)
 
@@ -185,7 +227,7 @@ def _move_to_device(
         mixup_fn: Optional[Mixup] = None,
 ) -> DeviceLoader:
     """Read the images behind a loader to the device; returns a loader of batches made there."""
-    reading = reading_loader(loader.dataset, args.workers, args.pin_mem)
+    reading = reading_loader(loader.dataset, args.workers, _pin_memory(args))
     stored = store(reading, checked_batches(reading), torch.device(args.device), title, is_primary(args))
     report_bad_images(reading)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format

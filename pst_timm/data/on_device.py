@@ -172,7 +172,7 @@ def free_memory(device: torch.device) -> Optional[int]:
 
 
 class Crops(NamedTuple):
-    """A crop for each of B images: places and sizes in pixels, as floats, and choices, as bools; all of shape (B,)."""
+    """A crop for each of B images: corners and sizes in pixels, as floats, and choices, as bools; all of shape (B,)."""
     top: torch.Tensor
     left: torch.Tensor
     height: torch.Tensor
@@ -233,10 +233,10 @@ class RandomCrop:
         middle_w = min(width, round(height * self.ratio[1]))
         crop_h = torch.where(found, heights.gather(0, first)[0], middle_h)
         crop_w = torch.where(found, widths.gather(0, first)[0], middle_w)
-        place_y, place_x, vflip, hflip, cubic = rest[:5]
+        share_y, share_x, vflip, hflip, cubic = rest[:5]
         return Crops(
-            top=torch.where(found, (place_y * (height - crop_h + 1)).floor(), (height - middle_h) // 2),
-            left=torch.where(found, (place_x * (width - crop_w + 1)).floor(), (width - middle_w) // 2),
+            top=torch.where(found, (share_y * (height - crop_h + 1)).floor(), (height - middle_h) // 2),
+            left=torch.where(found, (share_x * (width - crop_w + 1)).floor(), (width - middle_w) // 2),
             height=crop_h,
             width=crop_w,
             vflip=vflip < self.vflip,

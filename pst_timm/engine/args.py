@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import yaml
 
 from pst_timm.utils.errors import PSTError, did_you_mean
+from pst_timm.utils.files import write_text
 
 from .flags import TRAIN_FLAGS, VALIDATE_FLAGS, Flag, FlagGroups
 
@@ -112,7 +113,7 @@ def _check_values(values: Dict[str, Any], groups: FlagGroups, where: str = '') -
 
 def write_yaml(args: Namespace, path: str) -> None:
     """Write arguments as a YAML file that `read_yaml` reads and that starts the same run again."""
-    Path(path).write_text(yaml.safe_dump(dict(sorted(vars(args).items())), default_flow_style=False))
+    write_text(path, yaml.safe_dump(dict(sorted(vars(args).items())), default_flow_style=False))
 
 
 def _parse(groups: FlagGroups, prog: str, description: str, argv: Optional[Sequence[str]]) -> Namespace:
@@ -143,6 +144,8 @@ def _finish(args: Namespace) -> Namespace:
     args.data_dir = args.data_dir or args.data
     args.data = None
     problems: List[str] = []
+    if not (args.model or getattr(args, 'checkpoint', '')):
+        problems.append('No model given: name it with --model, or a checkpoint that knows its own with --checkpoint.')
     for key in ('mean', 'std'):
         values = getattr(args, key)
         chans = args.input_size[0] if args.input_size else args.in_chans or 3

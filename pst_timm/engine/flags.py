@@ -2,11 +2,11 @@
 import argparse
 from argparse import Namespace
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
-import timm
 from timm.utils import ParseKwargs
+
+from pst_timm.checkpoints.fetching import is_published
 
 __all__ = ['ROLES', 'TRAIN_FLAGS', 'VALIDATE_FLAGS', 'Flag', 'FlagGroups', 'keys_with_role', 'recipe', 'shared_keys']
 
@@ -198,6 +198,10 @@ _DATA = _as(
     _switch('--dataset-trust-remote-code', 'Let a Hugging Face dataset run its own loading code.'),
 )
 
+_USE_EMA = _choice(
+    '--use-ema', 'Take the moving average of the weights from the checkpoint, or the weights as trained; if unset, the '
+    'moving average where there is one.', role='model')
+
 _PREPROCESSING = _as(
     'preprocessing',
     _flag('--img-size', int, None, 'Height and width of the input in pixels, from the model if unset.', low=1),
@@ -248,6 +252,7 @@ TRAIN_FLAGS: FlagGroups = [
               role='model', source=True),
         _flag('--initial-checkpoint', str, '', 'Start from the weights in this checkpoint; a classifier for another '
               'number of classes starts anew.', role='model', source=True),
+        _USE_EMA,
         _flag('--trunk-checkpoint', str, '', 'Load the trunk of a ResNet-PST from a timm ResNet: a model name with '
               'published weights, or a checkpoint file.', role='model', source=True),
         _flag('--resume', str, '', "Checkpoint to go on from with model, optimizer and epoch; 'auto' takes the newest "
@@ -434,10 +439,11 @@ VALIDATE_FLAGS: FlagGroups = [
         _switch('--no-prefetcher', 'Normalise images in the workers instead of on the device.', role='machine'),
     ]),
     ('model', [
-        _flag('-m --model', str, 'dpn92', 'Name of any timm model, or several separated by commas.', role='model'),
+        _flag('-m --model', str, None, 'Name of any timm model, or several separated by commas; from the checkpoint if '
+              'unset.', role='model'),
         _switch('--pretrained', 'Evaluate the published weights.', role='model'),
         _flag('--checkpoint', str, '', 'Checkpoint to evaluate, or a folder of them.', role='model', source=True),
-        _switch('--use-ema', 'Evaluate the moving average in the checkpoint.', role='model'),
+        _USE_EMA,
         _flag('--num-classes', int, None, "Number of classes, the model's own if unset.", low=1, role='model'),
         _flag('--gp', str, None, 'Global pooling, from the model if unset.', role='model'),
         _flag('--in-chans', int, None, 'Input channels, from the model if unset.', low=1, role='model'),
@@ -523,8 +529,3 @@ def recipe(args: Union[Namespace, Mapping[str, Any]]) -> Dict[str, Any]:
         if not flag.source or is_published(value):
             found[flag.key] = value
     return found
-
-
-def is_published(source: str) -> bool:
-    """Whether a source of weights is a name (resnet50.a1_in1k, hf-hub:org/name) that means the same everywhere."""
-    return not Path(source).exists() and (source.startswith(('hf-hub:', 'hf_hub:')) or timm.is_model(source))

@@ -1,5 +1,4 @@
 """What a run shows and leaves behind: bars, log lines, summary.csv, curves, TensorBoard and Weights & Biases."""
-import csv
 import logging
 import time
 from argparse import Namespace
@@ -9,6 +8,7 @@ from typing import Any, Dict, Iterable, Iterator, Mapping
 from timm.utils import AverageMeter, trim_summary, update_summary
 
 from pst_timm.utils.errors import PSTError
+from pst_timm.utils.files import read_csv, write_whole
 
 __all__ = ['RunLog', 'StepTimer', 'format_metrics', 'plot_summary']
 
@@ -21,7 +21,7 @@ def format_metrics(metrics: Mapping[str, float]) -> str:
 
 
 class StepTimer:
-    """Measures how much of the time goes into waiting for data."""
+    """Times the steps, and how long each waits for data."""
 
     def __init__(self):
         self.wait = AverageMeter()
@@ -77,6 +77,7 @@ class RunLog:
             PSTError: If a logger is asked for that is not installed.
         """
         self.folder = folder
+        self.title = run_title(args)
         self.summary = folder / 'summary.csv'
         self.speed = folder / 'speed.csv'
         for file in (self.summary, self.speed):
@@ -98,7 +99,7 @@ class RunLog:
         update_summary(epoch, train, columns, str(self.summary), lr=lr, log_wandb=self.wandb is not None)
         # apart from the summary, which is the same whenever the run is repeated
         update_summary(epoch, speed, {}, str(self.speed))
-        plot_summary(self.summary, self.folder / 'curve.png')
+        plot_summary(self.summary, self.folder / 'curve.png', self.title)
         if self.tensorboard is not None:
             for name, values in (('train', train), ('eval', evaluation)):
                 for key, value in values.items():
@@ -137,12 +138,19 @@ def _open_wandb(args: Namespace) -> Any:
     return wandb
 
 
-def plot_summary(summary: Path, image: Path) -> bool:
+def run_title(args: Namespace) -> str:
+    """'resnet18_pst on digits': the model, and the name of its data."""
+    data = args.dataset.partition('/')[2] or Path(args.data_dir).resolve().name
+    return f'{args.model} on {data}'
+
+
+def plot_summary(summary: Path, image: Path, title: str = '') -> bool:
     """Draw loss and accuracy over the epochs of a summary.csv as a PNG.
 
     Args:
         summary: The CSV file that a run writes.
         image: The file to write.
+        title: What the curves are of.
 
     Returns:
         Whether it was drawn; without matplotlib it is not.
@@ -152,10 +160,10 @@ def plot_summary(summary: Path, image: Path) -> bool:
     except ImportError:
         _logger.debug('No curve without matplotlib.')
         return False
-    with open(summary, newline='') as f:
-        rows = list(csv.DictReader(f))
+    rows = read_csv(summary)
     figure = Figure(figsize=(9, 3.6), layout='constrained')
-    for axes, title, keys in zip(
+    figure.suptitle(title)
+    for axes, name, keys in zip(
             figure.subplots(1, 2),
             ('loss', 'accuracy (%)'),
             (('train_loss', 'eval_loss'), ('eval_top1', 'eval_top5'))):
@@ -164,10 +172,8 @@ def plot_summary(summary: Path, image: Path) -> bool:
             if points:
                 axes.plot(*zip(*points), marker='.', label=key.replace('_', ' '))
                 axes.legend()
-        axes.set(title=title, xlabel='epoch')
+        axes.set(title=name, xlabel='epoch')
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    temporary = image.with_suffix('.tmp.png')
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(image)
+    write_whole(image, lambda temporary: figure.savefig(temporary, dpi=120))
     return True

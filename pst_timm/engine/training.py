@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -18,20 +19,26 @@ from timm.models import safe_model_name
 from timm.task import TrainingTask, evaluation_sample_limit
 from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn, is_primary, random_seed, unwrap_model
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+from pst_timm.checkpoints.building import check_model_name
 from pst_timm.checkpoints.facts import as_plain, describe
-from pst_timm.data.datasets import class_names
-from pst_timm.data.loaders import TrainData, checked_batches, create_train_data, report_bad_images
+from pst_timm.checkpoints.fetching import check_fetchable
+from pst_timm.data.datasets import check_classes, class_names
+from pst_timm.data.loaders import TrainData, checked_batches, create_train_data, open_train_splits, report_bad_images
+from pst_timm.utils.devices import choose_threads
 from pst_timm.utils.errors import Interrupted, PSTError
 from pst_timm.utils.progress import progress_bar
 
 from . import factories
 from .args import write_yaml
+from .batches import Batches, LabelledImages
 from .flags import recipe
 from .inference import evaluate
 from .progress import RunLog, StepTimer, format_metrics
+from .protocols import TrainStepAware
 from .recovery import AtomicSaver, Position, find_newest, resume
 from .seeding import seed_model, seeded_batches
 from .signals import StopSignals
@@ -67,6 +74,7 @@ class Run:
     args: Namespace
     device: torch.device
     task: TrainingTask
+    batches: Batches
     frozen: Frozen
     optimizer: torch.optim.Optimizer
     scheduler: Any
@@ -107,6 +115,7 @@ def train(args: Namespace) -> TrainResult:
     try:
         with stop:
             train_epochs(run, stop, result)
+        remove_recovery(run)
         if run.args.distributed:
             dist.barrier()  # with torch 2.8, a process that leaves before the others may hang as it ends
     except RuntimeError as e:
@@ -155,19 +164,19 @@ def train_one_epoch(run: Run, epoch: int, stop: StopSignals) -> Tuple[Dict[str, 
     watch = LossWatch(run, epoch, total, timer, bar)
 
     run.optimizer.zero_grad()
-    for step, (images, target) in enumerate(bar):
+    for step, batch in enumerate(bar):
         if step < skip:
             continue
         seed_model(args.seed, args.rank, epoch, step)
-        images, target = to_device(run, images, target)
+        batch = run.batches.prepare(batch, training=True)
         group = step // accum
         group_size = min(accum, total - group * accum)  # the last group may be smaller
         update = step + 1 == group * accum + group_size
         with nullcontext() if update else task.no_sync():
             with run.autocast():
-                loss = task(images, target)['loss']
+                loss = run.batches.loss(task, batch)
             backward(run, loss / group_size, update)
-        watch.add(step, loss, images.shape[0])
+        watch.add(step, loss, run.batches.size(batch))
         if not update:
             continue
 
@@ -179,7 +188,7 @@ def train_one_epoch(run: Run, epoch: int, stop: StopSignals) -> Tuple[Dict[str, 
         if args.synchronize_step and run.device.type != 'cpu':
             torch.accelerator.synchronize()
         if (group + 1) % args.log_interval == 0 or step + 1 == total:
-            watch.report(step, images)
+            watch.report(step, batch)
         if step + 1 < total:
             after_update(run, Position(epoch, step + 1), group + 1, stop, watch)
     metrics = dict(loss=watch.mean())
@@ -187,7 +196,7 @@ def train_one_epoch(run: Run, epoch: int, stop: StopSignals) -> Tuple[Dict[str, 
 
 
 def start_epoch(run: Run, epoch: int) -> None:
-    """Put everything that depends on the epoch, and on nothing else, into its place."""
+    """Set everything that depends on the epoch, and on nothing else."""
     args, loader = run.args, run.data.train
     for part in (loader.dataset, loader.sampler):
         if hasattr(part, 'set_epoch'):
@@ -198,22 +207,10 @@ def start_epoch(run: Run, epoch: int) -> None:
                 mixup.mixup_enabled = False
     run.task.train()
     run.frozen.rest()
-    model = unwrap_model(run.task.get_eval_model())
-    if hasattr(model, 'set_fine_step'):
-        # draws that all ranks share, at a place that a resumed run finds again
-        model.set_fine_step(args.seed, epoch * len(loader) + (run.start.step if epoch == run.start.epoch else 0))
-
-
-def to_device(run: Run, images: torch.Tensor, target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels where, and as, the model wants them."""
-    images, target = images.to(run.device), target.to(run.device)
-    if run.args.no_prefetcher:  # otherwise the loader has done this
-        images = images.to(factories.resolve_dtype(run.args))
-        if run.data.mixup_fn is not None:
-            images, target = run.data.mixup_fn(images, target)
-    if run.args.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    return images, target
+    model: TrainStepAware = unwrap_model(run.task.get_eval_model())
+    if hasattr(model, 'set_train_step'):
+        # draws that all ranks share, at a step that a resumed run finds again
+        model.set_train_step(args.seed, epoch * len(loader) + (run.start.step if epoch == run.start.epoch else 0))
 
 
 def backward(run: Run, loss: torch.Tensor, update: bool) -> None:
@@ -264,7 +261,7 @@ class LossWatch:
                 f'--clip-grad, more --warmup-epochs, or --amp-dtype bfloat16.')
         self.lr_at.clear()
 
-    def report(self, step: int, images: torch.Tensor) -> None:
+    def report(self, step: int, batch: Any) -> None:
         """Show the state: in the bar where there is one, and as a line of the log where not and at the end."""
         self.check()
         report_bad_images(self.run.data.train)
@@ -283,6 +280,7 @@ class LossWatch:
                 f'loss {mean:.3f}, {timer.images_per_second * args.world_size:.0f} images/s, '
                 f'data {timer.wait_share:.0%}')
         if args.save_images:
+            images = self.run.batches.images(batch)
             save_image(images, self.run.output_dir / f'train-batch-{self.epoch}-{step}.jpg', normalize=True)
 
     def mean(self) -> float:
@@ -333,10 +331,8 @@ def validate_epoch(run: Run) -> Dict[str, float]:
             model,
             loader,
             run.task.create_evaluator(max_samples=evaluation_sample_limit(loader)),
-            run.device,
+            run.batches,
             run.autocast,
-            channels_last=args.channels_last,
-            tta=args.tta,
             distributed=args.distributed,
             title=title,
             show=is_primary(args),
@@ -361,7 +357,7 @@ def finish_epoch(
     if run.log is not None:
         try:
             run.log.epoch(epoch, train_metrics, eval_metrics, lr, speed)
-        except OSError as e:
+        except (OSError, PSTError) as e:
             raise PSTError(
                 f'Cannot write the log to {run.output_dir}: {e}. The last checkpoint there is intact: make room, and '
                 f'start again with --resume auto.') from e
@@ -369,23 +365,43 @@ def finish_epoch(
         result.best_metric, result.best_epoch = run.saver.save_epoch(epoch, eval_metrics.get(run.args.eval_metric))
 
 
+def remove_recovery(run: Run) -> None:
+    """Remove the recovery checkpoints of a run that has come to its end: nothing will go on from them."""
+    if run.output_dir is not None:
+        for path in run.output_dir.glob('recovery-*.pth.tar'):
+            path.unlink(missing_ok=True)
+
+
 def prepare(args: Namespace) -> Run:
-    """Make every part of a training run; what is wrong with the arguments or the data shows here."""
+    """Make every part of a training run; what is wrong with the arguments or the data shows here.
+
+    What is cheap to check comes first: the data is opened before a model is made, and weights are fetched last.
+    """
     given = copy.deepcopy(args)
     factories.import_modules(args.device_modules)
     device = factories.init_device(args)
     dtype = factories.resolve_dtype(args)
     if not is_primary(args):
         logging.getLogger().setLevel(logging.WARNING)
-    random_seed(args.seed, args.rank)
+    if device.type == 'cpu':
+        choose_threads()
 
+    check_model_name(args.model)
     explicit_classes = args.num_classes is not None
+    in_chans = expected_channels(args)
+    splits = open_train_splits(args, in_chans)
+    if args.pretrained and not args.pretrained_path:
+        check_fetchable(args.model)
+    random_seed(args.seed, args.rank)
     model = factories.create_train_model(args)
+    if args.in_chans != in_chans:  # only a model from a folder or the Hub can surprise
+        splits = open_train_splits(args, args.in_chans)
+    check_classes(splits.train, args.num_classes, explicit_classes, args.train_split)
     frozen = apply_transfer(args, model)
     data_config = resolve_data_config(vars(args), model=model)
-    data = create_train_data(args, data_config, explicit_classes, dtype)
+    data = create_train_data(args, splits, data_config, dtype)
 
-    unwrapped = model
+    facts = describe_run(given, model, data_config, splits.train)
     model.to(device=device, dtype=dtype, memory_format=torch.channels_last if args.channels_last else None)
     if args.sync_bn and args.distributed:
         model = factories.sync_batchnorm(model, device)
@@ -407,7 +423,7 @@ def prepare(args: Namespace) -> Run:
     saver = log = None
     if folder is not None:
         saver = AtomicSaver(
-            task, folder, describe_run(given, unwrapped, data_config, data), optimizer=optimizer, args=args,
+            task, folder, facts, optimizer=optimizer, args=args,
             amp_scaler=loss_scaler, max_history=args.checkpoint_hist, decreasing=args.eval_metric == 'loss')
         if checkpoint is not None and checkpoint.parent.resolve() == folder.resolve():
             saver.load_state_dict_from_checkpoint(str(checkpoint))
@@ -427,6 +443,7 @@ def prepare(args: Namespace) -> Run:
         args=args,
         device=device,
         task=task,
+        batches=LabelledImages(device, dtype, args.channels_last, data.mixup_fn, args.tta),
         frozen=frozen,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -439,7 +456,7 @@ def prepare(args: Namespace) -> Run:
         log=log,
         start=start,
     )
-    place_schedule(run)
+    move_schedule(run)
     params = sum(p.numel() for p in model.parameters())
     _logger.info(
         f'{safe_model_name(args.model)}: {params:,} parameters, {args.num_classes} classes, input '
@@ -448,13 +465,23 @@ def prepare(args: Namespace) -> Run:
     return run
 
 
-def describe_run(given: Namespace, model: nn.Module, data_config: Dict[str, Any], data: TrainData) -> Dict[str, Any]:
+def describe_run(given: Namespace, model: nn.Module, data_config: Dict[str, Any], data: Dataset) -> Dict[str, Any]:
     """What the checkpoints of a run know beside their weights, from its arguments as they were given."""
-    facts = describe(model, given.model, given.model_kwargs, data_config, class_names(data.train.dataset))
+    facts = describe(model, given.model, given.model_kwargs, data_config, class_names(data))
     return dict(facts, recipe=as_plain(recipe(given)))
 
 
-def place_schedule(run: Run) -> None:
+def expected_channels(args: Namespace) -> int:
+    """Input channels of the model that the arguments name, before it is made."""
+    given = args.in_chans or (args.input_size[0] if args.input_size else None) or args.model_kwargs.get('in_chans')
+    try:
+        size = None if ':' in args.model else timm.get_pretrained_cfg_value(args.model, 'input_size')
+    except RuntimeError:  # no such tag, which timm says when the model is made
+        size = None
+    return given or (size[0] if size else 3)
+
+
+def move_schedule(run: Run) -> None:
     """Move the schedule to where the run starts."""
     if run.scheduler is None or run.start == (0, 0):
         return
@@ -475,8 +502,8 @@ def run_folder(args: Namespace, given: Namespace, data_config: Dict[str, Any]) -
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_yaml(given, str(folder / 'args.yaml'))
-    except OSError as e:
-        raise PSTError(f'Cannot write to {folder} ({e.strerror}): choose another --output.') from e
+    except (OSError, PSTError) as e:
+        raise PSTError(f'Cannot write to {folder} ({getattr(e, "strerror", e)}): choose another --output.') from e
     return folder
 
 

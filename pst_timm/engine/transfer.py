@@ -5,6 +5,7 @@ from typing import List, Set
 
 import torch.nn as nn
 
+from pst_timm.checkpoints.fetching import check_fetchable
 from pst_timm.checkpoints.trunk import load_trunk
 from pst_timm.utils.errors import PSTError, did_you_mean
 
@@ -68,16 +69,11 @@ def _all_but(model: nn.Module, kept: nn.Module) -> Set[str]:
 
 
 def apply_transfer(args: Namespace, model: nn.Module) -> Frozen:
-    """Load a trunk and freeze what --freeze, --freeze-trunk and --linear-probe name.
+    """Freeze what --freeze, --freeze-trunk and --linear-probe name, and load the trunk of --trunk-checkpoint.
 
     Raises:
-        PSTError: If the trunk does not fit, or a name is not part of the model.
+        PSTError: If a name is not part of the model, or the trunk cannot be had or does not fit.
     """
-    if args.trunk_checkpoint:
-        try:
-            load_trunk(model, args.trunk_checkpoint)
-        except (ValueError, RuntimeError, OSError) as e:
-            raise PSTError(f'--trunk-checkpoint {args.trunk_checkpoint}: {e}') from e
     names = _named(model, args.freeze or [])
     if args.freeze_trunk:
         names |= _groups(model, 'stem', 'blocks')
@@ -86,4 +82,16 @@ def apply_transfer(args: Namespace, model: nn.Module) -> Frozen:
     frozen = Frozen(model, names)
     if not any(p.requires_grad for p in model.parameters()):
         raise PSTError('Nothing is left to train: freeze less.')
+    if args.trunk_checkpoint:
+        load_start(model, args.trunk_checkpoint)
     return frozen
+
+
+def load_start(model: nn.Module, source: str) -> None:
+    """Load the trunk of a model, see `load_trunk`; errors as in `apply_transfer`."""
+    try:
+        check_fetchable(source)
+        load_trunk(model, source)
+    except (ValueError, RuntimeError, OSError) as e:
+        error = type(e) if isinstance(e, PSTError) else PSTError
+        raise error(f'--trunk-checkpoint {source}: {e}') from e

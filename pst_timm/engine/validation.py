@@ -23,10 +23,12 @@ from pst_timm.metrics.answers import Answers
 from pst_timm.metrics.base import Metric
 from pst_timm.metrics.calibration import Calibration
 from pst_timm.metrics.classification import ClassReport, RealLabels
+from pst_timm.utils.devices import choose_threads
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import write_csv, write_json
 
 from . import factories
+from .batches import LabelledImages
 from .inference import evaluate
 from .progress import format_metrics
 
@@ -162,6 +164,8 @@ def _validate_one(args: Namespace) -> List[Results]:
     random_seed(args.seed)
     explicit_classes = args.num_classes is not None
     device = factories.init_device(args)
+    if device.type == 'cpu':
+        choose_threads()
     dtype = factories.resolve_dtype(args)
     model = open_model(args)
     params = sum(p.numel() for p in model.parameters())
@@ -209,7 +213,7 @@ def check_sweep(args: Namespace, model: nn.Module) -> None:
         PSTError: If the model offers none, or is compiled in a way that keeps the setting it had.
     """
     if not hasattr(model, 'sweep_settings'):
-        raise PSTError('--topk-sweep needs a model with fine attention (set_topk), such as resnet50_pst.')
+        raise PSTError('--topk-sweep needs a model with settings to compare, such as resnet50_pst.')
     if args.torchscript:
         raise PSTError('--topk-sweep cannot change a scripted model: leave out --torchscript, or use --torchcompile.')
 
@@ -228,9 +232,8 @@ def _evaluate(
         model,
         loader,
         ClassificationEvaluator(device),
-        device,
+        LabelledImages(device, factories.resolve_dtype(args), args.channels_last),
         autocast,
-        channels_last=args.channels_last,
         log_interval=args.log_freq,
         observe=lambda output, target: [m.update(output, target) for m in metrics],
     )

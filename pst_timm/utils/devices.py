@@ -1,12 +1,18 @@
 """Devices: which one to use, whether it is there, what it is called."""
+import logging
+import os
 import platform
+import time
 from pathlib import Path
+from typing import Tuple
 
 import torch
 
 from .errors import PSTError
 
-__all__ = ['best_device', 'check_device', 'hardware_name']
+__all__ = ['available_cores', 'best_device', 'check_device', 'choose_threads', 'hardware_name']
+
+_logger = logging.getLogger(__name__)
 
 
 def best_device() -> str:
@@ -43,3 +49,54 @@ def hardware_name(device: torch.device) -> str:
         return next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def busy_cores(seconds: float = 0.2) -> float:
+    """Cores that others keep busy just now, as this process, asleep meanwhile, is not at work."""
+    try:
+        (busy, total), _ = _core_ticks(), time.sleep(seconds)
+        busy_after, total_after = _core_ticks()
+        return available_cores() * (busy_after - busy) / (total_after - total)
+    except (OSError, ValueError, ZeroDivisionError):  # not Linux, or a Linux that does not tell
+        return os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0.
+
+
+def _core_ticks() -> Tuple[int, int]:
+    """Busy and all ticks so far of the cores that this process may use."""
+    busy = total = 0
+    mine = {f'cpu{i}' for i in os.sched_getaffinity(0)}
+    for line in Path('/proc/stat').read_text().splitlines():
+        name, *ticks = line.split()
+        if name in mine:
+            # user nice system idle iowait irq softirq steal, then guests, which are users too
+            ticks = [int(t) for t in ticks[:8]]
+            total += sum(ticks)
+            busy += sum(ticks) - ticks[3] - ticks[4]
+    return busy, total
+
+
+def choose_threads() -> int:
+    """Let torch use no more threads than there are idle cores; call it before any work on a CPU.
+
+    Threads that wait for each other on a busy machine are many times slower than one thread alone. `OMP_NUM_THREADS`
+    and a smaller number that was set before are left as they are.
+
+    Returns:
+        The number of threads, at least one.
+    """
+    before = torch.get_num_threads()
+    if 'OMP_NUM_THREADS' in os.environ or before == 1:
+        return before
+    cores = available_cores()
+    threads = min(before, cores, max(1, cores - round(busy_cores())))
+    if threads < before:
+        torch.set_num_threads(threads)
+        _logger.info(
+            f'torch takes {threads} of {before} threads, because others keep cores busy; OMP_NUM_THREADS sets another '
+            f'number.')
+    return threads

@@ -52,7 +52,9 @@ def look(
     """
     if model.num_classes == 0:
         raise PSTError('The model has no classifier, whose prediction could be drawn.')
-    names = (label_names(model) or [f'class {i}' for i in range(model.num_classes)]) if class_names is None else class_names
+    names = class_names
+    if names is None:
+        names = label_names(model) or [f'class {i}' for i in range(model.num_classes)]
     if len(names) != model.num_classes:
         raise PSTError(f'{len(names)} class names for a model of {model.num_classes} classes.')
     config = resolve_data_config({'img_size': img_size} if img_size else {}, model=model)

@@ -20,7 +20,7 @@ from torchvision.transforms import functional as F
 
 from pst_timm.data import on_device as dd
 from pst_timm.data.datasets import create_eval_dataset
-from pst_timm.data.loaders import create_eval_loader, create_train_data
+from pst_timm.data.loaders import create_eval_loader, create_train_data, open_train_splits
 from pst_timm.engine import train, train_args, validate, validate_args
 from pst_timm.engine.args import write_yaml
 from pst_timm.engine.seeding import seeded_batches
@@ -56,7 +56,11 @@ def resolved(args):
 
 def train_data(images, output, **values):
     args, config = resolved(tiny_train_args(images, output, **values))
-    return create_train_data(args, config, True, torch.float32)
+    return loaders_of(args, config)
+
+
+def loaders_of(args, config, dtype=torch.float32):
+    return create_train_data(args, open_train_splits(args, 3), config, dtype)
 
 
 def epoch_of(loader, epoch=0, seed=42, rank=0):
@@ -71,8 +75,8 @@ def assert_same_batches(a, b):
 
 def crops_of(*rows, vflip=False, hflip=False, cubic=True):
     """Crops from rows of (top, left, height, width)."""
-    places = torch.tensor(rows, dtype=torch.float32).T
-    return dd.Crops(*places, *(torch.full((len(rows),), flag) for flag in (vflip, hflip, cubic)))
+    boxes = torch.tensor(rows, dtype=torch.float32).T
+    return dd.Crops(*boxes, *(torch.full((len(rows),), flag) for flag in (vflip, hflip, cubic)))
 
 
 # the same batches as timm's loader
@@ -291,7 +295,7 @@ def test_batches_depend_on_seed_rank_epoch_and_step(images, tmp_path):
 @pytest.mark.parametrize('world', [2, 3])
 def test_processes_share_as_those_of_timm_do(counted, tmp_path, world):
     args, config = resolved(tiny_train_args(counted, tmp_path, batch_size=2, data_on_device=True, **LEVELS))
-    data = create_train_data(args, config, True, torch.float32)
+    data = loaders_of(args, config)
     plain = copy.copy(data.train.template.loader)
     seen, evaluated = [], []
     for rank in range(world):
@@ -352,7 +356,7 @@ def test_erasing_mixup_and_low_precision(images, tmp_path):
     assert torch.equal(unmixed, plain) and torch.allclose(soft, hard)
 
     args, config = resolved(tiny_train_args(images, tmp_path, channels_last=True, **values))
-    loader = create_train_data(args, config, True, torch.bfloat16).train
+    loader = loaders_of(args, config, torch.bfloat16).train
     [(low, _), *_] = epoch_of(loader)
     assert low.dtype == torch.bfloat16 and low.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(low.float(), plain, atol=0.05)
@@ -523,5 +527,5 @@ def test_unreadable_images_are_counted_named_and_limited(tmp_path, caplog, worke
 def test_reading_leaves_the_random_state_as_it_was(images, tmp_path):
     args, config = resolved(tiny_train_args(images, tmp_path, data_on_device=True, workers=1))
     before = torch.get_rng_state()
-    create_train_data(args, config, True, torch.float32)
+    loaders_of(args, config)
     assert torch.equal(torch.get_rng_state(), before)

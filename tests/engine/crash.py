@@ -1,6 +1,6 @@
-"""train.py that gets a signal at a chosen place: python crash.py PLACE FLAGS...
+"""train.py that gets a signal at a chosen moment: python crash.py MOMENT FLAGS...
 
-PLACE is `save:N` for SIGKILL in the middle of writing the Nth checkpoint, or `step:N:SIGNAL` for a signal in the Nth
+MOMENT is `save:N` for SIGKILL in the middle of writing the Nth checkpoint, or `step:N:SIGNAL` for a signal in the Nth
 training step, `step:N:SIGNAL:group` for one to the loader workers as well.
 """
 import io

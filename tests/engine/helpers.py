@@ -20,7 +20,7 @@ TINY = dict(
 
 
 def tiny_image(label: int, seed: int, size: int = 32) -> Image.Image:
-    """Noise with a bright band whose place tells the class."""
+    """Noise with a bright band whose position tells the class."""
     pixels = np.random.default_rng([label, seed]).integers(0, 80, (size, size, 3), dtype=np.uint8)
     pixels[label * 10:label * 10 + 8] += 150
     return Image.fromarray(pixels)

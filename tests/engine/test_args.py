@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 CONFIGS = sorted((HERE.parents[1] / 'configs').glob('*.yaml'))
 TYPES = {'int': int, 'float': float, 'str': str, 'utils.ParseKwargs': dict, 'ParseKwargs': dict}
 # the differences from timm that docs/training.md lists
-OUR_DEFAULTS = {'device': None}
+OUR_DEFAULTS = {'train': {'device': None}, 'validate': {'device': None, 'model': None, 'use_ema': None}}
 
 
 def timm_flags(name):
@@ -45,7 +45,7 @@ def test_flags_are_those_of_timm(name, groups):
         assert flag.type is kind, row
         assert str(flag.nargs or '') == row['nargs'].strip("'"), row
         default = False if kind is bool else eval(row['default'] or 'None')
-        assert flag.default == OUR_DEFAULTS.get(flag.key, default), row
+        assert flag.default == OUR_DEFAULTS[name].get(flag.key, default), row
 
 
 @pytest.mark.parametrize('name,groups', [('train', TRAIN_FLAGS), ('validate', VALIDATE_FLAGS)])
@@ -200,3 +200,31 @@ def test_a_recipe_names_weights_that_others_have(tmp_path, monkeypatch, key):
     Path('resnet50.mine').touch()
     for path in ('resnet50.mine', str(tmp_path / 'last.pth.tar'), 'gone.safetensors', ''):
         assert key not in recipe(train_args(**{key: path}))
+
+
+@pytest.mark.parametrize('parse', [parse_train_args, parse_validate_args])
+def test_the_moving_average_is_asked_for_or_refused_or_neither(tmp_path, parse):
+    words = ['--model', 'resnet18']
+    found = [parse([*words, *more]).use_ema for more in ([], ['--use-ema'], ['--no-use-ema'])]
+    assert found == [None, True, False]
+    for value in (None, True, False):
+        path = write(tmp_path, f'use_ema: {str(value).lower() if value is not None else "null"}')
+        assert parse([*words, '--config', path]).use_ema is value
+    # the command line comes last
+    assert parse([*words, '--config', write(tmp_path, 'use_ema: true'), '--no-use-ema']).use_ema is False
+    with pytest.raises(PSTError, match='use_ema must be true or false, got 1'):
+        parse([*words, '--config', write(tmp_path, 'use_ema: 1')])
+    args = parse([*words, '--no-use-ema'])
+    write_yaml(args, str(tmp_path / 'args.yaml'))
+    assert parse(['--config', str(tmp_path / 'args.yaml')]) == args
+
+
+def test_what_a_checkpoint_may_know_better_is_unset():
+    """So `validate` tells what the user gave from what it may take from the checkpoint."""
+    args = parse_validate_args(['--checkpoint', 'last.pth.tar'])
+    keys = (
+        'model', 'num_classes', 'in_chans', 'img_size', 'input_size', 'crop_pct', 'mean', 'std', 'interpolation',
+        'crop_mode', 'gp', 'model_kwargs', 'use_ema')
+    assert not [key for key in keys if getattr(args, key)]
+    with pytest.raises(PSTError, match=r'No model given: .*--model, or .*--checkpoint'):
+        parse_validate_args([])

@@ -62,11 +62,11 @@ def go_on(args, caplog):
     return caplog.text
 
 
-def crash(place, args, folder):
-    """Run train.py with a signal at a place, see crash.py; returns its exit code and what it said."""
+def crash(moment, args, folder):
+    """Run train.py with a signal at a moment, see crash.py; returns its exit code and what it said."""
     write_yaml(args, folder / 'config.yaml')
     done = subprocess.run(
-        [sys.executable, str(ROOT / 'tests' / 'engine' / 'crash.py'), place, '--config', str(folder / 'config.yaml')],
+        [sys.executable, str(ROOT / 'tests' / 'engine' / 'crash.py'), moment, '--config', str(folder / 'config.yaml')],
         env=script_env(), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         timeout=120, start_new_session=True)
     return done.returncode, done.stderr
@@ -126,14 +126,16 @@ def test_a_checkpoint_that_is_named_has_to_be_good(images, tmp_path):
 ])
 def test_signals_end_politely(images, undisturbed, tmp_path, caplog, number, group):
     args = tiny(images, tmp_path, workers=1)
-    place = f'step:9:{signal.Signals(number).name}' + (':group' if group else '')
-    code, said = crash(place, args, tmp_path)
+    moment = f'step:9:{signal.Signals(number).name}' + (':group' if group else '')
+    code, said = crash(moment, args, tmp_path)
     assert code == Interrupted.exit_code == 75, said
     assert 'Stopped' in said and 'start again with --resume auto' in said and 'Traceback' not in said
+    saved = (tmp_path / 'run' / 'recovery-1-3.pth.tar').is_file()
     log = go_on(args, caplog)
     assert 'Train: 0' not in log
     if (number, group) != (signal.SIGTERM, True):  # which may take a worker from under the step
-        assert (tmp_path / 'run' / 'recovery-1-3.pth.tar').is_file() and 'Train: 1 [   1/6' not in log
+        assert saved and 'Train: 1 [   1/6' not in log
+    assert not list((tmp_path / 'run').glob('recovery-*'))
     assert_ends_like(undisturbed[1], tmp_path)
 
 
@@ -230,3 +232,22 @@ def test_a_checkpoint_of_another_model_does_not_fit(images, tmp_path):
             images, tmp_path / 'other', model='test_resnet', resume=str(folder / 'last.pth.tar')))
     with pytest.raises(PSTError, match='does not fit'):
         validate(tiny_validate_args(images, model='test_resnet', checkpoint=str(folder / 'last.pth.tar')))
+
+
+def test_a_run_that_ends_well_leaves_what_is_of_use_with_the_modes_of_the_umask(images, tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = train(tiny_train_args(images, tmp_path, epochs=1, recovery_interval=2)).output_dir
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert modes == dict.fromkeys([
+        'args.yaml', 'checkpoint-0.pth.tar', 'curve.png', 'last.pth.tar', 'model_best.pth.tar', 'speed.csv',
+        'summary.csv'], 0o640)
+
+
+def test_a_run_that_does_not_end_well_keeps_its_recovery_checkpoints(images, tmp_path):
+    with pytest.raises(PSTError, match='NaN or infinite'):
+        train(tiny_train_args(
+            images, tmp_path, warmup_epochs=1, warmup_lr=0.01, lr=1e25, epochs=3, recovery_interval=2, log_interval=1))
+    assert list((tmp_path / 'run').glob('recovery-*'))

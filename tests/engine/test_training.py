@@ -6,9 +6,12 @@ import timm
 import torch
 from timm.models import load_checkpoint
 
-from pst_timm.engine import train
-from pst_timm.engine.training import prepare
-from pst_timm.utils.errors import PSTError
+from pst_timm.data.loaders import note_workers
+from pst_timm.engine import train, train_args, training, transfer
+from pst_timm.engine.progress import run_title
+from pst_timm.engine.training import expected_channels, prepare
+from pst_timm.utils.devices import available_cores
+from pst_timm.utils.errors import PSTError, Unavailable
 
 from .helpers import assert_same_weights, load_weights, tiny_train_args
 
@@ -138,6 +141,79 @@ def test_trunk_warm_start(images, tmp_path):
     torch.save(timm.create_model('test_resnet').state_dict(), tmp_path / 'other.pth')
     with pytest.raises(PSTError, match=r'--trunk-checkpoint .*other.pth: The source is not a ResNet of this trunk'):
         train(tiny_train_args(images, tmp_path, trunk_checkpoint=str(tmp_path / 'other.pth')))
+
+
+def test_what_is_cheap_to_check_comes_before_weights_are_fetched(images, tmp_path, monkeypatch):
+    fetched = []
+
+    def fetch(model, source):
+        fetched.append(source)
+        raise Unavailable('not now.')
+
+    monkeypatch.setattr(transfer, 'load_trunk', fetch)
+    monkeypatch.setattr(transfer, 'check_fetchable', lambda source: None)
+    values = dict(trunk_checkpoint='resnet18.a1_in1k', epochs=1)
+    for wrong, message in (
+            (dict(data_dir='/nowhere'), 'There is no /nowhere'),
+            (dict(num_classes=4), 'use --num-classes 3'),
+            (dict(val_split='test'), "has no 'test' split"),
+            (dict(freeze=['layer5']), '--freeze layer5'),
+            (dict(data_on_device=True, aa='rand-m9'), '--data-on-device cannot do --aa')):
+        with pytest.raises(PSTError, match=message):
+            train(tiny_train_args(images, tmp_path, **{**values, **wrong}))
+    assert fetched == []
+    with pytest.raises(Unavailable, match=r'--trunk-checkpoint resnet18\.a1_in1k: not now'):
+        train(tiny_train_args(images, tmp_path, **values))
+    assert fetched == ['resnet18.a1_in1k'] and not (tmp_path / 'run').exists()
+
+
+def test_the_data_is_opened_before_a_pretrained_model_is_made(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(timm, 'create_model', None)
+    with pytest.raises(PSTError, match='There is no /nowhere'):
+        train(tiny_train_args('/nowhere', tmp_path, pretrained=True))
+
+
+@pytest.mark.parametrize('model,values,expected', [
+    ('test_resnet', {}, 3), ('test_resnet', dict(in_chans=1), 1), ('test_resnet', dict(input_size=[4, 48, 48]), 4),
+    ('test_resnet', dict(model_kwargs=dict(in_chans=2)), 2), ('hf-hub:org/name', {}, 3), ('test_resnet.no_tag', {}, 3),
+])
+def test_the_channels_of_a_model_are_known_before_it_is_made(model, values, expected):
+    assert expected_channels(train_args(model=model, **values)) == expected
+
+
+def test_the_data_is_opened_again_for_a_model_with_other_channels_than_expected(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, 'expected_channels', lambda args: 3)
+    run = prepare(tiny_train_args(images, tmp_path, model_kwargs=dict(in_chans=1), mean=[0.5], std=[0.5]))
+    assert next(iter(run.data.train))[0].shape[1] == next(iter(run.data.evaluation))[0].shape[1] == 1
+
+
+def test_loader_warnings_come_once(images, tmp_path, caplog, recwarn):
+    note_workers.cache_clear()
+    train(tiny_train_args(images, tmp_path, workers=5, pin_mem=True, epochs=2))
+    said = [str(w.message) for w in recwarn]
+    assert not [text for text in said if 'DataLoader' in text or 'pin_memory' in text]
+    few = available_cores() < 5
+    assert caplog.text.count('5 loader workers share') == few
+
+
+def test_a_model_is_told_the_step_that_all_processes_share(images, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        timm.models.ResNet, 'set_train_step', lambda self, seed, step=0: told.append((seed, step)), raising=False)
+    train(tiny_train_args(images, tmp_path, model='test_resnet', epochs=3, seed=7))
+    assert told == [(7, 0), (7, 6), (7, 12)]
+
+
+def test_the_curve_says_of_what_it_is(images, tmp_path, monkeypatch):
+    figure = pytest.importorskip('matplotlib.figure')
+    said = []
+    title = figure.Figure.suptitle
+    monkeypatch.setattr(
+        figure.Figure, 'suptitle', lambda self, text, **kwargs: said.append(text) or title(self, text, **kwargs))
+    train(tiny_train_args(images, tmp_path, epochs=1))
+    assert said == [f'test_resnet_pst on {images.name}']
+    assert run_title(train_args(model='resnet18', dataset='torch/cifar10', data_dir='x')) == 'resnet18 on cifar10'
+    assert run_title(train_args(model='resnet18', dataset='wds/', data_dir='some/shards')) == 'resnet18 on shards'
 
 
 def test_a_new_class_count_starts_the_classifier_anew(images, start, tmp_path, caplog):

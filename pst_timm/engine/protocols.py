@@ -1,0 +1,33 @@
+"""What the engine asks of a model beside timm's interface.
+
+No model has to offer any of it; the engine uses the methods that it finds.
+"""
+from contextlib import AbstractContextManager
+from typing import Any, Dict, List, Protocol, Sequence
+
+__all__ = ['Adjustable', 'TrainStepAware']
+
+
+class TrainStepAware(Protocol):
+    """A model with random decisions of its own, which all processes have to take alike."""
+
+    def set_train_step(self, seed: int, step: int = 0) -> None:
+        """Place the decisions at a training step; called at the start of an epoch, and where a run goes on.
+
+        Args:
+            seed: Seed of the run.
+            step: Index of the next training step.
+        """
+
+
+class Adjustable(Protocol):
+    """A model that can be run with other settings than those it was made with."""
+
+    def inference_settings(self) -> Dict[str, Any]:
+        """What the model has beside its weights, as arguments of `timm.create_model`."""
+
+    def sweep_settings(self, values: Sequence[int]) -> List[Dict[str, Any]]:
+        """The settings that are worth a comparison for some values, each for `with_settings`."""
+
+    def with_settings(self, **settings: Any) -> AbstractContextManager:
+        """A context in which these are the settings; afterwards they are as they were."""
