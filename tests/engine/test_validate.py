@@ -79,7 +79,7 @@ def test_sweep_equals_single_runs(images, folder, truth, tmp_path):
         assert row['top1'] == pytest.approx(want['top1'], abs=1e-3)
         assert row['loss'] == pytest.approx(want['loss'], abs=1e-4)
     torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), tmp_path / 'plain.pth')
-    with pytest.raises(PSTError, match='needs a model with fine attention'):
+    with pytest.raises(PSTError, match='needs a model with settings to compare'):
         run(images, folder, model='test_resnet', checkpoint=str(tmp_path / 'plain.pth'), topk_sweep=[0, 2])
 
 
