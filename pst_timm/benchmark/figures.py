@@ -98,10 +98,12 @@ def benchmark_figures(setting: Setting, progress: bool = True, quick: bool = Fal
     setting = figures_setting(setting)
     chosen = [figure for figure in FIGURES if figure.quick or not quick]
     rows = []
-    with Steps('benchmark', [figure.seconds for figure in chosen], progress) as steps:
+    # building, counting and the memory take as long as some rounds do
+    costs = [figure.seconds * (setting.rounds + 6) for figure in chosen]
+    with Steps('benchmark', costs, progress) as steps:
         steps.say(
-            f'{len(chosen)} figures of {setting.repeats} rounds, about '
-            f'{duration(sum(figure.seconds for figure in chosen) * setting.rounds)} on two idle cores.')
+            f'{len(chosen)} figures of {setting.repeats} rounds: about {duration(sum(costs))} on two idle cores, more '
+            f'on a busy machine.')
         for figure in chosen:
             value, known = figure.measure(setting, steps.ticks(setting.rounds))
             met = value >= figure.target if figure.at_least else value <= figure.target

@@ -61,7 +61,8 @@ class Steps:
         spent, rest = sum(self.costs[:self.ended]), sum(self.costs[self.ended:])
         self._bar.update(spent - self._bar.n)
         left = (time.monotonic() - self._start) / spent * rest
-        after = f' (about {duration(left)} left)' if rest else ''
+        # a small beginning says little of the rest
+        after = f' (about {duration(left)} left)' if 0 < rest < 20 * spent else ''
         self.say(f'[{self.ended}/{len(self.costs)}] {result}{after}')
 
     def say(self, line: str) -> None:

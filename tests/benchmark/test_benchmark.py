@@ -192,7 +192,7 @@ def test_headline_figures_come_one_by_one(monkeypatch, capsys):
     assert row == dict(figure=row['figure'], target='<= 1.07', measured=3., met='no')
     assert by_name['attention 14x14 over 7x7, k = 8 gate: times faster than the plain formula']['met'] == 'yes'
     head, *lines = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r'10 figures of 3 rounds, about \d+ (s|min) on two idle cores\.', head)
+    assert re.fullmatch(r'10 figures of 3 rounds: about \d+ (s|min) on two idle cores, more on a busy machine\.', head)
     assert len(lines) == 10
     assert re.fullmatch(r'\[1/10\] attention 80x80 .*: 3\.000 \(target >= 4\) \(about \d+ s left\)', lines[0])
     assert lines[-1].endswith(': 3.000 (target <= 1.08)')

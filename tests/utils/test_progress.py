@@ -30,6 +30,12 @@ def test_every_step_is_a_line_with_what_is_left(monkeypatch, capsys):
         '', 'three steps\n[1/3] a (about 2 min left)\n[2/3] b (about 45 s left)\n[3/3] c\n')
 
 
+def test_a_small_beginning_gives_no_estimate(capsys):
+    with Steps('job', [1., 99.]) as steps:
+        steps.done('a')
+    assert capsys.readouterr().err == '[1/2] a\n'
+
+
 def test_silence_on_request(capsys):
     with Steps('job', [1.], enabled=False) as steps:
         steps.ticks(1)()
