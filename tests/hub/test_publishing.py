@@ -83,7 +83,7 @@ def test_the_moving_average_is_preferred_and_said(hub, tmp_path, capsys):
     plain, ema = build(), randomize(build(), seed=1)
     path = save_checkpoint(tmp_path / 'last.pth.tar', plain, ema, args=run_args(model_ema=True))
     for words, said, model, measured in (
-            ((), 'the moving average (EMA)', ema, True), (('--no-ema',), 'no EMA', plain, False)):
+            ((), 'the moving average (EMA)', ema, True), (('--no-use-ema',), 'no EMA', plain, False)):
         assert main(['publish', str(path), '--repo-id', REPO, *words]) == 0
         assert f'Weights: {said}' in capsys.readouterr().out
         saved = hub.read(REPO, 'model.safetensors')

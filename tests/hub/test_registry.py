@@ -55,6 +55,22 @@ def test_a_second_tag_does_not_become_the_default_unasked(tmp_path):
     assert timm.list_pretrained('test_resnet_pst*').count('test_resnet_pst.second') == 1
 
 
+def test_a_run_that_began_with_published_weights(tmp_path):
+    """timm's script notes the name with its tag."""
+    model = build()
+    path = save_checkpoint(tmp_path / 'last.pth.tar', model, arch='test_resnet_pst.digits')
+    pst_timm.register_weights('test_resnet_pst.further', file=path)
+    assert torch.equal(logits(timm.create_model('test_resnet_pst.further', pretrained=True)), logits(model))
+
+
+def test_class_names_come_with_a_file(tmp_path):
+    names = ['cat', 'dog', 'newt']
+    facts = {'arch': 'test_resnet_pst', 'pretrained_cfg': {'num_classes': 3, 'label_names': names}}
+    path = save_checkpoint(tmp_path / 'last.pth.tar', build(), facts=facts)
+    pst_timm.register_weights('test_resnet_pst.named', file=path)
+    assert timm.create_model('test_resnet_pst.named', pretrained=True).pretrained_cfg['label_names'] == names
+
+
 def test_mistakes_are_named(tmp_path):
     path = save_checkpoint(tmp_path / 'last.pth.tar', build())
     deep = save_checkpoint(tmp_path / 'deep.pth.tar', build(pst_depth=2))
