@@ -83,13 +83,11 @@ def validate_settings(args: argparse.Namespace, checkpoint: Path) -> List[Dict[s
 
     Args:
         args: Arguments that the checkpoint was trained with.
-        checkpoint: The checkpoint.
+        checkpoint: The checkpoint, which knows classes and preprocessing.
     """
     words = [
-        '--data-dir', args.data_dir, '--model', args.model, '--num-classes', str(args.num_classes),
-        '--img-size', str(args.img_size), '--crop-pct', str(args.crop_pct), '--workers', str(args.workers),
-        '--checkpoint', str(checkpoint), '--device-modules', *args.device_modules,
-    ]
+        '--data-dir', args.data_dir, '--model', args.model, '--checkpoint', str(checkpoint),
+        '--workers', str(args.workers)]
     rows = []
     for name, kwargs in (
             ('coarse', []),
@@ -163,11 +161,12 @@ def run_demo(extra: Sequence[str] = ()) -> float:
     [picture] = visualize(image, model, output / 'attention.png', topk=TOPK)
 
     print(f'\n{image} is a {label} (probability {probability:.3f}).\n')
-    print(format_table(rows))
+    decimals = dict(top1=2, top5=2, loss=3)
+    print(format_table([{k: f'{v:.{decimals[k]}f}' if k in decimals else v for k, v in r.items()} for r in rows]))
     print()
     print(format_table([
         dict(what='top-1, coarse', result=f'{rows[0]["top1"]:.2f}% (at least {TARGET:.0f}% wanted)'),
-        dict(what='training', result=f'{trained:.0f} s, {args.epochs} epochs'),
+        dict(what='training', result=f'{trained:.0f} s, {len(result.history)} epochs'),
         dict(what='all together', result=f'{time.perf_counter() - began:.0f} s'),
         dict(what='picture: training', result=output / 'curve.png'),
         dict(what='picture: attention', result=picture),
