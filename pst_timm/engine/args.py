@@ -144,8 +144,6 @@ def _finish(args: Namespace) -> Namespace:
     args.data_dir = args.data_dir or args.data
     args.data = None
     problems: List[str] = []
-    if not (args.model or getattr(args, 'checkpoint', '')):
-        problems.append('No model given: name it with --model, or a checkpoint that knows its own with --checkpoint.')
     for key in ('mean', 'std'):
         values = getattr(args, key)
         chans = args.input_size[0] if args.input_size else args.in_chans or 3

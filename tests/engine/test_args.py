@@ -226,5 +226,3 @@ def test_what_a_checkpoint_may_know_better_is_unset():
         'model', 'num_classes', 'in_chans', 'img_size', 'input_size', 'crop_pct', 'mean', 'std', 'interpolation',
         'crop_mode', 'gp', 'model_kwargs', 'use_ema')
     assert not [key for key in keys if getattr(args, key)]
-    with pytest.raises(PSTError, match=r'No model given: .*--model, or .*--checkpoint'):
-        parse_validate_args([])

@@ -136,7 +136,7 @@ def test_trunk_warm_start(images, tmp_path):
         images, tmp_path, epochs=1, trunk_checkpoint=str(tmp_path / 'trunk.pth'), freeze_trunk=True))
     after = last_weights(result)
     assert all(torch.equal(after[k], v) for k, v in trunk.items())
-    with pytest.raises(PSTError, match=r'--trunk-checkpoint resnet50.pth: No checkpoint'):
+    with pytest.raises(PSTError, match=r'--trunk-checkpoint resnet50.pth: .*[Nn]o checkpoint'):
         train(tiny_train_args(images, tmp_path, trunk_checkpoint='resnet50.pth'))
     torch.save(timm.create_model('test_resnet').state_dict(), tmp_path / 'other.pth')
     with pytest.raises(PSTError, match=r'--trunk-checkpoint .*other.pth: The source is not a ResNet of this trunk'):
