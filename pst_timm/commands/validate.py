@@ -1,29 +1,35 @@
 """`pst-timm validate` and validate.py."""
 import json
+from argparse import Namespace
 from typing import Any, Dict, Mapping, Optional, Sequence
 
-from timm.utils import setup_default_logging
-
-from pst_timm.engine import parse_validate_args, validate
+from pst_timm.engine.args import parse_validate_args
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.tables import differing_columns, format_table
 
-from .common import fail
+from .common import fail, run
 
 
 def main(argv: Optional[Sequence[str]] = None, prog: str = 'pst-timm validate') -> int:
     """Evaluate from the words of a command line (`sys.argv` if None); returns the exit code."""
     try:
         args = parse_validate_args(argv, prog)
-        setup_default_logging()
-        results = validate(args)
     except PSTError as e:
         return fail(prog, e)
+    return run(prog, _validate, args)
+
+
+def _validate(args: Namespace) -> None:
+    from timm.utils import setup_default_logging
+
+    from pst_timm.engine import validate
+
+    setup_default_logging()
+    results = validate(args)
     if len(results) > 1:
-        print(format_table(differing_columns([_readable(row) for row in results])))
+        print(format_table(differing_columns([_readable(row) for row in results], first=('topk', 'fine_fusion'))))
     # the marker that timm's own tools look for
     print(f'--result\n{json.dumps(results[0] if len(results) == 1 else results, indent=4)}')
-    return 0
 
 
 def _readable(row: Mapping[str, Any]) -> Dict[str, Any]:

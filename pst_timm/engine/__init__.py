@@ -1,22 +1,21 @@
 """Training and evaluation of any timm model. The engine knows timm's factories by name and no model of ours."""
-from pst_timm.utils.errors import Interrupted, PSTError
+from importlib import import_module
+from typing import Any
 
-from .args import parse_train_args, parse_validate_args, train_args, validate_args
-from .training import TrainResult, train
-from .validation import validate, write_results
+from pst_timm.utils.errors import Interrupted, PSTError
 
 EngineError = PSTError  # its name before there was one root of errors
 
-__all__ = [
-    'EngineError',
-    'Interrupted',
-    'PSTError',
-    'TrainResult',
-    'parse_train_args',
-    'parse_validate_args',
-    'train',
-    'train_args',
-    'validate',
-    'validate_args',
-    'write_results',
-]
+# the module that each name comes from; loaded when it is asked for, so that the flags do not wait for torch
+_MODULES = {
+    'TrainResult': 'training', 'parse_train_args': 'args', 'parse_validate_args': 'args', 'train': 'training',
+    'train_args': 'args', 'validate': 'validation', 'validate_args': 'args', 'write_results': 'validation',
+}
+
+__all__ = ['EngineError', 'Interrupted', 'PSTError', *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f'.{_MODULES[name]}', __name__), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

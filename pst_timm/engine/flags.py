@@ -4,10 +4,6 @@ from argparse import Namespace
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
-from timm.utils import ParseKwargs
-
-from pst_timm.checkpoints.fetching import is_published
-
 __all__ = ['ROLES', 'TRAIN_FLAGS', 'VALIDATE_FLAGS', 'Flag', 'FlagGroups', 'keys_with_role', 'recipe', 'shared_keys']
 
 ROLES = {
@@ -138,12 +134,21 @@ class Flag:
             return dict(action='store_true', default=self.default, help=self.help)
         kwargs = dict(default=self.default, help=self.help, nargs=self.nargs)
         if self.is_kwargs:
-            return dict(kwargs, action=ParseKwargs, metavar='KEY=VALUE')
+            return dict(kwargs, action=_ParseKwargs, metavar='KEY=VALUE')
         if self.names[0].startswith('-'):
             kwargs['metavar'] = self.key.rsplit('_', 1)[-1].upper()
             if self.nargs == '?':
                 kwargs['const'] = 'inductor'  # a bare --torchcompile
         return kwargs
+
+
+class _ParseKwargs(argparse.Action):
+    """timm's `ParseKwargs`, loaded when the flag is used, so that the help does not wait for torch."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from timm.utils import ParseKwargs
+
+        ParseKwargs(self.option_strings, self.dest)(parser, namespace, values, option_string)
 
 
 FlagGroups = List[Tuple[str, List[Flag]]]
@@ -518,6 +523,8 @@ def recipe(args: Union[Namespace, Mapping[str, Any]]) -> Dict[str, Any]:
         By key, the flags about model, preprocessing and training that differ from their defaults, and always the
         model; without files of this machine.
     """
+    from pst_timm.checkpoints.fetching import is_published
+
     values = args if isinstance(args, Mapping) else vars(args)
     flags = [flag for _, flags in TRAIN_FLAGS for flag in flags]
     chosen = set(keys_with_role('model', 'preprocessing', 'recipe'))

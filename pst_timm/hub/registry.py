@@ -19,6 +19,7 @@ from timm.models import (
 )
 
 from pst_timm.checkpoints.building import build_model
+from pst_timm.checkpoints.facts import resolve_origin
 from pst_timm.checkpoints.reading import read_checkpoint
 from pst_timm.utils.errors import PSTError, did_you_mean
 
@@ -72,6 +73,7 @@ def register_weights(
 
 def _facts_of_file(arch: str, file: os.PathLike) -> Dict[str, Any]:
     checkpoint = read_checkpoint(file)
+    resolve_origin(checkpoint)
     if checkpoint.arch not in (None, arch):
         raise PSTError(f'{checkpoint.path} holds weights of {checkpoint.arch}, not of {arch}.')
     # a tag carries no arguments: the weights must fit the architecture as it is
