@@ -83,11 +83,9 @@ def validate_settings(args: argparse.Namespace, checkpoint: Path) -> List[Dict[s
 
     Args:
         args: Arguments that the checkpoint was trained with.
-        checkpoint: The checkpoint, which knows classes and preprocessing.
+        checkpoint: The checkpoint, which knows architecture, classes and preprocessing.
     """
-    words = [
-        '--data-dir', args.data_dir, '--model', args.model, '--checkpoint', str(checkpoint),
-        '--workers', str(args.workers)]
+    words = ['--data-dir', args.data_dir, '--checkpoint', str(checkpoint), '--workers', str(args.workers)]
     rows = []
     for name, kwargs in (
             ('coarse', []),
