@@ -1,4 +1,5 @@
 """The one door from a source (model name, hf-hub: name, folder, file) to a model with weights and preprocessing."""
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any, Dict, Optional
@@ -168,6 +169,7 @@ def _from_file(source: PathLike, arch: Optional[str], use_ema: Optional[bool], k
         check_model_name(arch)
         if checkpoint.arch:
             _logger.warning(f'{source} says that it is a {checkpoint.arch}; it is read as the {arch} asked for.')
+            checkpoint = dataclasses.replace(checkpoint, args={}, model_args={})  # those of the other one
         checkpoint.arch = arch.split('.')[0]
     known = checkpoint.pretrained_cfg.get('num_classes')
     asked = kwargs.get('num_classes')

@@ -116,7 +116,7 @@ def create_train_model(args: Namespace) -> nn.Module:
     args.num_classes = model.num_classes
     args.in_chans = in_chans or getattr(model, 'in_chans', 3)
     if args.initial_checkpoint:
-        load_initial_checkpoint(model, args.initial_checkpoint)
+        load_initial_checkpoint(model, args.initial_checkpoint, args.use_ema)
     with torch.no_grad():
         if args.head_init_scale is not None:
             model.get_classifier().weight.mul_(args.head_init_scale)
@@ -127,13 +127,18 @@ def create_train_model(args: Namespace) -> nn.Module:
     return model
 
 
-def load_initial_checkpoint(model: nn.Module, path: str) -> None:
+def load_initial_checkpoint(model: nn.Module, path: str, use_ema: Optional[bool] = None) -> None:
     """Load weights; a classifier for another number of classes keeps its fresh weights.
+
+    Args:
+        model: The model.
+        path: What `read_checkpoint` reads.
+        use_ema: See `read_checkpoint`.
 
     Raises:
         PSTError: If the file is missing or no data alone, or if anything else does not fit.
     """
-    state = read_checkpoint(path).weights
+    state = read_checkpoint(path, use_ema).weights
     own = model.state_dict()
     head = {n for n, m in model.named_modules() if m is model.get_classifier()}
     fresh = [k for k in state if k.rpartition('.')[0] in head and k in own and own[k].shape != state[k].shape]

@@ -7,7 +7,7 @@ import torch
 from timm.data import resolve_data_config
 
 from pst_timm.checkpoints import label_names, load_model, read_checkpoint
-from pst_timm.engine import train, validate, validate_args
+from pst_timm.engine import factories, train, validate, validate_args
 from pst_timm.utils.errors import PSTError
 
 from .helpers import tiny_train_args
@@ -129,3 +129,11 @@ def test_the_folded_model_answers_alike(run):
     with torch.no_grad():
         assert torch.allclose(plain(x), folded(x), atol=1e-4)
     assert timm.data.resolve_data_config(model=folded)['input_size'] == (3, 48, 48)
+
+
+def test_training_starts_from_the_weights_that_are_asked_for(run, images, tmp_path):
+    checkpoint, key = str(run / 'last.pth.tar'), 'conv1.0.weight'
+    content = torch.load(checkpoint, weights_only=False)
+    for use_ema, entry in ((None, 'state_dict_ema'), (True, 'state_dict_ema'), (False, 'state_dict')):
+        args = tiny_train_args(images, tmp_path / str(use_ema), initial_checkpoint=checkpoint, use_ema=use_ema)
+        assert torch.equal(factories.create_train_model(args).state_dict()[key], content[entry][key])
