@@ -2,6 +2,7 @@
 import os
 import resource
 import stat
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -43,15 +44,15 @@ def test_modes_are_those_of_the_umask(kind, mask, modes, tmp_path, umask):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """Files of this process end at 4000 bytes."""
+    """Files of this process end at 4000 bytes; taken back within the test, for its output may go to a longer file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
-    yield fill
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize('write', [
@@ -61,11 +62,10 @@ def full_disk():
     lambda path: write_whole(path, lambda name: save_file({'a': torch.zeros(5000)}, name)),
     lambda path: write_whole(path, lambda name: torch.save(torch.zeros(5000), name)),
 ], ids=['text', 'csv', 'json', 'safetensors', 'pickle'])
-def test_a_full_disk_leaves_what_was_there(write, tmp_path, full_disk):
+def test_a_full_disk_leaves_what_was_there(write, tmp_path):
     path = tmp_path / 'kept.txt'
     path.write_text('as it was')
-    full_disk()
-    with pytest.raises(PSTError, match=r'Cannot write .*kept\.txt: '):
+    with full_disk(), pytest.raises(PSTError, match=r'Cannot write .*kept\.txt: '):
         write(path)
     assert path.read_text() == 'as it was' and list(tmp_path.iterdir()) == [path]
 
