@@ -1,29 +1,32 @@
 """The one door from a source (model name, hf-hub: name, folder, file) to a model with weights and preprocessing."""
 import dataclasses
 import logging
-from pathlib import Path
-from typing import Any, Dict, Optional
+import os
+from typing import Any, Dict, Mapping, Optional
 
 import timm
 import torch
 import torch.nn as nn
-from timm.data import resolve_input_data_config
+from timm.data import resolve_data_config, resolve_input_data_config
 from timm.models import get_pretrained_cfg, get_pretrained_cfg_value
 
 from pst_timm.models import reparameterize
 from pst_timm.models.digest import check_digest, drop_digest
 from pst_timm.utils.errors import PSTError, did_you_mean
 
-from .facts import resolve_origin
+from .facts import look_up, resolve_origin
+from .fetching import check_fetchable
 from .fitting import load_weights
 from .reading import Checkpoint, PathLike, is_file_name, read_checkpoint
 
-__all__ = ['build_model', 'check_model_name', 'create_model', 'label_names', 'load_model']
+__all__ = [
+    'build_model', 'check_model_name', 'create_model', 'label_names', 'load_model', 'open_checkpoint', 'preprocessing',
+]
 
 _logger = logging.getLogger(__name__)
 
 # what timm's factories raise for names, arguments and weights that do not fit
-REFUSED = (TypeError, ValueError, RuntimeError, AssertionError, FileNotFoundError)
+REFUSED = (TypeError, ValueError, RuntimeError, AssertionError, OSError)
 
 
 def check_model_name(name: str) -> None:
@@ -40,14 +43,18 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
 
     Raises:
         PSTError: If there is no such model, it does not take an argument, or its weights cannot be had.
+        Unavailable: If that is so because the Hub does not answer.
     """
     check_model_name(name)
+    if kwargs.get('pretrained') and not kwargs.get('pretrained_cfg_overlay'):
+        check_fetchable(name)
     try:
         return timm.create_model(name, **kwargs)
     except PSTError:
         raise
     except REFUSED as e:
-        raise PSTError(f'Cannot create {name}: {e}') from e
+        # the Hub's client says the rest in further lines
+        raise PSTError(f'Cannot create {name}: {str(e).splitlines()[0] if isinstance(e, OSError) else e}') from e
 
 
 def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
@@ -59,7 +66,7 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
 
     Returns:
         The model in eval mode; its `pretrained_cfg` holds preprocessing and, as `label_names`, the class names;
-        `checkpoint_cfg` is what of it the checkpoint itself told.
+        `checkpoint_cfg` is what of it the checkpoint itself told, `checkpoint_ema` whether its weights are the average.
 
     Raises:
         PSTError: If the architecture is unknown, or the weights are those of another one.
@@ -71,8 +78,8 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
             f'{checkpoint.path} does not name a known architecture (arch: {arch!r}). Name it with --model, or use a '
             f'training checkpoint or a .safetensors file beside its config.json.')
     kwargs = {
-        'num_classes': _size(weights, get_pretrained_cfg_value(arch, 'classifier'), 0),
-        'in_chans': _size(weights, get_pretrained_cfg_value(arch, 'first_conv'), 1),
+        'num_classes': _size(weights, arch, 'classifier', 0) or checkpoint.pretrained_cfg.get('num_classes'),
+        'in_chans': _size(weights, arch, 'first_conv', 1),
         'global_pool': checkpoint.args.get('gp'),
         **checkpoint.model_args,
         **(checkpoint.args.get('model_kwargs') or {}),
@@ -94,6 +101,7 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
     size = tuple(cfg['input_size'])
     found = _data_config(checkpoint, model)
     model.checkpoint_cfg = found if checkpoint.pretrained_cfg or checkpoint.args else {}
+    model.checkpoint_ema = checkpoint.ema
     cfg.update(found, num_classes=model.num_classes)
     if tuple(cfg['input_size']) != size:
         cfg['pool_size'] = None
@@ -113,9 +121,34 @@ def _data_config(checkpoint: Checkpoint, model: nn.Module) -> Dict[str, Any]:
         raise PSTError(f'The arguments in {checkpoint.path} do not fit its weights: {e}') from e
 
 
-def _size(weights: Dict[str, torch.Tensor], layer: Optional[str], dim: int) -> Optional[int]:
-    weight = weights.get(f'{layer}.weight')
+def _size(weights: Dict[str, torch.Tensor], arch: str, layer: str, dim: int) -> Optional[int]:
+    try:
+        name = get_pretrained_cfg_value(arch, layer)
+    except RuntimeError:  # a model that is registered without a configuration
+        return None
+    weight = weights.get(f'{name}.weight')
     return weight.shape[dim] if weight is not None else None
+
+
+def preprocessing(
+        model: nn.Module,
+        source: PathLike,
+        flags: Mapping[str, Any],
+        use_test_size: bool = False,
+) -> Dict[str, Any]:
+    """How images are prepared: as the model's weights know it, where no flag says otherwise; a difference is said.
+
+    Args:
+        model: From `load_model`.
+        source: Where it came from, for the message.
+        flags: `img_size`, `crop_pct` and others of `timm.data.resolve_data_config`, None where they are not given.
+        use_test_size: Whether to take the larger test size that some published weights have.
+    """
+    config = resolve_data_config(dict(flags), model=model, use_test_size=use_test_size)
+    for key, known in getattr(model, 'checkpoint_cfg', {}).items():
+        if config[key] != known:
+            _logger.warning(f'{source} knows {key} {known}; it is run with the {config[key]} asked for.')
+    return config
 
 
 def load_model(
@@ -134,7 +167,7 @@ def load_model(
         source: A timm model name, 'hf-hub:org/name', 'local-dir:path', or what `read_checkpoint` reads: a file or a
             folder.
         arch: Architecture of a file, where it does not tell it or another one is meant; said if they differ.
-        num_classes: Number of classes, that of the weights if None; said if they differ.
+        num_classes: Number of classes, an error where the weights have others; 0 for no classifier.
         pretrained: Whether a model name means published weights; None for those there are, with a warning if there are
             none.
         use_ema: Whether to take the moving average of a training checkpoint; None takes it where there is one.
@@ -148,12 +181,18 @@ def load_model(
     Raises:
         PSTError: If the source is none of these, does not hold a model, or does not fit what is asked for.
     """
-    if num_classes is not None:
-        model_kwargs['num_classes'] = num_classes
-    if Path(source).exists() or is_file_name(source):
-        model = _from_file(source, arch, use_ema, model_kwargs)
+    if model_kwargs.get('features_only'):
+        raise PSTError(
+            "load_model gives whole models; for feature maps write the model as a folder (pst-timm publish --dry-run) "
+            "and use timm.create_model('local-dir:FOLDER', pretrained=True, features_only=True).")
+    if _is_file(source):
+        model = build_model(open_checkpoint(source, arch, use_ema), **model_kwargs)
+        if num_classes == 0:
+            model.reset_classifier(0)
+        elif num_classes not in (None, model.num_classes):
+            raise PSTError(f'{source} has {model.num_classes} classes, not {num_classes}: leave the number out.')
     else:
-        model = _from_name(str(source), arch, pretrained, model_kwargs)
+        model = _from_name(str(source), arch, pretrained, num_classes, model_kwargs)
     if not reparam:
         return model
     try:
@@ -162,23 +201,45 @@ def load_model(
         raise PSTError(f'{source} cannot be folded: {e}') from e
 
 
-def _from_file(source: PathLike, arch: Optional[str], use_ema: Optional[bool], kwargs: Dict[str, Any]) -> nn.Module:
+def _is_file(source: PathLike) -> bool:
+    """Whether a source is a file or folder; a model's name is no folder that happens to be called alike."""
+    named = isinstance(source, str) and os.sep not in source and timm.is_model(source)
+    return not named and (os.path.exists(source) or is_file_name(source))
+
+
+def open_checkpoint(source: PathLike, arch: Optional[str] = None, use_ema: Optional[bool] = None) -> Checkpoint:
+    """Read a checkpoint, as one of another architecture if asked to; a difference is said.
+
+    Args:
+        source: What `read_checkpoint` reads.
+        arch: Architecture, or what names a model; what the file tells if None.
+        use_ema: See `read_checkpoint`.
+
+    Raises:
+        PSTError: As `read_checkpoint`, or if there is no such architecture.
+    """
     checkpoint = read_checkpoint(source, use_ema)
     resolve_origin(checkpoint)
-    if arch is not None and arch.split('.')[0] != checkpoint.arch:
-        check_model_name(arch)
-        if checkpoint.arch:
-            _logger.warning(f'{source} says that it is a {checkpoint.arch}; it is read as the {arch} asked for.')
-            checkpoint = dataclasses.replace(checkpoint, args={}, model_args={})  # those of the other one
-        checkpoint.arch = arch.split('.')[0]
-    known = checkpoint.pretrained_cfg.get('num_classes')
-    asked = kwargs.get('num_classes')
-    if known is not None and asked not in (None, known):
-        _logger.warning(f'{source} has {known} classes; it is read with the {asked} asked for.')
-    return build_model(checkpoint, **kwargs)
+    if arch is None:
+        return checkpoint
+    check_model_name(arch)
+    arch = look_up(arch)[0]
+    if checkpoint.arch and arch != checkpoint.arch:
+        _logger.warning(f'{source} says that it is a {checkpoint.arch}; it is read as the {arch} asked for.')
+        checkpoint = dataclasses.replace(checkpoint, args={}, model_args={})  # those of the other one
+    checkpoint.arch = arch
+    return checkpoint
 
 
-def _from_name(name: str, arch: Optional[str], pretrained: Optional[bool], kwargs: Dict[str, Any]) -> nn.Module:
+def _from_name(
+        name: str,
+        arch: Optional[str],
+        pretrained: Optional[bool],
+        num_classes: Optional[int],
+        kwargs: Dict[str, Any],
+) -> nn.Module:
+    if num_classes is not None:
+        kwargs = dict(kwargs, num_classes=num_classes)
     if arch not in (None, name):
         raise PSTError(f'{name} names a model itself: leave {arch} out.')
     if name.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
@@ -195,9 +256,8 @@ def _from_name(name: str, arch: Optional[str], pretrained: Optional[bool], kwarg
         _logger.warning(
             f'{name} has no published weights, so these are random ones: name a checkpoint, or a folder that has some.')
     pretrained = published if pretrained is None else pretrained
-    asked = kwargs.get('num_classes')
-    if pretrained and published and asked not in (None, cfg.num_classes):
-        raise PSTError(f'The weights of {name} know {cfg.num_classes} classes, not {asked}.')
+    if pretrained and published and num_classes not in (None, 0, cfg.num_classes):
+        raise PSTError(f'The weights of {name} know {cfg.num_classes} classes, not {num_classes}.')
     return create_model(name, pretrained=pretrained, **kwargs).eval()
 
 

@@ -12,8 +12,8 @@ from pst_timm.metrics.agreement import compare_logits
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import write_whole
 
-from .building import build_model
-from .reading import FACTS_KEY, HEADER_KEY, Checkpoint, check_finite, read_checkpoint
+from .building import build_model, open_checkpoint
+from .reading import FACTS_KEY, HEADER_KEY, SAFETENSORS, Checkpoint, check_finite, has_weights_ending
 
 __all__ = ['DTYPES', 'Conversion', 'convert', 'save_safetensors']
 
@@ -49,7 +49,7 @@ def _save_pickle(checkpoint: Checkpoint, path: Path) -> None:
     facts = checkpoint.facts()
     content = {
         'arch': checkpoint.arch, 'state_dict': checkpoint.weights, 'version': 2,
-        FACTS_KEY: {k: facts[k] for k in ('arch', 'model_args', 'pretrained_cfg', 'recipe') if k in facts},
+        FACTS_KEY: {k: facts[k] for k in ('arch', 'model_args', 'pretrained_cfg', 'recipe', 'ema') if k in facts},
         **{k: facts[k] for k in ('epoch', 'metric') if k in facts},
     }
     if checkpoint.args:
@@ -62,6 +62,7 @@ def convert(
         target: os.PathLike,
         dtype: str = 'float32',
         use_ema: Optional[bool] = None,
+        arch: Optional[str] = None,
 ) -> Conversion:
     """Write the weights of a checkpoint in the other format, or in another precision.
 
@@ -73,6 +74,7 @@ def convert(
         target: File to write: .safetensors, or a training checkpoint .pth.tar, .pth or .pt.
         dtype: 'float32', 'float16' or 'bfloat16', for all floating-point tensors.
         use_ema: See `read_checkpoint`.
+        arch: Architecture of a file, where it does not tell it or another one is meant; said if they differ.
 
     Returns:
         What was written, and how far its logits are from those of the source, for 16 random images.
@@ -84,9 +86,9 @@ def convert(
     target = Path(target)
     if dtype not in DTYPES:
         raise PSTError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}.')
-    if not target.name.endswith(('.safetensors', '.pth.tar', '.pth', '.pt')):
-        raise PSTError(f'The target {target} must end with .safetensors, .pth.tar, .pth or .pt.')
-    checkpoint = read_checkpoint(source, use_ema)
+    if not has_weights_ending(target):
+        raise PSTError(f'The target {target} must end with .safetensors, or with .pth.tar or .pth.')
+    checkpoint = open_checkpoint(source, arch, use_ema)
     check_finite(checkpoint)
     model = build_model(checkpoint)
     kind = getattr(torch, dtype)
@@ -101,7 +103,7 @@ def convert(
         model.load_state_dict(weights)
         got = model(x)
     written = Checkpoint(**{**vars(checkpoint), 'weights': weights})
-    if target.suffix == '.safetensors':
+    if target.suffix == SAFETENSORS:
         save_safetensors(weights, target, written.facts())
     else:
         _save_pickle(written, target)

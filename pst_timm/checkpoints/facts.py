@@ -1,5 +1,5 @@
 """What a checkpoint knows of itself beside its weights, told when it is written and completed when it is read."""
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch.nn as nn
 from timm.models import (
@@ -14,7 +14,7 @@ from pst_timm.utils.errors import PSTError
 
 from .reading import Checkpoint
 
-__all__ = ['DATA_KEYS', 'as_plain', 'attention_settings', 'describe', 'inference_settings', 'resolve_origin']
+__all__ = ['DATA_KEYS', 'as_plain', 'attention_settings', 'describe', 'inference_settings', 'look_up', 'resolve_origin']
 
 DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 # what a run gives a model by itself, whatever the weights it began with came with
@@ -59,7 +59,7 @@ def describe(
     return dict(arch=arch, model_args=as_plain(model_args), pretrained_cfg=as_plain(cfg))
 
 
-def look_up(name: str, pretrained: bool = False) -> tuple:
+def look_up(name: str, pretrained: bool = False) -> Tuple[str, Dict[str, Any], Dict[str, Any]]:
     """Architecture, model arguments and configuration behind a model's name.
 
     Raises:

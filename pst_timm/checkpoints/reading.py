@@ -80,15 +80,16 @@ def read_checkpoint(path: PathLike, use_ema: Optional[bool] = None) -> Checkpoin
         use_ema: Whether to take the moving average of a training checkpoint; None takes it where there is one.
 
     Raises:
-        PSTError: If there is no such thing, it is damaged, holds more than tensors and plain values, or has no moving
-            average where one is asked for.
+        PSTError: If there is no such thing, it is damaged, holds more than tensors and plain values, or does not have
+            the weights that are asked for.
     """
     path = _find_file(Path(path))
     checkpoint = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_pickle(path, use_ema)
     if not checkpoint.weights or not all(isinstance(v, torch.Tensor) for v in checkpoint.weights.values()):
         raise PSTError(f'{path} holds no weights: a mapping of names to tensors was expected.')
-    if use_ema and not checkpoint.ema:
-        raise PSTError(f'{path} holds no moving average (EMA): leave out --use-ema to take the weights as trained.')
+    if use_ema is not None and use_ema != bool(checkpoint.ema):
+        found, flag = ('no', '--use-ema') if use_ema else ('only the', '--no-use-ema')
+        raise PSTError(f'{path} holds {found} moving average (EMA): leave out {flag} to take the weights it has.')
     if checkpoint.ema is not None:
         _logger.info(f'{path}: {"the moving average (EMA)" if checkpoint.ema else "the weights as trained, no EMA"}.')
     return checkpoint
@@ -161,7 +162,7 @@ def _read_pickle(path: Path, use_ema: Optional[bool]) -> Checkpoint:
     known = dict(args=args, epoch=content.get('epoch'), metric=content.get('metric'), ema=key in AVERAGED)
     facts = content.get(FACTS_KEY, {'arch': content.get('arch')})
     try:
-        return Checkpoint(path, clean_state_dict(content[key]), **known, **facts)
+        return Checkpoint(path, clean_state_dict(content[key]), **{**known, **facts})
     except TypeError as e:
         raise PSTError(f'{path}: what it tells about its weights is garbled ({e}). Use another checkpoint.') from None
 

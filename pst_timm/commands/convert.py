@@ -14,6 +14,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add_source(parser, names=False)
     parser.add_argument('target', help='file to write: .safetensors or .pth.tar')
     parser.add_argument('--dtype', choices=DTYPES, default='float32', help='precision (default: %(default)s)')
+    parser.add_argument('--model', help='architecture of a file that does not tell it')
     add_ema_flag(parser)
     return run(parser.prog, _convert, parser.parse_args(argv))
 
@@ -24,7 +25,7 @@ def _convert(args: argparse.Namespace) -> None:
     from pst_timm.checkpoints import convert
 
     setup_default_logging(logging.WARNING)
-    done = convert(args.source, args.target, args.dtype, args.use_ema)
+    done = convert(args.source, args.target, args.dtype, args.use_ema, args.model)
     print(f'Written: {done.path} ({done.path.stat().st_size / 2 ** 20:.1f} MiB, {args.dtype}, '
           f'{"moving average (EMA)" if done.ema else "no EMA"}).')
     print(f'Logits differ from the source by {done.difference:.1e} of the largest one, top-1 agrees for '

@@ -28,6 +28,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument(
         '--pretrained', action=argparse.BooleanOptionalAction,
         help='published weights of a model name, or random ones (default: published where there are any)')
+    parser.add_argument('--model', help='architecture of a file that does not tell it')
     parser.add_argument(
         '--num-classes', type=at_least(1), help='classes of a model name (default: those of the weights)')
     parser.add_argument('--dynamic', action='store_true', help='any batch size, height and width')
@@ -61,7 +62,7 @@ def _export_and_check(args: argparse.Namespace) -> int:
     import torch
     from timm.utils import setup_default_logging
 
-    from pst_timm.checkpoints import attention_settings, load_model
+    from pst_timm.checkpoints import attention_settings, load_model, preprocessing
     from pst_timm.deploy.export import FORMATS, check_export, export, tolerance
 
     setup_default_logging(logging.WARNING)
@@ -69,7 +70,9 @@ def _export_and_check(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype)
     names = read_class_names(args.class_names)
     model = load_model(
-        args.source, pretrained=args.pretrained, num_classes=args.num_classes, use_ema=args.use_ema)
+        args.source, arch=args.model, pretrained=args.pretrained, num_classes=args.num_classes, use_ema=args.use_ema)
+    if args.img_size:
+        preprocessing(model, args.source, {'img_size': args.img_size})  # says where they differ
     if args.topk is not None or args.fine_fusion is not None:
         if not hasattr(model, 'set_topk'):
             raise PSTError(f'{args.source} has no sparse attention to set --topk or --fine-fusion on.')

@@ -24,6 +24,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--class-names', type=Path,
                         help='text file, one name a line (default: the names in the checkpoint)')
     parser.add_argument('--license', default='apache-2.0', help='licence of the weights (default: %(default)s)')
+    parser.add_argument('--model', dest='arch', help='architecture of a file that does not tell it')
     add_ema_flag(parser)
     return run(parser.prog, _publish, parser.parse_args(argv))
 

@@ -17,7 +17,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--model', help='model name or hf-hub:org/name; of a checkpoint that does not tell it')
     add_source(parser, '--checkpoint', names=False, type=Path)
     add_ema_flag(parser)
-    add_attention_flags(parser, topk=8)
+    add_attention_flags(parser, default='the model\'s, 8 where that is 0')
     parser.add_argument('--img-size', type=at_least(32), help='height and width (default: the model\'s)')
     parser.add_argument('--num-classes', type=at_least(1), help='default: that of the weights')
     parser.add_argument('--class-names', type=Path, help='text file, one name a line (default: the model\'s)')
@@ -27,7 +27,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         '--limit', type=at_least(1), default=12, help='most images of a folder, evenly spaced (default: 12)')
     parser.add_argument('--each', action='store_true', help='of a folder, also the figure of each image')
     args = parser.parse_args(argv)
-    if args.topk < 1:
+    if args.topk is not None and args.topk < 1:
         parser.error(f'--topk must be at least 1, got {args.topk}')
     if args.model is None and args.checkpoint is None:
         parser.error('name a model with --model, or a checkpoint with --checkpoint')
@@ -37,7 +37,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _visualize(args: argparse.Namespace) -> None:
     from timm.utils import setup_default_logging
 
-    from pst_timm.checkpoints import load_model
+    from pst_timm.checkpoints import attention_settings, load_model, preprocessing
     from pst_timm.data.images import find_images
     from pst_timm.visualize.view import check_output, visualize
 
@@ -50,9 +50,12 @@ def _visualize(args: argparse.Namespace) -> None:
     model = load_model(
         args.checkpoint or args.model, arch=args.model if args.checkpoint else None, num_classes=args.num_classes,
         use_ema=args.use_ema)
+    if args.img_size:
+        preprocessing(model, args.checkpoint or args.model, {'img_size': args.img_size})  # says where they differ
+    topk = args.topk or attention_settings(model)['topk'] or 8
     try:
         written = visualize(
-            args.source, model, output, args.limit, args.each, topk=args.topk, fusion=args.fine_fusion,
+            args.source, model, output, args.limit, args.each, topk=topk, fusion=args.fine_fusion,
             img_size=args.img_size, class_names=names, block=args.block)
     except (ValueError, RuntimeError, OSError) as e:  # the layers' and torch's own
         raise PSTError(' '.join(str(e).split())) from e

@@ -25,9 +25,13 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-4 if dtype == torch.float32 else 5e-2  # half precision carries three digits
 
 
-def metadata(model: nn.Module, class_names: Optional[Sequence[str]] = None) -> Dict[str, Any]:
+def metadata(
+        model: nn.Module,
+        class_names: Optional[Sequence[str]] = None,
+        img_size: Optional[int] = None,
+) -> Dict[str, Any]:
     """What whoever runs the exported model needs to know: preprocessing, classes, attention."""
-    config = resolve_data_config({}, model=model)
+    config = resolve_data_config({'img_size': img_size} if img_size else {}, model=model)
     return {
         'architecture': model.pretrained_cfg.get('architecture'),
         'num_classes': model.num_classes,
@@ -69,7 +73,7 @@ def export(
         raise ValueError(f'format must be one of {tuple(FORMATS)}, got {format!r}.')
     if class_names and len(class_names) != model.num_classes:
         raise ValueError(f'{len(class_names)} class names for a model of {model.num_classes} classes.')
-    info = json.dumps(metadata(model, class_names))
+    info = json.dumps(metadata(model, class_names, img_size))
     model = reparameterize(model) if reparam else model
     model = model.eval().to(dtype)
     channels, side, _ = resolve_data_config({}, model=model)['input_size']

@@ -166,10 +166,17 @@ def resume(
         PSTError: If the checkpoint is broken, unsafe, or of another model.
     """
     check_checkpoint(path)
+    older = FACTS_KEY not in load_checkpoint_metadata(str(path))
     try:
         resume_task_checkpoint(task, str(path), optimizer=optimizer, loss_scaler=loss_scaler)
         if task.has_ema():
             load_task_ema_checkpoint(task, str(path))
     except (RuntimeError, ValueError, KeyError) as e:
-        raise PSTError(f'The checkpoint {path} does not fit this run: {e}') from e
+        if optimizer is not None and older and 'parameter group' in str(e):
+            # older versions kept the parameters that get no gradient from the optimizer
+            _logger.warning(f'{path}: the optimizer of an older version had other parameters; its state starts anew.')
+            return resume(path, task, None, loss_scaler)
+        raise PSTError(
+            f'The checkpoint {path} does not fit this run: {e} Start with the flags of that run; --no-resume-opt '
+            f'leaves its optimizer behind.') from e
     return read_position(path)

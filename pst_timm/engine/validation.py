@@ -10,12 +10,11 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from timm.data import resolve_data_config
 from timm.layers import apply_test_time_pool, set_fast_norm
 from timm.task import ClassificationEvaluator
 from timm.utils import check_batch_size_retry, decay_batch_step, random_seed
 
-from pst_timm.checkpoints import load_model
+from pst_timm.checkpoints import load_model, preprocessing
 from pst_timm.checkpoints.reading import has_weights_ending
 from pst_timm.data.datasets import check_classes, create_eval_dataset
 from pst_timm.data.loaders import create_eval_loader
@@ -32,7 +31,7 @@ from .batches import LabelledImages
 from .inference import evaluate
 from .progress import format_metrics
 
-__all__ = ['open_model', 'preprocessing', 'validate', 'write_results']
+__all__ = ['open_model', 'validate', 'write_results']
 
 _logger = logging.getLogger(__name__)
 
@@ -120,15 +119,6 @@ def open_model(args: Namespace) -> nn.Module:
     return model
 
 
-def preprocessing(args: Namespace, model: nn.Module) -> Dict[str, Any]:
-    """How images are prepared: as the model's weights know it, where no flag says otherwise; a difference is said."""
-    config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
-    for key, known in getattr(model, 'checkpoint_cfg', {}).items():
-        if config[key] != known:
-            _logger.warning(f'{args.checkpoint} knows {key} {known}; it is evaluated with the {config[key]} asked for.')
-    return config
-
-
 def _compile(args: Namespace, model: nn.Module) -> nn.Module:
     if args.torchscript:
         return factories.script(model)
@@ -169,7 +159,8 @@ def _validate_one(args: Namespace) -> List[Results]:
     dtype = factories.resolve_dtype(args)
     model = open_model(args)
     params = sum(p.numel() for p in model.parameters())
-    data_config = preprocessing(args, model)
+    data_config = preprocessing(
+        model, args.checkpoint, vars(args), use_test_size=not args.use_train_size)
     if args.test_pool:
         model, changed = apply_test_time_pool(model, data_config)
         data_config = dict(data_config, crop_pct=1.) if changed else data_config
@@ -194,6 +185,8 @@ def _validate_one(args: Namespace) -> List[Results]:
     )
     if args.checkpoint:
         facts['checkpoint'] = args.checkpoint
+        if model.checkpoint_ema is not None:
+            facts['ema'] = model.checkpoint_ema
     if not args.topk_sweep:
         return [OrderedDict(model=args.model, **run(), **facts)]
     rows = []

@@ -16,8 +16,8 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from timm.models import save_for_hf, split_model_name_tag
 
-from pst_timm.checkpoints import attention_settings, build_model, inference_settings, label_names
-from pst_timm.checkpoints.reading import Checkpoint, check_finite, read_checkpoint
+from pst_timm.checkpoints import attention_settings, build_model, inference_settings, label_names, open_checkpoint
+from pst_timm.checkpoints.reading import Checkpoint, check_finite
 from pst_timm.metrics.agreement import compare_logits
 from pst_timm.models import ResNetPST
 from pst_timm.models.digest import digest_note
@@ -107,6 +107,7 @@ def publish(
         dry_run: bool = False,
         folder: Optional[os.PathLike] = None,
         use_ema: Optional[bool] = None,
+        arch: Optional[str] = None,
         topk: Optional[int] = None,
         fine_fusion: Optional[str] = None,
         results: Optional[os.PathLike] = None,
@@ -129,6 +130,7 @@ def publish(
         dry_run: Write the folder and stop.
         folder: Where to write the three files; None for `output/publish/name` in a dry run, else a temporary one.
         use_ema: Whether to take the moving average of a training checkpoint; None takes it where there is one.
+        arch: Architecture of a file, where it does not tell it or another one is meant; said if they differ.
         topk: Fine attention the accuracy was measured with, as the checkpoint has it if None.
         fine_fusion: Its fusion.
         results: What `validate.py --results-file` wrote for these weights, CSV or JSON; without it the card tells
@@ -144,7 +146,7 @@ def publish(
         Unavailable: If the Hub cannot be reached or cannot answer.
     """
     _check_name(repo_id)
-    source = read_checkpoint(checkpoint, use_ema)
+    source = open_checkpoint(checkpoint, arch, use_ema)
     check_finite(source)
     model = build_model(source)
     if not isinstance(model, ResNetPST):
@@ -243,7 +245,12 @@ def _measured(rows: List[Dict[str, Any]], source: Checkpoint, settings: Dict[str
     name = row.get('model') or source.arch
     if ':' not in name and split_model_name_tag(name)[0] != source.arch:
         raise PSTError(f'The results are those of {name}, the checkpoint is one of {source.arch}.')
-    if source.ema and row.get('checkpoint'):
+    measured = str(row.get('ema', '')).lower()  # a word, from a CSV file
+    if measured and measured != str(bool(source.ema)).lower():
+        raise PSTError(
+            f'The results are those of the {"moving average (EMA)" if source.ema is False else "weights as trained"}, '
+            f'which would not be published: change --use-ema here, or measure again.')
+    if not measured and source.ema and row.get('checkpoint'):
         raise PSTError(
             f'The results do not tell whether the moving average in {row["checkpoint"]} was measured. Measure what is '
             f'published: publish with --dry-run, then validate with --model local-dir:FOLDER --pretrained.')

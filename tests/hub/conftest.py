@@ -42,6 +42,7 @@ def hub(tmp_path, monkeypatch):
         for key, value in environment.items():
             monkeypatch.setenv(key, value)
         monkeypatch.setattr(constants, 'ENDPOINT', server.url)
+        monkeypatch.setattr('huggingface_hub.hf_api.api.endpoint', server.url)  # it was made with the module
         monkeypatch.setattr(
             constants, 'HUGGINGFACE_CO_URL_TEMPLATE', server.url + '/{repo_id}/resolve/{revision}/{filename}')
         monkeypatch.setattr(constants, 'HF_HUB_CACHE', environment['HF_HUB_CACHE'])

@@ -10,10 +10,11 @@ from PIL import Image
 from safetensors.torch import load
 
 import pst_timm
+from pst_timm.checkpoints import load_model
 from pst_timm.engine import parse_validate_args, train, train_args, validate
 from pst_timm.hub.publishing import publish
 from pst_timm.utils.cost import count_gmacs
-from pst_timm.utils.errors import PSTError
+from pst_timm.utils.errors import PSTError, Unavailable
 from tests.checkpoints.helpers import build, images, logits, save_checkpoint
 from tests.helpers import randomize
 
@@ -180,3 +181,15 @@ def test_gmacs_do_not_depend_on_the_device():
     with torch.device('meta'):
         model = timm.create_model('test_resnet_pst')
     assert count_gmacs(model, (3, 64, 64)) == count_gmacs(timm.create_model('test_resnet_pst'), (3, 64, 64))
+
+
+def test_a_repository_that_is_not_there_is_one_sentence(hub):
+    with pytest.raises(PSTError, match=r'^Cannot create hf-hub:acme/nope: [^\n]*$'):
+        load_model('hf-hub:acme/nope')
+
+
+def test_a_hub_that_does_not_answer_may_do_so_later(hub, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.hf_api.api.endpoint', 'http://127.0.0.1:9')
+    with pytest.raises(Unavailable, match='cannot be reached') as error:
+        load_model('hf-hub:acme/tiny')
+    assert error.value.exit_code == 75
