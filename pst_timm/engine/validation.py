@@ -31,6 +31,7 @@ from . import factories
 from .batches import LabelledImages
 from .inference import evaluate
 from .progress import format_metrics
+from .protocols import Adjustable
 
 __all__ = ['open_model', 'preprocessing', 'validate', 'write_results']
 
@@ -197,10 +198,10 @@ def _validate_one(args: Namespace) -> List[Results]:
     if not args.topk_sweep:
         return [OrderedDict(model=args.model, **run(), **facts)]
     rows = []
-    tokens = model.tokens(data_config['input_size'][-2:])
     for setting in model.sweep_settings(args.topk_sweep):
+        columns = model.settings_columns(setting, data_config['input_size'][-2:])
         with model.with_settings(**setting):
-            row = OrderedDict(model=args.model, **setting, selected=min(setting['topk'], tokens), **run(), **facts)
+            row = OrderedDict(model=args.model, **columns, **run(), **facts)
         _logger.info(f'{setting}: {format_metrics({k: row[k] for k in ("top1", "top5", "loss")})}')
         rows.append(row)
     return rows
@@ -212,8 +213,8 @@ def check_sweep(args: Namespace, model: nn.Module) -> None:
     Raises:
         PSTError: If the model offers none, or is compiled in a way that keeps the setting it had.
     """
-    if not hasattr(model, 'sweep_settings'):
-        raise PSTError('--topk-sweep needs a model with settings to compare, such as resnet50_pst.')
+    if not isinstance(model, Adjustable):
+        raise PSTError('--topk-sweep needs a model with settings to compare, and this one offers none.')
     if args.torchscript:
         raise PSTError('--topk-sweep cannot change a scripted model: leave out --torchscript, or use --torchcompile.')
 
