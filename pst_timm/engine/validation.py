@@ -172,6 +172,7 @@ def _validate_one(args: Namespace) -> List[Results]:
     params = sum(p.numel() for p in model.parameters())
     data_config = preprocessing(args, model)
     if args.test_pool:
+        check_test_pool(model)
         model, changed = apply_test_time_pool(model, data_config)
         data_config = dict(data_config, crop_pct=1.) if changed else data_config
     dataset = create_eval_dataset(args, args.split, args.num_samples)
@@ -205,6 +206,19 @@ def _validate_one(args: Namespace) -> List[Results]:
         _logger.info(f'{setting}: {format_metrics({k: row[k] for k in ("top1", "top5", "loss")})}')
         rows.append(row)
     return rows
+
+
+def check_test_pool(model: nn.Module) -> None:
+    """Make sure that the classifier of a model reads what `forward_features` gives, as timm's test time pooling does.
+
+    Raises:
+        PSTError: If it reads what a wider or narrower head makes of that.
+    """
+    width = getattr(model, 'head_hidden_size', model.num_features)
+    if width != model.num_features:
+        raise PSTError(
+            f'--test-pool pools the {model.num_features} channels of the last map, where the classifier of this model '
+            f'reads the {width} of its head: leave it out.')
 
 
 def check_sweep(args: Namespace, model: nn.Module) -> None:

@@ -126,6 +126,15 @@ def test_any_adjustable_model_can_be_swept(images, folder, truth, monkeypatch, c
     assert 'sharpness' in capsys.readouterr().out.splitlines()[0]
 
 
+def test_pooling_past_the_head_is_refused(images, folder, tmp_path):
+    with pytest.raises(PSTError, match=r'the 64 channels .* the 128 of its head: leave it out'):
+        run(images, folder, img_size=96, test_pool=True)
+    torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), tmp_path / 'plain.pth')
+    plain = dict(model='test_resnet', checkpoint=str(tmp_path / 'plain.pth'))
+    [row] = run(images, folder, img_size=192, test_pool=True, **plain)
+    assert row['crop_pct'] == 1. and 'top1' in row
+
+
 def test_sweep_measures_every_setting_by_itself(images, folder, truth):
     logits, target = truth
     rows = run(images, folder, topk_sweep=[0, 2], calibrate=True)
