@@ -483,7 +483,7 @@ VALIDATE_FLAGS: FlagGroups = [
                 role='metrics'),
         _switch('--answers', 'Also which images are classified right, as hexadecimal digits of four images each.',
                 role='metrics'),
-        _flag('--topk-sweep', int, None, 'Evaluate fine attention with each of these topk, a run for each and each fusion.',
+        _flag('--topk-sweep', int, None, 'Evaluate fine attention with each of these topk, a run for each fusion.',
               nargs='+', low=0, role='metrics'),
     ]),
     ('run', [
