@@ -30,7 +30,11 @@ def __dir__() -> List[str]:
 
 
 def _is_the_command() -> bool:
-    """Whether this process is `pst-timm` or `python -m pst_timm`; False where that is in doubt."""
+    """Whether this process is `pst-timm`, `python -m pst_timm` or a script of the checkout; False where in doubt."""
+    # train.py and validate.py say so; a worker that they spawn knows them as '__mp_main__'
+    main = vars(sys.modules.get('__main__', sys))
+    if main['__name__'] == '__main__' and '__pst_timm_command__' in main:
+        return True
     words = getattr(sys, 'argv', [])
     # what the interpreter was told to run: the last of its words before those of the program
     told = sys.orig_argv[:max(len(sys.orig_argv) - len(words) + 1, 0)]
@@ -38,7 +42,19 @@ def _is_the_command() -> bool:
         return False
     if words[0] == '-m':  # so it reads while Python looks for the module
         return told[-1] in (__name__, f'-m{__name__}')
-    return told[-1] == words[0] and Path(words[0]).name in ('pst-timm', 'pst-timm.exe')
+    return told[-1] == words[0] and _is_entry_point(Path(words[0]))
+
+
+def _is_entry_point(script: Path) -> bool:
+    """Whether a script is the one that was installed for the command, and not a user's of that name."""
+    from sysconfig import get_path, get_preferred_scheme
+
+    folders = get_path('scripts'), get_path('scripts', get_preferred_scheme('user'))
+    installed = [Path(folder, name) for folder in folders for name in ('pst-timm', 'pst-timm.exe')]
+    try:
+        return any(path.exists() and path.samefile(script) for path in installed)
+    except OSError:  # no longer where it was started
+        return False
 
 
 # the command loads what it needs itself, so that its help does not wait for torch

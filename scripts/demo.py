@@ -104,9 +104,9 @@ def announce(script: str, words: Sequence[str]) -> None:
     print(f'\n$ python {script} {shlex.join(words)}', flush=True)
 
 
-def remove_checkpoints(folder: Path, pattern: str) -> None:
-    """Remove the training checkpoints of a run whose names fit."""
-    for path in folder.glob(f'{pattern}.pth.tar'):
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the training checkpoints of a run."""
+    for path in folder.glob('*.pth.tar'):
         path.unlink()
 
 
@@ -142,12 +142,11 @@ def run_demo(extra: Sequence[str] = ()) -> float:
     announce('train.py', command)
     args = parse_train_args(command)
     if not args.resume and Path(args.output, args.experiment) == output:
-        remove_checkpoints(output, '*')  # of an earlier demo, which this one must not go on with
+        remove_checkpoints(output)  # of an earlier demo, which this one must not go on with
     trained = time.perf_counter()
     result = train(args)
     trained = time.perf_counter() - trained
     output = result.output_dir
-    remove_checkpoints(output, 'recovery-*')
 
     rows = validate_settings(args, result.best_checkpoint)
 

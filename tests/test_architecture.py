@@ -66,18 +66,39 @@ def own_imports(path):
             yield module, name
 
 
+def entered(module, name):
+    """The room that an import enters, None for one that leaves all open."""
+    inside = module.split('.')[1:]
+    if inside:
+        return inside[0]
+    if name in ROOMS or name in pst_timm._SUBPACKAGES:
+        return name
+    return 'version' if name in ('version', '__version__') else pst_timm._ROOMS.get(name)
+
+
 @files([path for path in sources() if path.parent != PACKAGE or path.name not in FRONT_DOOR])
 def test_knowledge_flows_one_way(path):
     assert room(path) in ROOMS, 'a new room needs its place in the plan'
     allowed = ROOMS[room(path)] | {room(path)}
     for module, name in own_imports(path):
-        parts = module.split('.')
-        target = parts[1] if len(parts) > 1 else name
-        if target == 'version':
-            continue
-        if target not in ROOMS:
-            target = 'models'  # the front door gives what the models give
-        assert target in allowed, f'{path.name} imports {module} ({name})'
+        assert entered(module, name) in {*allowed, 'version'}, f'{path.name} imports {module} ({name})'
+
+
+@pytest.mark.parametrize('module, name, room', [
+    ('pst_timm', 'publish', 'hub'),
+    ('pst_timm', 'load_model', 'checkpoints'),
+    ('pst_timm', 'reparameterize', 'models'),
+    ('pst_timm', 'hub', 'hub'),
+    ('pst_timm', 'study', 'study'),
+    ('pst_timm', '__version__', 'version'),
+    ('pst_timm', 'version', 'version'),
+    ('pst_timm.version', '__version__', 'version'),
+    ('pst_timm.study', None, 'study'),
+    ('pst_timm', None, None),
+    ('pst_timm', '*', None),
+])
+def test_the_front_door_hides_no_room(module, name, room):
+    assert entered(module, name) == room
 
 
 @files(sources())
@@ -89,16 +110,35 @@ def test_no_private_name_of_another_file_is_imported(path):
 
 @files(sources('engine'))
 def test_the_engine_knows_no_model_of_ours(path):
-    known = {name or '' for _, name in own_imports(path)}
-    for node in ast.walk(ast.parse(path.read_text())):
-        # the help of a flag may give an example
-        if isinstance(node, ast.Constant) and path.name != 'flags.py':
-            known.add(str(node.value))
-        elif isinstance(node, (ast.Name, ast.Attribute)):
-            known.add(node.id if isinstance(node, ast.Name) else node.attr)
-    assert not known & {*MODELS}
-    ours = ('fine_fusion', 'set_fine_step', 'set_topk', 'ResNetPST', 'PyramidSparse', 'train_fine_prob', 'fine atten')
-    assert not [(text, word) for text in known for word in ours if word in text]
+    found = words_of_ours(path.read_text(), strings=path.name != 'flags.py')  # the help of a flag may give an example
+    assert not found
+
+
+OURS = ('topk', 'tokens', 'fine_fusion', 'fine atten', 'fine_step', 'fine_prob', 'resnetpst', 'pyramidsparse', *MODELS)
+
+
+def words_of_ours(code, strings):
+    """Where the names of a source, and its strings if they count, speak of our models; but for one flag's own name."""
+    texts = set()
+    for node in ast.walk(ast.parse(code)):
+        if not isinstance(node, ast.Constant):
+            # identifiers: of names, attributes, arguments, keywords, functions, classes, imports
+            texts |= {value for _, value in ast.iter_fields(node) if isinstance(value, str)}
+        elif strings:
+            texts.add(str(node.value))
+    plain = {text: text.lower().replace('--topk-sweep', '').replace('topk_sweep', '') for text in texts}
+    return [(text, word) for text in sorted(plain) for word in OURS if word in plain[text]]
+
+
+@pytest.mark.parametrize('code', [
+    'model.tokens(48)', 'model.set_topk(2)', "setting['topk']", 'run(topk=2)', 'def f(fine_fusion): pass',
+    'class TopK: pass', 'from pst_timm.models import ResNetPST', "'needs one, such as resnet50_pst.'",
+    "f'{model} has no Fine Attention'", 'args.topk_sweeps_topk',
+])
+def test_a_word_of_ours_is_found(code):
+    assert words_of_ours(code, strings=True)
+    assert not words_of_ours("args.topk_sweep, '--topk-sweep cannot', 'topk_sweep'", strings=True)
+    assert bool(words_of_ours(code, strings=False)) == ("'" not in code)
 
 
 def test_layers_know_torch_and_timms_layers_only():

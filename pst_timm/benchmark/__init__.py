@@ -5,7 +5,7 @@ the ratio of the two.
 """
 from .attention import benchmark_layers, plain_attention
 from .figures import benchmark_figures, figures_setting
-from .models import architecture, benchmark_models, build, image_size, make_call, plain_twin
+from .models import Source, benchmark_models, build, make_call, open_source, plain_twin
 from .parts import benchmark_parts
 from .plot import plot
 from .setting import Row, Setting
@@ -13,15 +13,15 @@ from .setting import Row, Setting
 __all__ = [
     'Row',
     'Setting',
-    'architecture',
+    'Source',
     'benchmark_figures',
     'benchmark_layers',
     'benchmark_models',
     'benchmark_parts',
     'build',
     'figures_setting',
-    'image_size',
     'make_call',
+    'open_source',
     'plain_attention',
     'plain_twin',
     'plot',

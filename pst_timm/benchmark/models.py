@@ -1,5 +1,6 @@
 """Models in turn with their plain ResNet twins."""
-from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple
+import copy
+from typing import Any, Callable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -15,45 +16,62 @@ from pst_timm.utils.timing import median_ratio, percentile, time_in_turn
 
 from .setting import WARMUP, Row, Setting, Tick, no_tick
 
-__all__ = ['architecture', 'benchmark_models', 'build', 'compare_models', 'image_size', 'make_call', 'plain_twin']
+__all__ = ['Source', 'benchmark_models', 'build', 'compare_models', 'make_call', 'open_source', 'plain_twin']
 
 
-def architecture(source: str) -> str:
-    """The name of the architecture of a source."""
+class Source(NamedTuple):
+    """A model to measure, read once."""
+    name: str
+    """As it was given."""
+    architecture: str
+    img_size: int
+    """Side of the images that it was trained for; 224 for the name of a model, whose weights are random."""
+    model: Optional[nn.Module]
+    """With its weights, not to be changed; None for the name of a model."""
+
+
+def open_source(source: Union[str, Source]) -> Source:
+    """Read what is to be measured: a model name, or what else `pst_timm.load_model` takes. What is open stays so.
+
+    Raises:
+        PSTError: If it cannot be loaded.
+    """
+    if isinstance(source, Source):
+        return source
     if timm.is_model(source):
-        return source.split('.')[0]
-    return load_model(source).pretrained_cfg['architecture']
+        return Source(source, source.split('.')[0], 224, None)
+    model = load_model(source)
+    cfg = model.pretrained_cfg
+    return Source(source, cfg['architecture'], cfg['input_size'][-1], model)
 
 
-def image_size(source: str) -> int:
-    """The side of the images that a source was trained for, 224 for the name of a model, whose weights are random."""
-    return 224 if timm.is_model(source) else load_model(source).pretrained_cfg['input_size'][-1]
-
-
-def plain_twin(source: str) -> str:
+def plain_twin(source: Union[str, Source]) -> str:
     """The timm ResNet that a PST model extends: the name of its architecture without `_pst`.
 
     Raises:
         PSTError: If there is none.
     """
-    name = architecture(source)
+    name = open_source(source).architecture
     twin = name.removesuffix('_pst')
     if twin == name or not timm.is_model(twin):
         raise PSTError(f'{name} has no plain twin: name one baseline for each model with --baselines.')
     return twin
 
 
-def build(source: str, setting: Setting, **kwargs: Any) -> nn.Module:
+def build(source: Union[str, Source], setting: Setting, **kwargs: Any) -> nn.Module:
     """Create a model, folded and cast as the setting says.
 
     Args:
-        source: Model name (random weights), or what else `pst_timm.load_model` takes.
+        source: Model name (random weights), or what else `open_source` takes or gives.
         setting: How it is built.
-        kwargs: For `timm.create_model`.
+        kwargs: For `timm.create_model`, where a name is given.
     """
-    if timm.is_model(source):  # speed does not depend on weights, nor does it wait for them
-        kwargs['pretrained'] = False
-    model = load_model(source, **kwargs).to(setting.device)
+    source = open_source(source)
+    if source.model is None:  # speed does not depend on weights, nor does it wait for them
+        model = load_model(source.name, pretrained=False, **kwargs)
+    else:
+        model = copy.deepcopy(source.model)
+    model = model.to(setting.device)
     if hasattr(model, 'set_topk') and setting.topk is not None:
         model.set_topk(setting.topk, setting.fine_fusion)
     model = model.train() if setting.train else model.eval()
@@ -88,7 +106,12 @@ def make_call(model: nn.Module, setting: Setting) -> Callable[[], object]:
     return step
 
 
-def compare_models(source: str, baseline: str, setting: Setting, tick: Tick = no_tick) -> Tuple[Row, Row]:
+def compare_models(
+        source: Union[str, Source],
+        baseline: Union[str, Source],
+        setting: Setting,
+        tick: Tick = no_tick,
+) -> Tuple[Row, Row]:
     """Measure a model in turn with its baseline.
 
     Args:
@@ -100,15 +123,16 @@ def compare_models(source: str, baseline: str, setting: Setting, tick: Tick = no
     Returns:
         A row for the baseline and one for the model, see `benchmark_models`.
     """
+    source, baseline = open_source(source), open_source(baseline)
     model = build(source, setting)
-    alike = dict(num_classes=model.num_classes, in_chans=channels_of(model)) if timm.is_model(baseline) else {}
+    alike = dict(num_classes=model.num_classes, in_chans=channels_of(model))
     models = {'baseline': build(baseline, setting, **alike), 'model': model}
     calls = {key: make_call(m, setting) for key, m in models.items()}
     times = time_in_turn(calls, setting.repeats, WARMUP, tick, setting.device)
     size = (channels_of(model), setting.img_size, setting.img_size)
     image = torch.zeros(1, *size, device=setting.device, dtype=setting.dtype)
     rows = {}
-    for key, name in (('baseline', baseline), ('model', source)):
+    for key, name in (('baseline', baseline.name), ('model', source.name)):
         m = models[key]
         peak = peak_memory(calls[key], setting.device)
         p50 = percentile(times[key], 50)
@@ -130,7 +154,7 @@ def compare_models(source: str, baseline: str, setting: Setting, tick: Tick = no
 
 
 def benchmark_models(
-        pairs: Sequence[Tuple[str, str]],
+        pairs: Sequence[Tuple[Union[str, Source], Union[str, Source]]],
         setting: Setting,
         accuracy: Optional[Mapping[str, float]] = None,
         progress: bool = True,
@@ -138,7 +162,7 @@ def benchmark_models(
     """Measure each model in turn with its baseline.
 
     Args:
-        pairs: (model, baseline): names, or what else `pst_timm.load_model` takes.
+        pairs: (model, baseline): names, or what else `open_source` takes or gives.
         setting: How both are built and run.
         accuracy: Top-1 by model name, where known.
         progress: Say how far it is, on standard error.
@@ -150,9 +174,10 @@ def benchmark_models(
     rows = []
     with Steps('benchmark', [1.] * len(pairs), progress) as steps:
         for source, baseline in pairs:
-            rows += compare_models(source, baseline, setting, steps.ticks(setting.rounds))
+            plain, row = compare_models(source, baseline, setting, steps.ticks(setting.rounds))
+            rows += [plain, row]
             steps.done(
-                f'{source}: {rows[-1]["p50_ms"]:.1f} ms a batch, {rows[-1]["latency_ratio"]:.3f} times {baseline}')
+                f'{row["model"]}: {row["p50_ms"]:.1f} ms a batch, {row["latency_ratio"]:.3f} times {plain["model"]}')
     if accuracy:
         rows = [dict(row, top1=accuracy.get(row['model'])) for row in rows]
     # columns that nothing on this machine could fill only widen the table

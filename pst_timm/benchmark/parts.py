@@ -2,7 +2,7 @@
 import re
 import statistics
 from dataclasses import replace
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple, Union
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pst_timm.utils.progress import Steps
 from pst_timm.utils.timing import time_in_turn
 
-from .models import build, make_call
+from .models import Source, build, make_call, open_source
 from .setting import WARMUP, Row, Setting, Tick, no_tick
 
 __all__ = ['benchmark_parts', 'take_apart']
@@ -20,7 +20,7 @@ PARTS = re.compile(
 
 
 @torch.inference_mode()
-def take_apart(source: str, setting: Setting, tick: Tick = no_tick) -> List[Row]:
+def take_apart(source: Union[str, Source], setting: Setting, tick: Tick = no_tick) -> List[Row]:
     """Measure each part of a PST model alone, on the inputs it has in the whole model.
 
     Args:
@@ -59,7 +59,7 @@ def take_apart(source: str, setting: Setting, tick: Tick = no_tick) -> List[Row]
     } for n, t in times.items()]
 
 
-def benchmark_parts(sources: Sequence[str], setting: Setting, progress: bool = True) -> List[Row]:
+def benchmark_parts(sources: Sequence[Union[str, Source]], setting: Setting, progress: bool = True) -> List[Row]:
     """Take models apart, see `take_apart`.
 
     Args:
@@ -72,8 +72,8 @@ def benchmark_parts(sources: Sequence[str], setting: Setting, progress: bool = T
     """
     rows = []
     with Steps('benchmark', [1.] * len(sources), progress) as steps:
-        for source in sources:
+        for source in map(open_source, sources):
             found = take_apart(source, setting, steps.ticks(setting.rounds))
-            rows += [dict(model=source, **row) for row in found]
-            steps.done(f'{source}: {found[0]["ms"]:.1f} ms a batch, {len(found) - 1} parts')
+            rows += [dict(model=source.name, **row) for row in found]
+            steps.done(f'{source.name}: {found[0]["ms"]:.1f} ms a batch, {len(found) - 1} parts')
     return rows

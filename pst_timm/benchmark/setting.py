@@ -4,6 +4,8 @@ from typing import Any, Callable, Dict, Optional
 
 import torch
 
+from pst_timm.utils.devices import hardware_name
+
 __all__ = ['WARMUP', 'Row', 'Setting', 'Tick', 'no_tick']
 
 Row = Dict[str, Any]
@@ -47,7 +49,8 @@ class Setting:
         flags = [f for f in ('reparam', 'compile', 'channels_last', 'train') if getattr(self, f)]
         what = [
             f'torch {torch.__version__}',
-            device_name(self.device),
+            hardware_name(self.device),
+            f'{torch.get_num_threads()} CPU threads' if self.device.type == 'cpu' else '',
             f'batch {self.batch_size}',
             f'{self.img_size} px' if self.img_size else '',
             str(self.dtype).removeprefix('torch.'),
@@ -57,8 +60,3 @@ class Setting:
             f'medians of {self.repeats} rounds',
         ]
         return ', '.join(w for w in what if w)
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the number of CPU threads."""
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'

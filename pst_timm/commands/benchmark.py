@@ -2,7 +2,7 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 from pst_timm.utils.errors import PSTError
 
@@ -11,42 +11,58 @@ from .common import DTYPES, ArgumentParser, add_attention_flags, add_output, add
 if TYPE_CHECKING:
     from pst_timm.benchmark import Row, Setting
 
-# flags that a kind of measurement does not read; a user who gives one expects what does not happen
-UNREAD = {
-    'layers': ('models', 'checkpoint', 'baselines', 'img_size', 'compile', 'train', 'results_file'),
-    'parts': ('baselines', 'sizes', 'compile', 'train', 'results_file'),
-    'models': ('sizes',),
-    'figures': (
-        'baselines', 'sizes', 'batch_size', 'img_size', 'topk', 'fine_fusion', 'reparam', 'compile', 'channels_last',
-        'train', 'results_file'),
-}
+KINDS = ('layers', 'parts', 'models', 'figures')
+ALONE = ('models',)
+TAKEN = ('models', 'parts')
+CHOSEN = ('models', 'parts', 'layers')
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
+class _Parser(ArgumentParser):
+    """A parser whose flags know which kinds of measurement read them."""
+
+    def add_argument(self, *args: Any, kinds: Sequence[str] = KINDS, **kwargs: Any) -> argparse.Action:
+        action = super().add_argument(*args, **kwargs)
+        action.kinds = kinds
+        return action
+
+    def unread(self, args: argparse.Namespace, kind: str) -> List[str]:
+        """What was given and would not be read; a user who gives it expects what does not happen."""
+        return [
+            action.dest for action in self._actions
+            if kind not in action.kinds and getattr(args, action.dest) != action.default]
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
         prog='pst-timm benchmark',
         description='Measure models in turn with their plain ResNet twins. Without models: the headline figures.')
-    add_source(parser, 'models', nargs='*', default=[], metavar='source')
-    add_source(parser, '--checkpoint', names=False)
-    parser.add_argument('--baselines', nargs='+', help='one for each model (default: its plain ResNet)')
+    add_source(parser, 'models', nargs='*', default=[], metavar='source', kinds=TAKEN)
+    add_source(parser, '--checkpoint', names=False, kinds=TAKEN)
+    parser.add_argument(
+        '--baselines', nargs='+', help='one for each model (default: its plain ResNet)', kinds=ALONE)
     parser.add_argument('--layers', action='store_true', help='measure the attention alone against the plain formula')
     parser.add_argument('--parts', action='store_true', help='show where the time of the models goes')
     parser.add_argument(
         '--quick', action='store_true', help='5 rounds, and less of the headline figures and of --layers')
     parser.add_argument(
-        '--sizes', type=int, nargs='+', help='fine maps of --layers (default: 14 40 80 160, with --quick 14 40 80)')
+        '--sizes', type=int, nargs='+', help='fine maps of --layers (default: 14 40 80 160, with --quick 14 40 80)',
+        kinds=('layers',))
     parser.add_argument('--device', default='', help='cpu, cuda, ... (default: the best present)')
-    parser.add_argument('-b', '--batch-size', type=at_least(1), help='images (default: 8; 2 with --layers)')
     parser.add_argument(
-        '--img-size', type=at_least(1), help='height and width (default: that of the checkpoint, 224 for a name)')
+        '-b', '--batch-size', type=at_least(1), help='images (default: 8; 2 with --layers)', kinds=CHOSEN)
+    parser.add_argument(
+        '--img-size', type=at_least(1), help='height and width (default: that of the checkpoint, 224 for a name)',
+        kinds=TAKEN)
     parser.add_argument('--dtype', choices=DTYPES, default='float32')
-    add_attention_flags(parser, default="the model's; 0 and 8 with --layers")
-    parser.add_argument('--reparam', action='store_true', help='fold with pst_timm.reparameterize')
-    parser.add_argument('--compile', action='store_true', help='torch.compile both sides')
-    parser.add_argument('--channels-last', action='store_true', help='lay out weights and maps channels last')
-    parser.add_argument('--train', action='store_true', help='time a training step')
+    add_attention_flags(parser, default="the model's; 0 and 8 with --layers", kinds=CHOSEN)
+    parser.add_argument('--reparam', action='store_true', help='fold with pst_timm.reparameterize', kinds=CHOSEN)
+    parser.add_argument('--compile', action='store_true', help='torch.compile both sides', kinds=ALONE)
+    parser.add_argument(
+        '--channels-last', action='store_true', help='lay out weights and maps channels last', kinds=CHOSEN)
+    parser.add_argument('--train', action='store_true', help='time a training step', kinds=ALONE)
     parser.add_argument('--repeats', type=at_least(1), help='timed rounds (default: 20, with --quick 5)')
-    parser.add_argument('--results-file', help='CSV with columns model and top1, as validate.py writes it')
+    parser.add_argument(
+        '--results-file', help='CSV with columns model and top1, as validate.py writes it', kinds=ALONE)
     add_output(parser, 'folder for the table (CSV), how it was measured (JSON) and a picture')
     return parser
 
@@ -61,7 +77,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.parts and not args.sources:
         parser.error('--parts needs the models to take apart')
     args.kind = 'layers' if args.layers else 'parts' if args.parts else 'models' if args.sources else 'figures'
-    unread = [f for f in UNREAD[args.kind] if getattr(args, f) != parser.get_default(f)]
+    unread = parser.unread(args, args.kind)
     if unread:
         parser.error(f'{unread[0].replace("_", "-")} has no say in the benchmark of {args.kind}')
     if args.baselines and len(args.baselines) != len(args.sources):
@@ -76,6 +92,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _benchmark(args: argparse.Namespace) -> None:
+    from pst_timm.benchmark import open_source
     from pst_timm.utils.tables import format_table
 
     accuracy = _read_accuracy(args.results_file) if args.results_file else None
@@ -84,8 +101,8 @@ def _benchmark(args: argparse.Namespace) -> None:
             args.output.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise PSTError(f'Cannot write to {args.output}: {e.strerror}.') from None
-    setting = _setting(args)
-    rows, setting = _measure(args, setting, accuracy)
+    args.sources = [open_source(source) for source in args.sources]
+    rows, setting = _measure(args, _setting(args), accuracy)
     print(setting.describe())
     print(format_table(rows, decimals=3))
     if args.output:
@@ -104,11 +121,11 @@ def _read_accuracy(path: str) -> Dict[str, float]:
 def _setting(args: argparse.Namespace) -> 'Setting':
     import torch
 
-    from pst_timm.benchmark import Setting, image_size
+    from pst_timm.benchmark import Setting
     from pst_timm.utils.devices import check_device
 
     device = check_device(args.device)
-    sizes = {s: args.img_size or image_size(s) for s in args.sources}
+    sizes = {source.name: args.img_size or source.img_size for source in args.sources}
     if len(set(sizes.values())) > 1:
         found = ', '.join(f'{source} {size}' for source, size in sizes.items())
         raise PSTError(f'The models are for images of different sizes ({found} px): choose one with --img-size.')

@@ -129,6 +129,7 @@ def add_attention_flags(
         parser: argparse.ArgumentParser,
         topk: Optional[int] = None,
         default: str = "the model's",
+        **kwargs: Any,
 ) -> None:
     """Add --topk and --fine-fusion as `topk` and `fine_fusion`.
 
@@ -136,12 +137,15 @@ def add_attention_flags(
         parser: The parser.
         topk: The number of tokens where the flag is not given, None for that of the model.
         default: What the help says of it, where it is None.
+        kwargs: For `add_argument`.
     """
     parser.add_argument(
         '--topk', type=at_least(0), default=topk, metavar='K',
-        help=f'coarse tokens that each head selects, 0 for none (default: {default if topk is None else topk})')
+        help=f'coarse tokens that each head selects, 0 for none (default: {default if topk is None else topk})',
+        **kwargs)
     parser.add_argument(
-        '--fine-fusion', '--fusion', choices=FINE_FUSIONS, help="how fine attention is added (default: the model's)")
+        '--fine-fusion', '--fusion', choices=FINE_FUSIONS, help="how fine attention is added (default: the model's)",
+        **kwargs)
 
 
 def add_output(parser: argparse.ArgumentParser, what: str = 'file to write', **kwargs: Any) -> None:

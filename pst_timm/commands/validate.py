@@ -36,6 +36,6 @@ def _readable(row: Mapping[str, Any]) -> Dict[str, Any]:
     """A row of results for a table: a k beyond the number of tokens as what it is, answers left to the file."""
     row = {k: v for k, v in row.items() if k not in ('answers', 'top1_err', 'top5_err')}
     selected = row.pop('selected', None)
-    if selected is not None and selected < row['topk']:
+    if selected is not None and selected < row.get('topk', 0):
         row['topk'] = f'{row["topk"]} (all {selected})'
     return row

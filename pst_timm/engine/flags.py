@@ -479,11 +479,11 @@ VALIDATE_FLAGS: FlagGroups = [
         _flag('--valid-labels', str, '', 'Text file with the class indices that count.', role='metrics'),
         _flag('--metrics-avg', str, None, 'Also precision, recall and F1, averaged in this way.',
               choices=('micro', 'macro', 'weighted'), role='metrics'),
-        _switch('--calibrate', 'Also the expected calibration error, and the temperature that mends it.',
+        _switch('--calibrate', 'Also the expected calibration error, and with the temperature of least loss.',
                 role='metrics'),
         _switch('--answers', 'Also which images are classified right, as hexadecimal digits of four images each.',
                 role='metrics'),
-        _flag('--topk-sweep', int, None, 'Evaluate fine attention with each of these topk, both fusions, in one pass.',
+        _flag('--topk-sweep', int, None, 'Evaluate fine attention with each of these topk, a run for each fusion.',
               nargs='+', low=0, role='metrics'),
     ]),
     ('run', [

@@ -139,7 +139,7 @@ def _open_wandb(args: Namespace) -> Any:
 
 
 def run_title(args: Namespace) -> str:
-    """'resnet18_pst on digits': the model, and the name of its data."""
+    """'resnet18 on digits': the model, and the name of its data."""
     data = args.dataset.partition('/')[2] or Path(args.data_dir).resolve().name
     return f'{args.model} on {data}'
 

@@ -3,7 +3,7 @@
 No model has to offer any of it; the engine uses the methods that it finds.
 """
 from contextlib import AbstractContextManager
-from typing import Any, Dict, List, Protocol, Sequence
+from typing import Any, Dict, List, Protocol, Sequence, Tuple, runtime_checkable
 
 __all__ = ['Adjustable', 'TrainStepAware']
 
@@ -20,6 +20,7 @@ class TrainStepAware(Protocol):
         """
 
 
+@runtime_checkable
 class Adjustable(Protocol):
     """A model that can be run with other settings than those it was made with."""
 
@@ -28,6 +29,14 @@ class Adjustable(Protocol):
 
     def sweep_settings(self, values: Sequence[int]) -> List[Dict[str, Any]]:
         """The settings that are worth a comparison for some values, each for `with_settings`."""
+
+    def settings_columns(self, setting: Dict[str, Any], img_size: Tuple[int, int]) -> Dict[str, Any]:
+        """What a table of results says of a setting.
+
+        Args:
+            setting: One of `sweep_settings`.
+            img_size: Height and width of the images.
+        """
 
     def with_settings(self, **settings: Any) -> AbstractContextManager:
         """A context in which these are the settings; afterwards they are as they were."""

@@ -30,6 +30,7 @@ from . import factories
 from .batches import LabelledImages
 from .inference import evaluate
 from .progress import format_metrics
+from .protocols import Adjustable
 
 __all__ = ['open_model', 'validate', 'write_results']
 
@@ -162,6 +163,7 @@ def _validate_one(args: Namespace) -> List[Results]:
     data_config = preprocessing(
         model, args.checkpoint, vars(args), use_test_size=not args.use_train_size)
     if args.test_pool:
+        check_test_pool(model)
         model, changed = apply_test_time_pool(model, data_config)
         data_config = dict(data_config, crop_pct=1.) if changed else data_config
     dataset = create_eval_dataset(args, args.split, args.num_samples)
@@ -190,13 +192,26 @@ def _validate_one(args: Namespace) -> List[Results]:
     if not args.topk_sweep:
         return [OrderedDict(model=args.model, **run(), **facts)]
     rows = []
-    tokens = model.tokens(data_config['input_size'][-2:])
     for setting in model.sweep_settings(args.topk_sweep):
+        columns = model.settings_columns(setting, data_config['input_size'][-2:])
         with model.with_settings(**setting):
-            row = OrderedDict(model=args.model, **setting, selected=min(setting['topk'], tokens), **run(), **facts)
+            row = OrderedDict(model=args.model, **columns, **run(), **facts)
         _logger.info(f'{setting}: {format_metrics({k: row[k] for k in ("top1", "top5", "loss")})}')
         rows.append(row)
     return rows
+
+
+def check_test_pool(model: nn.Module) -> None:
+    """Make sure that the classifier of a model reads what `forward_features` gives, as timm's test time pooling does.
+
+    Raises:
+        PSTError: If it reads what a wider or narrower head makes of that.
+    """
+    width = getattr(model, 'head_hidden_size', model.num_features)
+    if width != model.num_features:
+        raise PSTError(
+            f'--test-pool pools the {model.num_features} channels of the last map, where the classifier of this model '
+            f'reads the {width} of its head: leave it out.')
 
 
 def check_sweep(args: Namespace, model: nn.Module) -> None:
@@ -205,8 +220,8 @@ def check_sweep(args: Namespace, model: nn.Module) -> None:
     Raises:
         PSTError: If the model offers none, or is compiled in a way that keeps the setting it had.
     """
-    if not hasattr(model, 'sweep_settings'):
-        raise PSTError('--topk-sweep needs a model with settings to compare, such as resnet50_pst.')
+    if not isinstance(model, Adjustable):
+        raise PSTError('--topk-sweep needs a model with settings to compare, and this one offers none.')
     if args.torchscript:
         raise PSTError('--topk-sweep cannot change a scripted model: leave out --torchscript, or use --torchcompile.')
 

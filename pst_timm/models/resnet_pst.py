@@ -65,6 +65,7 @@ class ResNetPST(ResNet):
     * `inference_settings()`: what the model has beside its weights, as arguments of `timm.create_model`.
     * `with_settings(**settings)`: a context in which these are others.
     * `sweep_settings(topks)`: the settings that are worth a comparison, each for `with_settings`.
+    * `settings_columns(setting, img_size)`: what a table of results says of one of these.
     * `tokens(img_size)`: how many tokens there are to select from; a k above it is that many.
     """
 
@@ -266,6 +267,19 @@ class ResNetPST(ResNet):
         return [
             {'topk': k, 'fine_fusion': fusion}
             for k in dict.fromkeys(topks) for fusion in (FINE_FUSIONS if k else ('coarse',))]
+
+    @torch.jit.ignore
+    def settings_columns(self, setting: Dict[str, Any], img_size: Union[int, Tuple[int, int]]) -> Dict[str, Any]:
+        """The columns of a table of results that tell a setting.
+
+        Args:
+            setting: One of `sweep_settings`.
+            img_size: Height and width of the images, or one number for both.
+
+        Returns:
+            `topk` and `fine_fusion` as they are there, and how many tokens are then `selected`.
+        """
+        return {**setting, 'selected': min(setting['topk'], self.tokens(img_size))}
 
     @torch.jit.ignore
     def tokens(self, img_size: Union[int, Tuple[int, int]]) -> int:

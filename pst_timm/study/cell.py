@@ -14,7 +14,6 @@ import torchvision
 from timm.data import resolve_data_config
 from torch.nn.functional import cross_entropy
 
-import pst_timm
 from pst_timm.checkpoints import load_model
 from pst_timm.data.datasets import create_eval_dataset
 from pst_timm.data.loaders import create_eval_loader
@@ -26,6 +25,7 @@ from pst_timm.utils.cost import count_gmacs
 from pst_timm.utils.devices import check_device, hardware_name
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import read_csv, write_json, write_text
+from pst_timm.version import __version__
 
 from .config import Cell
 from .results import Row
@@ -136,7 +136,6 @@ def evaluate_cell(cell: Cell, settings: Mapping[str, Any], folder: Path) -> List
     common = evaluation_settings(settings, folder)
     metrics = dict(calibrate=True, answers=True)
     images = len(open_split(common, settings['val_split'])[1])
-    # a model without set_topk has no fusion to name
     [final] = validate(validate_args(**common, **metrics))
     rows = [evaluation_row('final', images, final)]
     for size in cell.sweep.get('img_size', ()):
@@ -245,7 +244,7 @@ def describe(cell: Cell, settings: Mapping[str, Any], folder: Path, final: Mappi
         torch=torch.__version__,
         torchvision=torchvision.__version__,
         timm=timm.__version__,
-        pst_timm=pst_timm.__version__,
+        pst_timm=__version__,
         python=platform.python_version(),
         date=datetime.now(timezone.utc).isoformat(timespec='seconds'),
         settings=json.dumps(cell.train, sort_keys=True),

@@ -11,6 +11,7 @@ from pst_timm.checkpoints import create_model
 from pst_timm.engine import train_args
 from pst_timm.engine.factories import import_modules
 from pst_timm.engine.flags import keys_with_role
+from pst_timm.engine.protocols import Adjustable
 from pst_timm.utils.errors import PSTError, did_you_mean
 
 __all__ = ['Cell', 'Study', 'choose_classes', 'read_study']
@@ -220,7 +221,7 @@ def _check_models(path: str, cells: Iterable[Cell]) -> None:
             raise PSTError(f'{path}, cell {cell.name}: unknown model {model!r}'
                               f'.{did_you_mean(model, timm.list_models())}')
         args = train_args(**cell.train)
-        if cell.sweep and not hasattr(create_model(args.model, **args.model_kwargs), 'sweep_settings'):
+        if cell.sweep and not isinstance(create_model(args.model, **args.model_kwargs), Adjustable):
             raise PSTError(f'{path}: sweep needs models with fine attention, and {model} of {cell.name} has none.')
 
 

@@ -12,18 +12,20 @@ from torch import nn
 
 from pst_timm.benchmark import (
     Setting,
-    architecture,
     benchmark_figures,
     benchmark_layers,
     benchmark_models,
     benchmark_parts,
     build,
     figures,
-    image_size,
     make_call,
+    models,
+    open_source,
     plain_attention,
     plain_twin,
+    setting,
 )
+from pst_timm.checkpoints import load_model
 from pst_timm.commands.benchmark import main
 from pst_timm.layers import PyramidSparseAttention
 from pst_timm.models.resnet_pst import WEIGHTS
@@ -86,6 +88,12 @@ def test_parts_add_up():
         rows[f'pst.blocks.0.attn.{part}']['gmacs'] for part in ('q', 'kv', 'pe', 'proj'))
 
 
+def test_the_head_of_a_table_names_the_hardware(monkeypatch):
+    monkeypatch.setattr(setting, 'hardware_name', lambda device: f'a fine {device.type}')
+    assert re.search(r', a fine cpu, \d+ CPU threads, batch 8, ', Setting().describe())
+    assert 'CPU' not in Setting(torch.device('cuda')).describe()
+
+
 def test_settings_reach_the_model():
     setting = Setting(batch_size=1, img_size=64, reparam=True, channels_last=True, dtype=torch.bfloat16, topk=3)
     model = build('test_resnet_pst', setting)
@@ -105,8 +113,9 @@ def test_a_training_step_trains():
 
 def test_a_checkpoint_tells_what_is_built():
     source = str(DIGITS)
-    assert (architecture(source), image_size(source), plain_twin(source)) == ('test_resnet_pst', 64, 'test_resnet')
-    assert image_size('test_resnet_pst') == 224
+    opened = open_source(source)
+    assert opened[:3] == (source, 'test_resnet_pst', 64) and plain_twin(source) == plain_twin(opened) == 'test_resnet'
+    assert open_source('test_resnet_pst') == ('test_resnet_pst', 'test_resnet_pst', 224, None)
     setting = Setting(batch_size=1, img_size=64, repeats=1)
     model = build(source, setting)
     trained = timm.create_model('test_resnet_pst', pretrained=True)
@@ -117,6 +126,29 @@ def test_a_checkpoint_tells_what_is_built():
     expected = sum(p.numel() for p in timm.create_model('test_resnet', num_classes=10).parameters())
     assert plain['params_m'] == pytest.approx(expected / 1e6)
     assert (pst['model'], pst['params_m']) == (source, sum(p.numel() for p in trained.parameters()) / 1e6)
+
+
+@pytest.mark.parametrize('flags', [[], ['--parts']], ids=['models', 'parts'])
+def test_a_checkpoint_is_read_once(flags, monkeypatch):
+    read = []
+
+    def load(source, **kwargs):
+        read.append(source)
+        return load_model(source, **kwargs)
+
+    monkeypatch.setattr(models, 'load_model', load)
+    assert main(['--checkpoint', str(DIGITS), *flags, '-b', '1', '--repeats', '1', '--device', 'cpu']) == 0
+    assert read.count(str(DIGITS)) == 1
+
+
+def test_a_measurement_leaves_an_open_source_alone():
+    source = open_source(str(DIGITS))
+    before = {k: v.clone() for k, v in source.model.state_dict().items()}
+    changed = Setting(batch_size=1, img_size=64, reparam=True, dtype=torch.bfloat16, topk=3)
+    assert build(source, changed).fc.weight.dtype == torch.bfloat16
+    after = source.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[k], v) for k, v in before.items())
+    assert source.model.inference_settings()['topk'] == 0
 
 
 def test_named_models_wait_for_no_weights(monkeypatch):

@@ -1,6 +1,7 @@
 """The console command: what it lists, how it ends, and what an interpreter loads for it."""
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,10 @@ LIGHT = [['--help'], ['--version'], ['list', '--help'], ['convert', '--help'], [
          ['report', '--help']]
 
 
-def python(*words, **kwargs):
+def python(*words, interpreter=sys.executable, **kwargs):
     """What a new interpreter prints."""
     done = subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, check=True, cwd=ROOT, **kwargs)
+        [interpreter, *map(str, words)], capture_output=True, text=True, check=True, cwd=ROOT, **kwargs)
     return done.stdout.strip()
 
 
@@ -72,13 +73,49 @@ def test_train_and_validate_take_their_flags(capsys):
 
 # ------------------------------------------------------------------------------------------- what an interpreter loads
 
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory):
+    """An environment of its own, with the entry point where an installer puts it; returns its interpreter and that."""
+    folder = tmp_path_factory.mktemp('installed') / 'venv'
+    venv.create(folder, symlinks=True)
+    for name in ('pst-timm', 'pst-timm.exe'):
+        (folder / 'bin' / name).write_text(COMMAND)
+    return folder / 'bin' / 'python', folder / 'bin' / 'pst-timm'
+
+
+def say(interpreter, *words):
+    """What another interpreter prints, which has our packages."""
+    environment = {'PYTHONPATH': ':'.join(p for p in sys.path if p), 'PATH': '', 'OMP_NUM_THREADS': '1'}
+    return python(*words, interpreter=interpreter, env=environment).splitlines()
+
+
 @pytest.mark.parametrize('argv', LIGHT, ids=' '.join)
-def test_help_does_not_wait_for_torch(argv, tmp_path):
-    script = tmp_path / ('pst-timm.exe' if argv == ['--help'] else 'pst-timm')
-    script.write_text(COMMAND)
-    *shown, loaded = python(script, *argv).splitlines()
+def test_help_does_not_wait_for_torch(argv, installed):
+    interpreter, script = installed
+    *shown, loaded = say(interpreter, f'{script}.exe' if argv == ['--help'] else script, *argv)
     assert loaded == 'False'
     assert any(word in shown[0] for word in ('usage: pst-timm', 'pst-timm 0'))
+
+
+def test_a_link_to_the_command_is_the_command(installed, tmp_path):
+    interpreter, script = installed
+    (tmp_path / 'pst-timm').symlink_to(script)  # as pipx installs it
+    assert say(interpreter, tmp_path / 'pst-timm', '--help')[-1] == 'False'
+
+
+def test_a_script_of_that_name_is_not_the_command(installed, tmp_path):
+    code = f'import pst_timm\n{REPORT}\n'
+    for name in ('pst-timm', 'pst-timm.exe', 'train.py'):
+        (tmp_path / name).write_text(code)
+        assert say(installed[0], tmp_path / name) == ['registered']
+
+
+@pytest.mark.parametrize('name', ['train', 'validate'])
+def test_help_of_a_script_does_not_wait_for_torch(name):
+    done = subprocess.run(
+        [sys.executable, '-v', f'{name}.py', '--help'], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.startswith(f'usage: {name}.py')
+    assert "import 'pst_timm'" in done.stderr and "import 'torch'" not in done.stderr
 
 
 @pytest.mark.parametrize('words', [['-m', 'pst_timm'], ['-X', 'utf8', '-mpst_timm']])
@@ -95,14 +132,13 @@ def test_the_module_is_the_command():
     assert done.returncode == 2 and 'Did you mean train?' in done.stderr
 
 
-def test_the_command_registers_the_models_for_its_work(tmp_path):
-    script = tmp_path / 'pst-timm'
-    script.write_text(COMMAND)
-    *shown, loaded = python(script, 'list').splitlines()
+def test_the_command_registers_the_models_for_its_work(installed):
+    interpreter, script = installed
+    *shown, loaded = say(interpreter, script, 'list')
     assert loaded == 'True' and any(line.startswith('resnet50_pst ') for line in shown)
 
 
-@pytest.mark.parametrize('way', ['-c', 'script', 'package', 'pytest', 'spawned'])
+@pytest.mark.parametrize('way', ['-c', 'script', 'package', 'pytest', 'spawned', 'spawned by train.py'])
 def test_everyone_else_gets_the_models_on_import(way, tmp_path):
     code = f'import pst_timm\n{REPORT}\n'
     path = [str(ROOT), str(tmp_path)]
@@ -120,9 +156,10 @@ def test_everyone_else_gets_the_models_on_import(way, tmp_path):
     elif way == 'pytest':
         (tmp_path / 'test_mine.py').write_text(f'{code}def test_it(): pass\n')
         words = ['-m', 'pytest', '-s', '-q', '-p', 'no:cacheprovider', tmp_path / 'test_mine.py']
-    elif way == 'spawned':  # a worker of the command has its words, and yet runs the user's code
+    elif way.startswith('spawned'):  # a worker of the command has its words, and yet runs the user's code
         (tmp_path / 'mine.py').write_text(f'def go():\n    {code.strip()}'.replace('\nimport', '\n    import') + '\n')
         (tmp_path / 'pst-timm').write_text(
+            ('__pst_timm_command__ = True\n' if 'train' in way else '') +
             'import mine, multiprocessing\n'
             'if __name__ == "__main__":\n'
             '    process = multiprocessing.get_context("spawn").Process(target=mine.go)\n'

@@ -1,6 +1,7 @@
 """What validate measures, against the plain formulas."""
 import csv
 import json
+from contextlib import contextmanager
 
 import pytest
 import timm
@@ -81,6 +82,57 @@ def test_sweep_equals_single_runs(images, folder, truth, tmp_path):
     torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), tmp_path / 'plain.pth')
     with pytest.raises(PSTError, match='needs a model with settings to compare'):
         run(images, folder, model='test_resnet', checkpoint=str(tmp_path / 'plain.pth'), topk_sweep=[0, 2])
+
+
+class Sharpened(torch.nn.Module):
+    """Any model with what `protocols.Adjustable` asks for, and nothing else."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.num_classes, self.pretrained_cfg = model.num_classes, model.pretrained_cfg
+        self.factor = 1.
+
+    def forward(self, x):
+        return self.model(x) * self.factor
+
+    def inference_settings(self):
+        return dict(factor=self.factor)
+
+    def sweep_settings(self, values):
+        return [dict(factor=float(v)) for v in values]
+
+    def settings_columns(self, setting, img_size):
+        return dict(sharpness=setting['factor'], size='x'.join(map(str, img_size)))
+
+    @contextmanager
+    def with_settings(self, **settings):
+        before, self.factor = self.factor, settings['factor']
+        yield
+        self.factor = before
+
+
+def test_any_adjustable_model_can_be_swept(images, folder, truth, monkeypatch, capsys):
+    (logits, target), loaded = truth, load_model(folder / 'last.pth.tar')
+    monkeypatch.setattr(validation, 'load_model', lambda *args, **kwargs: Sharpened(loaded))
+    rows = run(images, folder, topk_sweep=[1, 3])
+    assert [(r['sharpness'], r['size']) for r in rows] == [(1., '48x48'), (3., '48x48')]
+    assert not {'topk', 'fine_fusion', 'selected'} & {*rows[0]}
+    for row in rows:
+        assert row['loss'] == pytest.approx(expected(logits[0, 'gate'] * row['sharpness'], target)['loss'], abs=1e-4)
+    assert validate_main([
+        '--data-dir', str(images), '--checkpoint', str(folder / 'last.pth.tar'), '-j', '0', '--device', 'cpu',
+        '--topk-sweep', '1', '3']) == 0
+    assert 'sharpness' in capsys.readouterr().out.splitlines()[0]
+
+
+def test_pooling_past_the_head_is_refused(images, folder, tmp_path):
+    with pytest.raises(PSTError, match=r'the 64 channels .* the 128 of its head: leave it out'):
+        run(images, folder, img_size=96, test_pool=True)
+    torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), tmp_path / 'plain.pth')
+    plain = dict(model='test_resnet', checkpoint=str(tmp_path / 'plain.pth'))
+    [row] = run(images, folder, img_size=192, test_pool=True, **plain)
+    assert row['crop_pct'] == 1. and 'top1' in row
 
 
 def test_sweep_measures_every_setting_by_itself(images, folder, truth):

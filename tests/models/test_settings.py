@@ -85,11 +85,20 @@ def test_a_sweep_has_every_setting_once():
     assert model.sweep_settings([]) == []
 
 
+def test_a_table_names_what_is_selected():
+    model = build()
+    rows = [model.settings_columns(s, (64, 96)) for s in model.sweep_settings([0, 3, 64])]
+    assert [(row['topk'], row['fine_fusion'], row['selected']) for row in rows] == [
+        (0, 'coarse', 0), (3, 'gate', 3), (3, 'joint', 3), (64, 'gate', 6), (64, 'joint', 6)]
+    assert model.settings_columns(dict(topk=64, fine_fusion='gate'), 64)['selected'] == 4
+
+
 @without_attention
 def test_a_model_without_attention_has_one_setting(make):
     model = make()
     assert model.inference_settings() == {} and model.tokens((64, 64)) == 0
     [only] = model.sweep_settings([0, 2, 4])
+    assert model.settings_columns(only, 64) == dict(topk=0, fine_fusion='coarse', selected=0)
     expected = model(images())
     with model.with_settings(**only):
         assert torch.equal(model(images()), expected)
