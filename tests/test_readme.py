@@ -116,7 +116,8 @@ def test_commands_named_in_sentences_are_there(page):
         assert name in COMMANDS or name.startswith('--'), f'{page.name} names pst-timm {name}'
     for name in re.findall(r'python -m (scripts[\w.]*)', text):
         assert name == 'scripts.NAME' or (ROOT / f'{name.replace(".", "/")}.py').is_file(), f'{page.name} names {name}'
-    assert 'pst_timm.tools' not in text, f'{page.name} names a room that is gone'
+    # the log of changes says where its scripts went
+    assert 'pst_timm.tools' not in text or page.name == 'CHANGELOG.md', f'{page.name} names a room that is gone'
 
 
 def test_the_first_lines_of_use_run():

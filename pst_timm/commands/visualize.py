@@ -17,7 +17,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--model', help='model name or hf-hub:org/name; of a checkpoint that does not tell it')
     add_source(parser, '--checkpoint', names=False, type=Path)
     add_ema_flag(parser)
-    add_attention_flags(parser, default='the model\'s, 8 where that is 0')
+    add_attention_flags(parser, default='the model\'s, or 8 and at most half of all where that is 0')
     parser.add_argument('--img-size', type=at_least(32), help='height and width (default: the model\'s)')
     parser.add_argument('--num-classes', type=at_least(1), help='default: that of the weights')
     parser.add_argument('--class-names', type=Path, help='text file, one name a line (default: the model\'s)')
@@ -53,6 +53,9 @@ def _visualize(args: argparse.Namespace) -> None:
     if args.img_size:
         preprocessing(model, args.checkpoint or args.model, {'img_size': args.img_size})  # says where they differ
     topk = args.topk or attention_settings(model)['topk'] or 8
+    if not args.topk and hasattr(model, 'tokens'):
+        # half of the tokens at most, so that there is something to choose
+        topk = max(1, min(topk, model.tokens(args.img_size or model.pretrained_cfg['input_size'][-2:]) // 2))
     try:
         written = visualize(
             args.source, model, output, args.limit, args.each, topk=topk, fusion=args.fine_fusion,

@@ -2,6 +2,7 @@
 import argparse
 from argparse import Namespace
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 __all__ = ['ROLES', 'TRAIN_FLAGS', 'VALIDATE_FLAGS', 'Flag', 'FlagGroups', 'keys_with_role', 'recipe', 'shared_keys']
@@ -521,7 +522,7 @@ def recipe(args: Union[Namespace, Mapping[str, Any]]) -> Dict[str, Any]:
 
     Returns:
         By key, the flags about model, preprocessing and training that differ from their defaults, and always the
-        model; without files of this machine.
+        model; of a file of this machine the name alone, so that a repeated run asks for it and does not go without.
     """
     from pst_timm.checkpoints.fetching import is_published
 
@@ -531,8 +532,8 @@ def recipe(args: Union[Namespace, Mapping[str, Any]]) -> Dict[str, Any]:
     found = {}
     for flag in flags:
         value = values.get(flag.key, flag.default)
-        if flag.key not in chosen or (value == flag.default and flag.key != 'model'):
+        unset = value == flag.default or (flag.source and not value)
+        if flag.key not in chosen or (unset and flag.key != 'model'):
             continue
-        if not flag.source or is_published(value):
-            found[flag.key] = value
+        found[flag.key] = Path(value).name if flag.source and not is_published(value) else value
     return found

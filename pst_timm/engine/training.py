@@ -92,6 +92,12 @@ class Run:
         return math.ceil(len(self.data.train) / self.args.grad_accum_steps)
 
     @property
+    def go_on(self) -> str:
+        """The flags with which a stopped run goes on."""
+        unnamed = self.output_dir is not None and not self.args.experiment
+        return '--resume auto' + (f' --experiment {self.output_dir.name}' if unnamed else '')
+
+    @property
     def lr(self) -> float:
         """Mean learning rate over the parameter groups."""
         return sum(g['lr'] for g in self.optimizer.param_groups) / len(self.optimizer.param_groups)
@@ -123,7 +129,7 @@ def train(args: Namespace) -> TrainResult:
             raise
         # the signal also went to the loader workers, and took one from under the step
         raise Interrupted(
-            f'Stopped in the middle of a step ({e}). The last checkpoint is intact: start again with --resume auto to '
+            f'Stopped in the middle of a step ({e}). The last checkpoint is intact: start again with {run.go_on} to '
             f'go on.') from e
     finally:
         if run.log is not None:
@@ -148,7 +154,7 @@ def train_epochs(run: Run, stop: StopSignals, result: TrainResult) -> None:
             run.scheduler.step(epoch + 1, eval_metrics.get(run.args.eval_metric))
         finish_epoch(run, epoch, train_metrics, eval_metrics, lr, speed, result)
         if not last and stop.agreed():
-            raise Interrupted(f'Stopped after epoch {epoch}, as asked: start again with --resume auto to go on.')
+            raise Interrupted(f'Stopped after epoch {epoch}, as asked: start again with {run.go_on} to go on.')
 
 
 def train_one_epoch(run: Run, epoch: int, stop: StopSignals) -> Tuple[Dict[str, float], Dict[str, float]]:
@@ -304,7 +310,7 @@ def after_update(run: Run, position: Position, updates: int, stop: StopSignals, 
     if stopping:
         raise Interrupted(
             f'Stopped after step {position.step} of epoch {position.epoch}, as asked. The state is saved: start '
-            f'again with --resume auto (or --resume and the recovery checkpoint) to go on.')
+            f'again with {run.go_on} (or --resume and the recovery checkpoint) to go on.')
 
 
 def share_statistics(run: Run) -> None:

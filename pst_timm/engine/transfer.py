@@ -1,4 +1,5 @@
 """Which part of a model starts from other weights, and which part stays as it is."""
+import logging
 import re
 from argparse import Namespace
 from typing import List, Set
@@ -10,6 +11,8 @@ from pst_timm.checkpoints.trunk import load_trunk
 from pst_timm.utils.errors import PSTError, did_you_mean
 
 __all__ = ['Frozen', 'apply_transfer']
+
+_logger = logging.getLogger(__name__)
 
 
 class Frozen:
@@ -91,7 +94,7 @@ def load_start(model: nn.Module, source: str) -> None:
     """Load the trunk of a model, see `load_trunk`; errors as in `apply_transfer`."""
     try:
         check_fetchable(source)
-        load_trunk(model, source)
+        _logger.info(f'Trunk from {source}: {load_trunk(model, source)}.')
     except (ValueError, RuntimeError, OSError) as e:
         error = type(e) if isinstance(e, PSTError) else PSTError
         raise error(f'--trunk-checkpoint {source}: {e}') from e

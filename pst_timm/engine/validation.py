@@ -14,9 +14,9 @@ from timm.layers import apply_test_time_pool, set_fast_norm
 from timm.task import ClassificationEvaluator
 from timm.utils import check_batch_size_retry, decay_batch_step, random_seed
 
-from pst_timm.checkpoints import load_model, preprocessing
+from pst_timm.checkpoints import label_names, load_model, preprocessing
 from pst_timm.checkpoints.reading import has_weights_ending
-from pst_timm.data.datasets import check_classes, create_eval_dataset
+from pst_timm.data.datasets import check_classes, class_names, create_eval_dataset
 from pst_timm.data.loaders import create_eval_loader
 from pst_timm.metrics.answers import Answers
 from pst_timm.metrics.base import Metric
@@ -160,6 +160,7 @@ def _validate_one(args: Namespace) -> List[Results]:
     dtype = factories.resolve_dtype(args)
     model = open_model(args)
     params = sum(p.numel() for p in model.parameters())
+    known_classes, ema = label_names(model), getattr(model, 'checkpoint_ema', None)
     data_config = preprocessing(
         model, args.checkpoint, vars(args), use_test_size=not args.use_train_size)
     if args.test_pool:
@@ -170,6 +171,8 @@ def _validate_one(args: Namespace) -> List[Results]:
     labels = _valid_labels(args)
     if labels is None:
         check_classes(dataset, args.num_classes, explicit_classes, args.split)
+        if args.checkpoint:
+            warn_of_other_classes(args, known_classes, class_names(dataset))
     if args.topk_sweep:
         check_sweep(args, model)
     loader = create_eval_loader(args, dataset, data_config, args.batch_size, dtype)
@@ -187,8 +190,8 @@ def _validate_one(args: Namespace) -> List[Results]:
     )
     if args.checkpoint:
         facts['checkpoint'] = args.checkpoint
-        if model.checkpoint_ema is not None:
-            facts['ema'] = model.checkpoint_ema
+        if ema is not None:
+            facts['ema'] = ema
     if not args.topk_sweep:
         return [OrderedDict(model=args.model, **run(), **facts)]
     rows = []
@@ -212,6 +215,15 @@ def check_test_pool(model: nn.Module) -> None:
         raise PSTError(
             f'--test-pool pools the {model.num_features} channels of the last map, where the classifier of this model '
             f'reads the {width} of its head: leave it out.')
+
+
+def warn_of_other_classes(args: Namespace, known: List[str], names: Optional[List[str]]) -> None:
+    """Say where the names of the classes that a checkpoint was trained on are not those of the data."""
+    odd = [(a, b) for a, b in zip(known, names or ()) if a != b]
+    if odd:
+        _logger.warning(
+            f'{args.checkpoint} calls its classes otherwise than the data does ({odd[0][0]!r} is compared with '
+            f'{odd[0][1]!r}, {len(odd)} of {len(known)} differ): labels count by their order alone.')
 
 
 def check_sweep(args: Namespace, model: nn.Module) -> None:

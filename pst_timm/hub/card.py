@@ -113,7 +113,8 @@ def _recipe_section(checkpoint: Checkpoint) -> List[str]:
         f'pst-timm train --config args.yaml --data-dir PATH{f" --dataset {kind}" if kind else ""}',
         '```',
         '',
-        f'They are what differs from the defaults, without files of the machine of the run.{weights}',
+        f'They are what differs from the defaults; files in them are those that the run began with. With another '
+        f'number of loader workers or processes the random augmentation is another one.{weights}',
         '',
         '```yaml',
         yaml.safe_dump(checkpoint.recipe, sort_keys=True).rstrip(),

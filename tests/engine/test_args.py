@@ -198,8 +198,10 @@ def test_a_recipe_names_weights_that_others_have(tmp_path, monkeypatch, key):
     for name in ('resnet50.a1_in1k', 'hf-hub:timm/resnet50.a1_in1k'):
         assert recipe(train_args(**{key: name}))[key] == name
     Path('resnet50.mine').touch()
-    for path in ('resnet50.mine', str(tmp_path / 'last.pth.tar'), 'gone.safetensors', ''):
-        assert key not in recipe(train_args(**{key: path}))
+    for path in ('resnet50.mine', str(tmp_path / 'last.pth.tar'), 'gone.safetensors'):
+        # of a file the name alone: no path of this machine, and no run without it by mistake
+        assert recipe(train_args(**{key: path}))[key] == Path(path).name
+    assert key not in recipe(train_args(**{key: ''}))
 
 
 @pytest.mark.parametrize('parse', [parse_train_args, parse_validate_args])

@@ -1,5 +1,6 @@
 """A checkpoint knows what it is: whoever opens it need not be told again."""
 import logging
+import shutil
 
 import pytest
 import timm
@@ -177,6 +178,25 @@ def test_a_model_that_is_registered_without_a_configuration(tmp_path):
         assert load_model(tmp_path / 'bare.pth', arch='bare_net').num_classes == 3
     finally:
         del _registry._model_entrypoints['bare_net']
+
+
+def test_other_names_of_the_classes_are_said(run, images, tmp_path, caplog):
+    for i, name in enumerate(('cat', 'class1', 'dog')):
+        shutil.copytree(images / 'validation' / f'class{i}', tmp_path / 'validation' / name)
+    checkpoint = str(run / 'last.pth.tar')
+    evaluate(images, checkpoint=checkpoint)
+    assert 'calls its classes otherwise' not in caplog.text
+    evaluate(tmp_path, checkpoint=checkpoint)
+    assert "'class0' is compared with 'cat', 2 of 3 differ" in caplog.text
+
+
+def test_a_trunk_from_a_file_is_said_and_stays_in_the_recipe(images, tmp_path, caplog):
+    torch.save(timm.create_model('test_resnet_pst').state_dict(), tmp_path / 'trunk.pth')
+    with caplog.at_level(logging.INFO):
+        folder = train(tiny_train_args(
+            images, tmp_path, epochs=1, trunk_checkpoint=str(tmp_path / 'trunk.pth'))).output_dir
+    assert 'trunk.pth: TrunkLoad(loaded' in caplog.text
+    assert read_checkpoint(folder).recipe['trunk_checkpoint'] == 'trunk.pth'
 
 
 def test_garbled_facts_are_one_sentence(run):
