@@ -145,9 +145,15 @@ def preprocessing(
         use_test_size: Whether to take the larger test size that some published weights have.
     """
     config = resolve_data_config(dict(flags), model=model, use_test_size=use_test_size)
-    for key, known in getattr(model, 'checkpoint_cfg', {}).items():
-        if config[key] != known:
-            _logger.warning(f'{source} knows {key} {known}; it is run with the {config[key]} asked for.')
+    own = resolve_data_config({}, model=model, use_test_size=use_test_size)
+    told = getattr(model, 'checkpoint_cfg', None)
+    for key in told or ():
+        if config[key] != own[key]:
+            _logger.warning(f'{source} knows {key} {own[key]}; it is run with the {config[key]} asked for.')
+    if told == {} and config['input_size'] == own['input_size']:
+        _logger.warning(
+            f'{source} does not tell the image size it was trained at; the {own["input_size"][-1]} px of the '
+            f'architecture are taken: say --img-size if it was another.')
     return config
 
 

@@ -71,8 +71,7 @@ def _export_and_check(args: argparse.Namespace) -> int:
     names = read_class_names(args.class_names)
     model = load_model(
         args.source, arch=args.model, pretrained=args.pretrained, num_classes=args.num_classes, use_ema=args.use_ema)
-    if args.img_size:
-        preprocessing(model, args.source, {'img_size': args.img_size})  # says where they differ
+    preprocessing(model, args.source, {'img_size': args.img_size})  # says where they differ
     if args.topk is not None or args.fine_fusion is not None:
         if not hasattr(model, 'set_topk'):
             raise PSTError(f'{args.source} has no sparse attention to set --topk or --fine-fusion on.')

@@ -50,8 +50,7 @@ def _visualize(args: argparse.Namespace) -> None:
     model = load_model(
         args.checkpoint or args.model, arch=args.model if args.checkpoint else None, num_classes=args.num_classes,
         use_ema=args.use_ema)
-    if args.img_size:
-        preprocessing(model, args.checkpoint or args.model, {'img_size': args.img_size})  # says where they differ
+    preprocessing(model, args.checkpoint or args.model, {'img_size': args.img_size})  # says where they differ
     topk = args.topk or attention_settings(model)['topk'] or 8
     if not args.topk and hasattr(model, 'tokens'):
         # half of the tokens at most, so that there is something to choose

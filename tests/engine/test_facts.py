@@ -199,6 +199,16 @@ def test_a_trunk_from_a_file_is_said_and_stays_in_the_recipe(images, tmp_path, c
     assert read_checkpoint(folder).recipe['trunk_checkpoint'] == 'trunk.pth'
 
 
+def test_a_checkpoint_that_does_not_tell_its_size_says_so(run, images, tmp_path, caplog):
+    content = torch.load(run / 'last.pth.tar', weights_only=False)
+    torch.save({'state_dict': content['state_dict']}, tmp_path / 'bare.pth')
+    kwargs = dict(checkpoint=str(tmp_path / 'bare.pth'), model='test_resnet_pst')
+    assert evaluate(images, **kwargs, img_size=48)['img_size'] == 48
+    assert 'does not tell the image size' not in caplog.text
+    assert evaluate(images, **kwargs)['img_size'] == 160
+    assert 'does not tell the image size it was trained at; the 160 px' in caplog.text
+
+
 def test_garbled_facts_are_one_sentence(run):
     content = torch.load(run / 'last.pth.tar', weights_only=False)
     for facts in ({'colour': 'red'}, [1, 2], 'resnet'):
