@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from pst_timm.checkpoints.building import check_model_name
 from pst_timm.checkpoints.facts import as_plain, describe
-from pst_timm.checkpoints.fetching import check_fetchable
 from pst_timm.data.datasets import check_classes, class_names
 from pst_timm.data.loaders import TrainData, checked_batches, create_train_data, open_train_splits, report_bad_images
 from pst_timm.utils.devices import choose_threads
@@ -396,8 +395,6 @@ def prepare(args: Namespace) -> Run:
     explicit_classes = args.num_classes is not None
     in_chans = expected_channels(args)
     splits = open_train_splits(args, in_chans)
-    if args.pretrained and not args.pretrained_path:
-        check_fetchable(args.model)
     random_seed(args.seed, args.rank)
     model = factories.create_train_model(args)
     if args.in_chans != in_chans:  # only a model from a folder or the Hub can surprise

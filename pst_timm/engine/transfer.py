@@ -6,7 +6,6 @@ from typing import List, Set
 
 import torch.nn as nn
 
-from pst_timm.checkpoints.fetching import check_fetchable
 from pst_timm.checkpoints.trunk import load_trunk
 from pst_timm.utils.errors import PSTError, did_you_mean
 
@@ -93,7 +92,6 @@ def apply_transfer(args: Namespace, model: nn.Module) -> Frozen:
 def load_start(model: nn.Module, source: str) -> None:
     """Load the trunk of a model, see `load_trunk`; errors as in `apply_transfer`."""
     try:
-        check_fetchable(source)
         _logger.info(f'Trunk from {source}: {load_trunk(model, source)}.')
     except (ValueError, RuntimeError, OSError) as e:
         error = type(e) if isinstance(e, PSTError) else PSTError

@@ -151,7 +151,6 @@ def test_what_is_cheap_to_check_comes_before_weights_are_fetched(images, tmp_pat
         raise Unavailable('not now.')
 
     monkeypatch.setattr(transfer, 'load_trunk', fetch)
-    monkeypatch.setattr(transfer, 'check_fetchable', lambda source: None)
     values = dict(trunk_checkpoint='resnet18.a1_in1k', epochs=1)
     for wrong, message in (
             (dict(data_dir='/nowhere'), 'There is no /nowhere'),
