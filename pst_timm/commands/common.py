@@ -1,6 +1,9 @@
 """What the commands share: how they parse, how they end, and the flags that mean the same in all of them."""
 import argparse
+import os
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 from typing import Any, Callable, NoReturn, Optional, Sequence
 
@@ -73,8 +76,13 @@ def run(prog: str, work: Callable[..., Optional[int]], *args: Any) -> int:
         args: What it is called with.
 
     Returns:
-        The exit code: that of the work, of its `PSTError`, or 130 after Ctrl-C. Either is told in one sentence.
+        The exit code: that of the work, of its `PSTError`, or 130 after Ctrl-C. Either is told in one sentence, and so
+        is any other exception, unless PST_TIMM_DEBUG is set: then it is left to Python.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal that lacks a letter must not end a finished run
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     try:
         import pst_timm.models  # noqa: F401  (registers them; the help of a command does not wait for it)
 
@@ -84,6 +92,26 @@ def run(prog: str, work: Callable[..., Optional[int]], *args: Any) -> int:
     except KeyboardInterrupt:
         print(f'\n{prog}: stopped before the end.', file=sys.stderr)
         return INTERRUPTED
+    except Exception as e:
+        if os.environ.get('PST_TIMM_DEBUG'):
+            raise
+        return _unexpected(prog, e)
+
+
+def _unexpected(prog: str, error: Exception) -> int:
+    """Tell of an exception that nobody foresaw in one sentence, with the traceback in a file; returns the exit code."""
+    first = (str(error).strip().splitlines() or [''])[0]
+    where = 'PST_TIMM_DEBUG=1 shows the traceback'
+    try:
+        handle, log = tempfile.mkstemp(prefix='pst-timm-', suffix='.log')
+        with open(handle, 'w', encoding='utf-8', errors='backslashreplace') as file:
+            file.write(''.join(traceback.format_exception(error)))
+        where = f'the traceback is in {log}'
+    except OSError:  # no folder for temporary files, or a full one
+        pass
+    return fail(prog, PSTError(
+        f'{prog} ended with an unexpected {type(error).__name__}{f" ({first})" if first else ""}: {where}. '
+        f'Please report it with that, and the command.'))
 
 
 def fail(prog: str, error: Exception) -> int:

@@ -1,5 +1,7 @@
 """How all commands parse and end."""
 import argparse
+import re
+from pathlib import Path
 
 import pytest
 
@@ -84,8 +86,26 @@ def test_interruption_is_one_sentence(capsys):
     assert capsys.readouterr().err == '\npst-timm dance: stopped before the end.\n'
 
 
-def test_bugs_are_not_hidden_and_results_are_passed_on():
+def test_exit_codes_are_passed_on():
     assert run('pst-timm dance', lambda: None) == 0
     assert run('pst-timm dance', lambda code: code, 3) == 3
+
+
+def test_an_unexpected_exception_is_one_sentence_with_the_traceback_in_a_file(capsys, monkeypatch):
+    def break_down():
+        return {}['tensor']
+
+    monkeypatch.delenv('PST_TIMM_DEBUG', raising=False)
+    assert run('pst-timm dance', break_down) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("pst-timm dance: error: pst-timm dance ended with an unexpected KeyError ('tensor'): ")
+    assert told.count('\n') == 1 and 'Traceback' not in told
+    log = Path(re.search(r'the traceback is in (\S+)\.', told).group(1))
+    assert "return {}['tensor']" in log.read_text()
+    log.unlink()
+
+
+def test_an_unexpected_exception_is_bare_where_asked_for(monkeypatch):
+    monkeypatch.setenv('PST_TIMM_DEBUG', '1')
     with pytest.raises(ZeroDivisionError):
-        run('pst-timm dance', lambda: 1 // 0)
+        run('pst-timm dance', lambda: 1 / 0)
