@@ -6,13 +6,44 @@ import os
 import secrets
 import stat
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence
 
 from safetensors import SafetensorError
 
 from .errors import PSTError
 
-__all__ = ['columns_of', 'read_class_names', 'read_csv', 'write_csv', 'write_json', 'write_text', 'write_whole']
+__all__ = [
+    'check_output', 'columns_of', 'read_class_names', 'read_csv', 'write_csv', 'write_json', 'write_text',
+    'write_whole',
+]
+
+
+def check_output(path: os.PathLike, overwrite: bool = False, inputs: Iterable[os.PathLike] = ()) -> None:
+    """Make sure, before the work, that a file can be written, and that nobody loses another one by it.
+
+    Args:
+        path: The file to be written.
+        overwrite: Whether one that is there may be replaced.
+        inputs: Files and folders that are read; never replaced.
+
+    Raises:
+        PSTError: If it cannot be written, or must not be.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise PSTError(f'Cannot write {path}: there is no folder {path.parent}. Make it first.')
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PSTError(f'Cannot write {path}: the folder {path.parent} is not yours to write to.')
+    if not os.path.lexists(path):
+        return
+    if path.is_dir():
+        raise PSTError(f'Cannot write {path}: it is a folder. Name a file in it.')
+    if path.exists() and not path.is_file():
+        raise PSTError(f'Cannot write {path}: it is not an ordinary file. Name another one.')
+    if any(os.path.exists(source) and path.exists() and os.path.samefile(path, source) for source in inputs):
+        raise PSTError(f'{path} is what is read: name another file to write.')
+    if not overwrite:
+        raise PSTError(f'{path} is there already: name another file, or add --overwrite to replace it.')
 
 
 def write_whole(path: os.PathLike, write: Callable[[str], Any]) -> None:

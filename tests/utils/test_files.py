@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import (
+    check_output,
     columns_of,
     read_class_names,
     read_csv,
@@ -127,3 +128,31 @@ def test_class_names(tmp_path):
     assert read_class_names(path) == ['cat', 'Ärmel'] and read_class_names(None) is None
     with pytest.raises(PSTError, match='Cannot read the class names'):
         read_class_names(tmp_path / 'none')
+
+
+@pytest.mark.parametrize('name, kwargs, told', [
+    ('new', {}, None),
+    ('old', {}, 'add --overwrite'),
+    ('old', {'overwrite': True}, None),
+    ('source', {'overwrite': True}, 'is what is read'),
+    ('link', {'overwrite': True}, 'is what is read'),
+    ('dangling', {}, 'add --overwrite'),
+    ('folder', {'overwrite': True}, 'it is a folder'),
+    ('pipe', {'overwrite': True}, 'not an ordinary file'),
+    ('none/new', {}, 'there is no folder'),
+])
+def test_an_output_is_checked_before_the_work(name, kwargs, told, tmp_path):
+    for file in ('old', 'source'):
+        (tmp_path / file).write_text(file)
+    (tmp_path / 'link').symlink_to(tmp_path / 'source')
+    (tmp_path / 'dangling').symlink_to(tmp_path / 'gone')
+    (tmp_path / 'folder').mkdir()
+    os.mkfifo(tmp_path / 'pipe')
+    before = sorted(tmp_path.iterdir())
+    kwargs = dict(kwargs, inputs=[tmp_path / 'source', tmp_path / 'missing'])
+    if told is None:
+        check_output(tmp_path / name, **kwargs)
+    else:
+        with pytest.raises(PSTError, match=told):
+            check_output(tmp_path / name, **kwargs)
+    assert sorted(tmp_path.iterdir()) == before
