@@ -1,7 +1,11 @@
 """What the tests of several rooms share."""
 import logging
+import os
 import random
 from pathlib import Path
+
+# before torch is imported: as many processes as there are cores may run tests, and the models are small
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import numpy as np
 import pytest
