@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, found again after a crash, never executed."""
 import logging
+import math
 import os
 import re
 import shutil
@@ -71,6 +72,38 @@ class AtomicSaver(CheckpointSaver):
             shutil.copy2(src, temporary)
         os.replace(temporary, dst)
 
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Restore the history of a run from a checkpoint in its folder, but for what this saver cannot have written.
+
+        Sooner or later timm's saver deletes what its history names, and a checkpoint may name any file.
+        """
+        state = state_dict if isinstance(state_dict, dict) else {}
+        listed = state.get('checkpoint_files')
+        listed = list(listed) if isinstance(listed, (list, tuple)) else []
+        own = [entry for entry in listed if self._wrote(entry)]
+        if len(own) < len(listed):
+            _logger.warning(
+                f'The history in the checkpoint names {len(listed) - len(own)} files that a run in '
+                f'{self.checkpoint_dir} cannot have written: they are left alone.')
+        epoch, metric = state.get('best_epoch'), state.get('best_metric')
+        best = dict(best_epoch=epoch, best_metric=metric) if _is_count(epoch) and _is_number(metric) else {}
+        pending = state.get('pending')
+        pending = pending if isinstance(pending, (list, tuple)) and len(pending) == 2 else (None, None)
+        saved = _is_count(pending[0]) and self._wrote((f'{self.save_prefix}-{pending[0]}{self.extension}', pending[1]))
+        super().load_state_dict(dict(checkpoint_files=own, **best, pending=pending if saved else (None, None)))
+
+    def _wrote(self, entry: Any) -> bool:
+        """Whether an entry of the history, the name of a file and its metric, may be one of this saver."""
+        if not (isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[0], str)):
+            return False
+        name, metric = entry
+        path = Path(self.checkpoint_dir, name)
+        return (
+            re.fullmatch(rf'{self.save_prefix}-[0-9]+{re.escape(self.extension)}', name) is not None
+            and not path.is_symlink()
+            and (path.is_file() or not path.exists())
+            and (metric is None or _is_number(metric)))
+
     def save_epoch(self, epoch: int, metric: Optional[float]) -> tuple:
         """Save the state after an epoch; returns the best metric and its epoch."""
         self._state.position = Position(epoch + 1)
@@ -90,6 +123,14 @@ class AtomicSaver(CheckpointSaver):
             raise PSTError(
                 f'Cannot write a checkpoint to {self.checkpoint_dir}: {e}. The last one there is intact: make room, '
                 f'or mend the permissions, and start again with --resume auto.') from e
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def check_checkpoint(path: Path) -> None:

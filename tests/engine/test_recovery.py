@@ -251,3 +251,37 @@ def test_a_run_that_does_not_end_well_keeps_its_recovery_checkpoints(images, tmp
         train(tiny_train_args(
             images, tmp_path, warmup_epochs=1, warmup_lr=0.01, lr=1e25, epochs=3, recovery_interval=2, log_interval=1))
     assert list((tmp_path / 'run').glob('recovery-*'))
+
+
+def rewrite(path, **entries):
+    """Write a checkpoint anew with other entries, and let it be the only one of its folder."""
+    content = {**torch.load(path, weights_only=False), **entries}
+    for other in path.parent.glob('*.pth.tar'):
+        other.unlink()
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize('named', [False, True], ids=['auto', 'by name'])
+def test_a_checkpoint_cannot_have_files_deleted_that_its_saver_did_not_write(images, tmp_path, named, caplog):
+    folder = train(tiny_train_args(images, tmp_path, epochs=1, checkpoint_hist=2)).output_dir
+    outside, inside = tmp_path / 'checkpoint-7.pth.tar', folder / 'thesis.pth.tar'
+    listed = [(str(outside), 0.), ('../far.txt', 0.), ('thesis.pth.tar', 0.), ('checkpoint-8.pth.tar', 0.)]
+    rewrite(folder / 'last.pth.tar', saver=dict(
+        checkpoint_files=[*listed, ('checkpoint-0.pth.tar', 'best'), (3, 4), 'x'], best_epoch='../best',
+        best_metric=0., pending=('../../far', 0.)))
+    for path in (outside, inside, tmp_path / 'far.txt'):
+        path.write_text('precious')
+    (folder / 'checkpoint-8.pth.tar').symlink_to(outside)
+    train(tiny_train_args(
+        images, tmp_path, epochs=4, checkpoint_hist=2, resume=str(folder / 'last.pth.tar') if named else 'auto'))
+    assert all(path.read_text() == 'precious' for path in (outside, inside, tmp_path / 'far.txt'))
+    assert (folder / 'checkpoint-8.pth.tar').is_symlink()
+    assert 'cannot have written' in caplog.text
+
+
+@pytest.mark.parametrize('saver', [7, [], dict(checkpoint_files=5, pending=3, best_metric=[1])])
+def test_a_garbled_history_is_left_behind(images, tmp_path, saver):
+    folder = train(tiny_train_args(images, tmp_path, epochs=1)).output_dir
+    rewrite(folder / 'last.pth.tar', saver=saver)
+    result = train(tiny_train_args(images, tmp_path, epochs=2, resume='auto'))
+    assert len(result.history) == 1 and result.best_epoch == 1
