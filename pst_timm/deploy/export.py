@@ -1,7 +1,9 @@
 """Write a model for deployment: ONNX, TorchScript or an exported program, and check that it answers alike."""
+import io
 import json
 import os
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -11,12 +13,15 @@ from pst_timm.checkpoints import attention_settings, label_names
 from pst_timm.data.images import open_image
 from pst_timm.metrics.agreement import compare_logits
 from pst_timm.models import reparameterize
+from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import write_whole
 
-__all__ = ['FORMATS', 'check_export', 'export', 'load_exported', 'tolerance']
+from .loading import METADATA, load_exported
+
+__all__ = ['FORMATS', 'check_export', 'export', 'tolerance']
 
 FORMATS = {'onnx': '.onnx', 'torchscript': '.pt', 'exported-program': '.pt2'}
-METADATA = 'pst_timm.json'
+MOST_ONNX = 2 ** 31 - 2 ** 24  # bytes of weights: protocol buffers end at 2 GiB, and the graph wants room
 MIN_SIDE = 33  # below, the last stage has one row or column, which torch.export treats as a case of its own
 
 
@@ -89,40 +94,38 @@ def export(
             3: torch.export.Dim('width', min=MIN_SIDE, max=16384),
         },)
     with torch.no_grad():
-        if format == 'torchscript':
-            scripted = torch.jit.script(model)
-            write_whole(path, lambda name: torch.jit.save(scripted, name, _extra_files={METADATA: info}))
-        elif format == 'exported-program':
-            program = torch.export.export(model, (x,), dynamic_shapes=shapes)
-            write_whole(path, lambda name: torch.export.save(program, name, extra_files={METADATA: info}))
-        else:
-            program = torch.onnx.export(
-                model, (x,), dynamo=True, dynamic_shapes=shapes, input_names=['image'], output_names=['logits'],
-                verbose=False)
-            program.model.metadata_props[METADATA] = info
-            write_whole(path, program.save)
+        data = _serialized(model, x, format, shapes, info)
+    # the native writers abort the process, or leave half a file, where the disk is full
+    write_whole(path, lambda name: Path(name).write_bytes(data))
     return model
 
 
-def load_exported(path: os.PathLike, format: str) -> Tuple[Callable[[torch.Tensor], torch.Tensor], Dict[str, Any]]:
-    """Load what `export` wrote, ready to run.
-
-    Returns:
-        A function of a batch of images, and the metadata.
-    """
-    path = os.fspath(path)
-    files = {METADATA: ''}
+def _serialized(
+        model: nn.Module,
+        x: torch.Tensor,
+        format: str,
+        shapes: Optional[Tuple[Dict[int, Any], ...]],
+        info: str,
+) -> bytes:
+    """The exported file, in memory."""
+    file = io.BytesIO()
     if format == 'torchscript':
-        module = torch.jit.load(path, _extra_files=files)
-        return module, json.loads(files[METADATA])
-    if format == 'exported-program':
-        module = torch.export.load(path, extra_files=files).module()
-        return module, json.loads(files[METADATA])
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    info = session.get_modelmeta().custom_metadata_map[METADATA]
-    return lambda x: torch.from_numpy(session.run(None, {'image': x.numpy()})[0]), json.loads(info)
+        torch.jit.save(torch.jit.script(model), file, _extra_files={METADATA: info})
+    elif format == 'exported-program':
+        torch.export.save(
+            torch.export.export(model, (x,), dynamic_shapes=shapes), file, extra_files={METADATA: info})
+    else:
+        size = sum(t.nbytes for t in model.state_dict().values())
+        if size > MOST_ONNX:
+            raise PSTError(
+                f'The weights take {size / 2 ** 30:.1f} GiB, an ONNX file holds at most 2: choose --dtype float16, or '
+                f'--format exported-program.')
+        program = torch.onnx.export(
+            model, (x,), dynamo=True, dynamic_shapes=shapes, input_names=['image'], output_names=['logits'],
+            verbose=False)
+        program.model.metadata_props[METADATA] = info
+        file.write(program.model_proto.SerializeToString())
+    return file.getvalue()
 
 
 @torch.no_grad()

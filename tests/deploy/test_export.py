@@ -7,7 +7,8 @@ import torch
 
 import pst_timm
 from pst_timm.commands.export import main
-from pst_timm.deploy.export import FORMATS, check_export, export, load_exported
+from pst_timm.deploy.export import FORMATS, check_export, export
+from pst_timm.deploy.loading import load_exported
 from tests.helpers import randomize
 
 pytest.importorskip('onnxruntime')

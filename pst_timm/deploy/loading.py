@@ -1,0 +1,248 @@
+"""Open exported files as data: looked through first, and refused where opening or running them would do more.
+
+torch reads an exported program through pickles, `sympify`, names of Python functions and generated code, and falls back
+to older formats where the newer one fails. So what may be in a file is listed here, in full, and nothing falls back.
+"""
+import io
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, NoReturn, Tuple
+
+import torch
+
+from pst_timm.utils.errors import PSTError
+
+__all__ = ['METADATA', 'load_exported']
+
+METADATA = 'pst_timm.json'
+MOST_BYTES = 2 ** 31  # of a file; the largest model here has a twentieth of it
+MOST_TEXT = 10_000  # characters of an expression or a guard
+
+# records of an archive of torch.export.save, by whoever reads them
+PICKLES = ('data/weights/model.pt', 'data/constants/model.pt', 'data/sample_inputs/model.pt')  # two of torch 2.8 alone
+CONFIGS = {'data/weights/model_weights_config.json': 'weight', 'data/constants/model_constants_config.json': 'tensor'}
+RECORDS = re.compile('|'.join([
+    *map(re.escape, (*PICKLES, *CONFIGS)), r'data/weights/weight_\d+', r'data/constants/tensor_\d+',
+    r'models/model\.json', rf'extra/{re.escape(METADATA)}',
+    r'archive_format', r'archive_version', r'byteorder', r'\.format_version', r'\.storage_alignment',
+    r'\.data/(?:version|serialization_id)']))
+
+OPERATORS = re.compile(
+    r'_operator\.(?:add|sub|mul|floordiv|truediv|mod|neg|pos|pow|eq|ne|lt|le|gt|ge|and_|or_|not_|getitem)'
+    r'|math\.(?:ceil|floor|trunc)|torch\.sym_(?:min|max|int|float|not|sum|ite)')
+# those of aten's operators with words among their arguments that reach no file; any with none of them will do
+WORDED = ('conv1d', 'conv2d', 'conv3d', 'div', 'div_', 'einsum', 'gelu', 'gelu_', 'meshgrid', 'pad')
+FORBIDDEN_ARGUMENTS = ('as_custom_obj', 'as_operator', 'as_graph', 'as_opaque', 'custom_obj')
+
+FUNCTIONS = (
+    'Symbol|Integer|Rational|Float|Add|Mul|Min|Max|Mod|PythonMod|FloorDiv|CleanDiv|CeilDiv|IntTrueDiv|CeilToInt|'
+    'FloorToInt|TruncToInt|ToFloat|Eq|Ne|Lt|Le|Gt|Ge|And|Or|Not|Equality|Unequality|StrictLessThan|LessThan|'
+    'StrictGreaterThan|GreaterThan')
+NUMBER = r'\d+(?:\.\d+)?'
+# of sizes: numbers, symbols and the functions above; without powers, which grow beyond any machine
+EXPRESSION = re.compile(
+    rf"(?:Symbol\('[a-z]+\d+'(?:, \w+=(?:True|False))*\)|(?:{FUNCTIONS})\(|\b[a-z]+\d+\b(?![\[(.'])"
+    rf"|\b{NUMBER}\b|True|False|//|\*(?!\*)|[-+/%()<>=!,& |~])*")
+GUARD = re.compile(
+    rf"(?:L\['\w+'\](?:\[\d+\])*\.(?:size|stride)\(\)\[\d+\]|\b{NUMBER}\b|\b(?:and|or|not|min|max|torch\.sym_\w+)\b"
+    r"|//|\*(?!\*)|[-+/%()<>=!, ])*")
+NAME = re.compile(r'[\w.:+-]*')
+TREES = (None, 'builtins.tuple', 'builtins.list', 'builtins.dict')
+
+# in the code of a TorchScript archive, anywhere: what reaches files, what runs at opening, what hides names
+SCRIPT_WORDS = re.compile(
+    r'\b(?:save|from_file|load|load_tensor|getattr(?!\([\w.]+, "\w+"\))|classes|__setstate__|__getstate__|'
+    r'ops(?!\.prim\.))\b')
+
+
+def load_exported(path: os.PathLike, format: str) -> Tuple[Callable[[torch.Tensor], torch.Tensor], Dict[str, Any]]:
+    """Load what `export` wrote, ready to run.
+
+    Args:
+        path: The file; it may be a stranger's. Nothing but tensor operations can come of it: what would unpickle, call
+            Python, read or write another file is refused before it is opened. A program may still compute for long.
+        format: 'onnx', 'torchscript' or 'exported-program'.
+
+    Returns:
+        A function of a batch of images, and the metadata.
+
+    Raises:
+        PSTError: If the file cannot be read, is none that `export` writes, or holds more than that.
+    """
+    data = _read(Path(path))
+    openers = {'onnx': _open_onnx, 'torchscript': _open_script, 'exported-program': _open_program}
+    if format not in openers:
+        raise PSTError(f'format must be one of {", ".join(openers)}, got {format!r}.')
+    try:
+        run, info = openers[format](data)
+        info = json.loads(info)
+    except PSTError as e:
+        raise PSTError(f'{path} is refused: {e} Nothing in it was run. Export the model again.') from None
+    except ImportError as e:
+        raise PSTError(f"{path} cannot be opened ({e}): pip install 'pst_timm[export]'.") from None
+    except Exception as e:  # whatever torch and ONNX Runtime make of a damaged file
+        raise PSTError(
+            f'{path} cannot be read as {format}: it is damaged, or pst-timm export did not write it '
+            f'({(str(e).splitlines() or [type(e).__name__])[0]}).') from e
+    if not isinstance(info, dict):
+        raise PSTError(f'{path} cannot be read as {format}: its metadata {METADATA} is garbled.')
+    return run, info
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise PSTError(f'There is no exported model {path}.')
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise PSTError(f'{path} is larger than {MOST_BYTES // 2 ** 30} GiB: no export is.')
+        return path.read_bytes()
+    except OSError as e:
+        raise PSTError(f'{path} cannot be read ({e.strerror}).') from None
+
+
+def _refuse(what: str) -> NoReturn:
+    raise PSTError(f'it holds {what}, which pst-timm export does not write.')
+
+
+# ONNX
+
+def _open_onnx(data: bytes) -> Tuple[Callable[[torch.Tensor], torch.Tensor], str]:
+    import onnx
+    import onnxruntime
+
+    model = onnx.load_model_from_string(data)
+    if any(isinstance(part, onnx.TensorProto) and (part.external_data or part.data_location) for part in _parts(model)):
+        _refuse('weights that are to be read from another file')
+    session = onnxruntime.InferenceSession(data, providers=['CPUExecutionProvider'])
+    info = session.get_modelmeta().custom_metadata_map[METADATA]
+    return lambda x: torch.from_numpy(session.run(None, {'image': x.numpy()})[0]), info
+
+
+def _parts(message: Any) -> Iterator[Any]:
+    """A message of a protocol buffer and all that it is made of."""
+    yield message
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in [value] if hasattr(value, 'ListFields') else value:
+                yield from _parts(part)
+
+
+# TorchScript
+
+def _open_script(data: bytes) -> Tuple[Callable[[torch.Tensor], torch.Tensor], str]:
+    reader = torch._C.PyTorchFileReader(io.BytesIO(data))  # that of torch.jit.load, so that both see the same records
+    for name in reader.get_all_records():
+        if name.startswith('code/') and not name.endswith('.debug_pkl'):
+            found = SCRIPT_WORDS.search(reader.get_record(name).decode())
+            if found:
+                _refuse(f'{found[0]!r} in its code')
+    files = {METADATA: ''}
+    module = torch.jit.load(io.BytesIO(data), map_location='cpu', _extra_files=files)
+    return module, files[METADATA]
+
+
+# exported programs
+
+def _open_program(data: bytes) -> Tuple[Callable[[torch.Tensor], torch.Tensor], str]:
+    from torch.export.pt2_archive import PT2ArchiveReader
+    from torch.export.pt2_archive._package import load_pt2  # torch.export.load without its older formats
+
+    reader = PT2ArchiveReader(io.BytesIO(data))
+    names = reader.get_file_names()
+    for name in names:
+        if not RECORDS.fullmatch(name):
+            _refuse(f'a record {name!r}')
+        if name in PICKLES:
+            _check_pickle(name, reader.read_bytes(name))
+    for name, kind in CONFIGS.items():
+        if name in names:
+            _check_tensors(reader, name, kind)
+    _check_graph(json.loads(reader.read_bytes('models/model.json')))
+    content = load_pt2(io.BytesIO(data))
+    return content.exported_programs['model'].module(), content.extra_files[METADATA]
+
+
+def _check_pickle(name: str, data: bytes) -> None:
+    """Make sure that a pickle holds tensors and plain values; where it holds more, torch would unpickle that too."""
+    if not data:
+        return
+    try:
+        torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+    except Exception:
+        _refuse(f'a pickle {name!r} of more than tensors and plain values')
+
+
+def _check_tensors(reader: Any, name: str, kind: str) -> None:
+    folder = name.rpartition('/')[0]
+    for key, entry in json.loads(reader.read_bytes(name))['config'].items():
+        if entry['use_pickle'] or not re.fullmatch(rf'{kind}_\d+', entry['path_name']):
+            _refuse(f'{key!r} as a pickle or object {entry["path_name"]!r}')
+        sizes = [size['as_int'] for size in entry['tensor_meta']['sizes']]
+        # no element is smaller than a byte
+        if math.prod(sizes) > len(reader.read_bytes(f'{folder}/{entry["path_name"]}')):
+            _refuse(f'{key!r} of {sizes}, which is more than is there')
+        if entry['tensor_meta']['device']['type'] != 'cpu':
+            _refuse(f'{key!r} on another device')
+
+
+def _check_graph(program: Any) -> None:
+    """Make sure that a program is made of tensor operations, of names that are names, and of plain arithmetic."""
+    for guard in program.get('guards_code') or ():
+        if len(guard) > MOST_TEXT or not GUARD.fullmatch(guard):
+            _refuse(f'a guard {guard[:80]!r}')
+    _check_part({key: value for key, value in program.items() if key != 'guards_code'})
+
+
+def _check_part(part: Any, key: str = '', operator: str = '') -> None:
+    if isinstance(part, list):
+        for value in part:
+            _check_part(value, key, operator)
+    elif isinstance(part, dict):
+        if key == 'metadata':  # where the exporter was: shown, never run
+            if not all(isinstance(value, str) for value in part.values()):
+                _refuse('metadata that is no text')
+            return
+        if isinstance(part.get('target'), str) and 'inputs' in part:
+            operator = part['target']
+            _check_operator(operator)
+        for name, value in part.items():
+            if not NAME.fullmatch(name) or (name in FORBIDDEN_ARGUMENTS and value is not None):
+                _refuse(f'an entry {name!r}')
+            if name != 'target' or 'inputs' not in part:
+                _check_part(value, name, operator)
+    elif isinstance(part, str):
+        _check_text(part, key, operator)
+
+
+def _check_operator(name: str) -> None:
+    if OPERATORS.fullmatch(name):
+        return
+    found = re.fullmatch(r'torch\.ops\.aten\.(\w+)\.(\w+)', name)
+    overload = getattr(getattr(torch.ops.aten, found[1], None), found[2], None) if found else None
+    if not isinstance(overload, torch._ops.OpOverload):
+        _refuse(f'an operator {name!r}')
+    if found[1] not in WORDED and any('str' in str(argument.type) for argument in overload._schema.arguments):
+        _refuse(f'an operator {name!r}')
+
+
+def _check_text(text: str, key: str, operator: str) -> None:
+    if key in ('in_spec', 'out_spec'):
+        fits = _is_tree(json.loads(text)[1])
+    elif key == 'expr_str':
+        fits = len(text) <= MOST_TEXT and EXPRESSION.fullmatch(text)
+    elif key == 'as_string' and operator.startswith('torch.ops.aten.einsum.'):
+        fits = re.fullmatch(r'[A-Za-z ,.>-]*', text)
+    else:
+        fits = NAME.fullmatch(text)
+    if not fits:
+        _refuse(f'{text[:80]!r} as {key}')
+
+
+def _is_tree(tree: Any) -> bool:
+    """Whether a structure of inputs is made of tuples, lists and dicts of names."""
+    keys = json.loads(tree['context'] or 'null') or ()
+    named = all(isinstance(key, str) and NAME.fullmatch(key) for key in keys)
+    return tree['type'] in TREES and named and all(map(_is_tree, tree['children_spec']))

@@ -1,0 +1,229 @@
+"""An exported file of a stranger is data: none of those that would leave a mark does, and each is refused by name."""
+import io
+import json
+import pickle
+import re
+import zipfile
+
+import onnx
+import pytest
+import timm
+import torch
+import torch.nn as nn
+
+from pst_timm.deploy.export import FORMATS, export
+from pst_timm.deploy.loading import load_exported
+from pst_timm.utils.errors import PSTError
+from tests.checkpoints.helpers import Payload
+from tests.helpers import randomize
+
+pytest.importorskip('onnxruntime')
+
+
+@pytest.fixture(scope='module')
+def good(tmp_path_factory):
+    """The bytes of an export in each format."""
+    folder = tmp_path_factory.mktemp('good')
+    torch.manual_seed(0)
+    model = randomize(timm.create_model('test_resnet_pst', num_classes=3)).eval()
+    files = {}
+    for format, ending in FORMATS.items():
+        export(model, folder / f'model{ending}', format, img_size=64)
+        files[format] = (folder / f'model{ending}').read_bytes()
+    return files
+
+
+@pytest.fixture
+def mark(tmp_path, monkeypatch):
+    """What a hostile file would make, in the folder that the test runs in."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path / 'mark'
+    assert not (tmp_path / 'mark').exists()
+
+
+def rewritten(data, change):
+    """An archive with its records changed; `change` takes and gives a dict of names and bytes."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        root = archive.namelist()[0].split('/')[0]
+        records = {name.removeprefix(f'{root}/'): archive.read(name) for name in archive.namelist()}
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, 'w') as archive:
+        for name, content in change(records).items():
+            archive.writestr(f'{root}/{name}', content)
+    return file.getvalue()
+
+
+def pickled(mark):
+    return pickle.dumps(Payload(mark))
+
+
+def saved(mark):
+    """As torch.save writes it."""
+    file = io.BytesIO()
+    torch.save({'a': Payload(mark)}, file)
+    return file.getvalue()
+
+
+def record(name, content):
+    return lambda records, mark: {**records, name: content(mark)}
+
+
+def json_changed(name, change):
+    def changed(records, mark):
+        content = json.loads(records[name])
+        change(content, mark)
+        return {**records, name: json.dumps(content).encode()}
+    return changed
+
+
+def first_weight(content):
+    return next(iter(content['config'].values()))
+
+
+def pickled_weight(records, mark):
+    name = 'data/weights/model_weights_config.json'
+    content = json.loads(records[name])
+    first_weight(content)['use_pickle'] = True
+    path = f'data/weights/{first_weight(content)["path_name"]}'
+    return {**records, name: json.dumps(content).encode(), path: saved(mark)}
+
+
+def opaque_constant(records, mark):
+    entry = {'path_name': 'opaque_obj_0', 'is_param': False, 'use_pickle': True, 'tensor_meta': None}
+    config = json.dumps({'config': {'c': entry}}).encode()
+    folder = 'data/constants'
+    return {**records, f'{folder}/model_constants_config.json': config, f'{folder}/opaque_obj_0': pickled(mark)}
+
+
+def expression(content, mark):
+    sizes = content['graph_module']['graph']['tensor_values']['x']['sizes']
+    sizes[0] = {'as_expr': {'expr_str': f'[].__class__.__base__ and open({str(mark)!r}, "w")', 'hint': None}}
+
+
+def operator(content, mark):
+    node = content['graph_module']['graph']['nodes'][0]
+    node.update(target='torch.os.mkdir', inputs=[{'name': '', 'arg': {'as_string': str(mark)}, 'kind': 1}])
+
+
+def file_operator(content, mark):
+    arguments = [
+        {'name': '', 'arg': {kind: value}, 'kind': 1}
+        for kind, value in (('as_string', 'mark'), ('as_bool', True), ('as_int', 8))]
+    node = content['graph_module']['graph']['nodes'][0]
+    node.update(target='torch.ops.aten.from_file.default', inputs=arguments)
+
+
+def guard(content, mark):
+    content['guards_code'] = [f'open({str(mark)!r}, "w")']
+
+
+def renamed(content, mark):
+    text = json.dumps(content['graph_module']['graph']).replace('"x"', json.dumps(f'x=open({str(mark)!r}, "w")'))
+    content['graph_module']['graph'] = json.loads(text)
+
+
+MODEL = 'models/model.json'
+PROGRAMS = {
+    'sample inputs': ("'data/sample_inputs/model.pt'", record('data/sample_inputs/model.pt', saved)),
+    'bare pickle': ("'data/sample_inputs/model.pt'", record('data/sample_inputs/model.pt', pickled)),
+    'weights of torch 2.8': ("'data/weights/model.pt'", record('data/weights/model.pt', saved)),
+    'constants of torch 2.8': ("'data/constants/model.pt'", record('data/constants/model.pt', saved)),
+    'pickled weight': ('as a pickle', pickled_weight),
+    'opaque constant': ("'data/constants/opaque_obj_0'", opaque_constant),
+    'library': ("'data/aotinductor/model/model.so'", record('data/aotinductor/model/model.so', lambda mark: b'ELF')),
+    'second model': ("'models/other.json'", record('models/other.json', lambda mark: b'{}')),
+    'expression': ('as expr_str', json_changed(MODEL, expression)),
+    'operator': ("'torch.os.mkdir'", json_changed(MODEL, operator)),
+    'operator on files': ("'torch.ops.aten.from_file.default'", json_changed(MODEL, file_operator)),
+    'guard': ('a guard', json_changed(MODEL, guard)),
+    'names': ("x=open(", json_changed(MODEL, renamed)),
+    'huge tensor': ('more than is there', json_changed('data/weights/model_weights_config.json', lambda c, mark: (
+        first_weight(c)['tensor_meta'].update(sizes=[{'as_int': 10 ** 12}])))),
+}
+
+
+@pytest.mark.parametrize('case', PROGRAMS)
+def test_a_program_that_holds_more_than_tensors_is_refused(case, good, mark):
+    culprit, change = PROGRAMS[case]
+    path = mark.with_name('model.pt2')
+    path.write_bytes(rewritten(good['exported-program'], lambda records: change(records, mark)))
+    with pytest.raises(PSTError, match=rf'pt2 is refused: it holds .*{re.escape(culprit)}.*Nothing in it was run'):
+        load_exported(path, 'exported-program')
+
+
+def test_a_program_that_is_written_anew_is_read(good, tmp_path):
+    """So that the test above refuses what was changed, and not how."""
+    path = tmp_path / 'model.pt2'
+    path.write_bytes(rewritten(good['exported-program'], lambda records: records))
+    run, info = load_exported(path, 'exported-program')
+    assert run(torch.zeros(1, 3, 64, 64)).shape == (1, 3) and info['num_classes'] == 3
+
+
+def test_a_program_of_an_older_format_is_not_unpickled(mark):
+    path = mark.with_name('model.pt2')
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('version', '8.20')
+        archive.writestr('serialized_exported_program.json', '{}')
+        for name in ('state_dict', 'constants', 'example_inputs'):
+            archive.writestr(f'serialized_{name}.pt', saved(mark))
+    with pytest.raises(PSTError, match=r'model\.pt2 cannot be read as exported-program'):
+        load_exported(path, 'exported-program')
+
+
+class Writer(nn.Module):
+    """A module that makes a file as soon as it is loaded."""
+
+    @torch.jit.export
+    def __getstate__(self):
+        return (torch.zeros(1), self.training)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        self.training = bool(torch.from_file('mark', True, 8).sum() > 0)
+
+    def forward(self, x):
+        return x
+
+
+class Later(nn.Module):
+    """A module that makes a file when it is run."""
+
+    def forward(self, x):
+        return x + torch.from_file('mark', True, 8).sum()
+
+
+@pytest.mark.parametrize('module, word', [(Writer, '__setstate__|from_file|__getstate__'), (Later, 'from_file')])
+def test_a_script_that_writes_files_is_refused(module, word, mark):
+    path = mark.with_name('model.pt')
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(module()), file, _extra_files={'pst_timm.json': '{}'})
+    (mark.parent / 'mark').unlink(missing_ok=True)
+    path.write_bytes(file.getvalue())
+    with pytest.raises(PSTError, match=rf"model\.pt is refused: it holds '({word})' in its code"):
+        load_exported(path, 'torchscript')
+
+
+def test_an_onnx_file_reads_no_other_file(good, mark):
+    secret, path = mark.with_name('secret'), mark.with_name('model.onnx')
+    secret.write_bytes(bytes(4096))
+    model = onnx.load_model_from_string(good['onnx'])
+    tensor = model.graph.initializer[0]
+    tensor.ClearField('raw_data')
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key='location', value='secret')
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(PSTError, match=r'onnx is refused: it holds weights that are to be read from another file'):
+        load_exported(path, 'onnx')
+
+
+@pytest.mark.parametrize('format', FORMATS)
+def test_damaged_and_foreign_files_are_named(format, good, tmp_path):
+    path = tmp_path / 'model'
+    for content in (b'', b'junk', good[format][:1000], good[next(f for f in FORMATS if f != format)]):
+        path.write_bytes(content)
+        with pytest.raises(PSTError, match=f'model cannot be read as {format}|model is refused'):
+            load_exported(path, format)
+    with pytest.raises(PSTError, match='There is no exported model'):
+        load_exported(tmp_path / 'none', format)
+    with pytest.raises(PSTError, match="got 'tflite'"):
+        load_exported(path, 'tflite')
