@@ -1,7 +1,8 @@
 """The one door from a source (model name, hf-hub: name, folder, file) to a model with weights and preprocessing."""
 import dataclasses
 import logging
-import os
+import warnings
+from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
 import timm
@@ -14,10 +15,11 @@ from pst_timm.models import reparameterize
 from pst_timm.models.digest import check_digest, drop_digest
 from pst_timm.utils.errors import PSTError, did_you_mean
 
-from .facts import look_up, resolve_origin
+from .facts import complete, first_line, look_up, resolve_origin
 from .fetching import check_fetchable
-from .fitting import load_weights
-from .reading import Checkpoint, PathLike, is_file_name, read_checkpoint
+from .fitting import check_fit, load_weights
+from .reading import WRAPPER, Checkpoint, PathLike, check_finite, check_folder, is_file, read_checkpoint
+from .trust import check_model_args, check_size, is_local_arch
 
 __all__ = [
     'build_model', 'check_model_name', 'create_model', 'label_names', 'load_model', 'open_checkpoint', 'preprocessing',
@@ -26,7 +28,10 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 # what timm's factories raise for names, arguments and weights that do not fit
-REFUSED = (TypeError, ValueError, RuntimeError, AssertionError, OSError)
+REFUSED = (TypeError, ValueError, RuntimeError, AssertionError, OSError, LookupError, AttributeError, ArithmeticError)
+# arguments of timm.create_model that have no say in what a model is like
+ELSEWHERE = ('pretrained', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
+SOURCES = ('local-dir:', 'hf-hub:', 'hf_hub:')
 
 
 def check_model_name(name: str) -> None:
@@ -39,7 +44,9 @@ def check_model_name(name: str) -> None:
 
 
 def create_model(name: str, **kwargs: Any) -> nn.Module:
-    """`timm.create_model`, with errors for people.
+    """`timm.create_model`, with errors for people, and for strangers' folders and repositories as well.
+
+    What a config.json says is checked before timm sees it, see `trust`; what the caller gives is not.
 
     Raises:
         PSTError: If there is no such model, it does not take an argument, or its weights cannot be had.
@@ -49,12 +56,35 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     if kwargs.get('pretrained') and not kwargs.get('pretrained_cfg_overlay'):
         check_fetchable(name)
     try:
-        return timm.create_model(name, **kwargs)
-    except PSTError:
-        raise
+        if ':' not in name:
+            return timm.create_model(name, **kwargs)
+        return _create_from_config(name, **kwargs)
+    except PSTError as e:
+        if str(e).startswith(name):
+            raise
+        raise type(e)(f'Cannot create {name}: {e}') from e
     except REFUSED as e:
-        # the Hub's client says the rest in further lines
-        raise PSTError(f'Cannot create {name}: {str(e).splitlines()[0] if isinstance(e, OSError) else e}') from e
+        raise PSTError(f'Cannot create {name}: {first_line(e) if isinstance(e, OSError) else e}') from e
+
+
+def _create_from_config(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A model from a folder or repository that the user has named."""
+    arch, told, cfg = look_up(name)
+    kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    kwargs.setdefault('pretrained_cfg', cfg)
+    told_kwargs = {**told, 'pretrained_cfg': cfg, 'pretrained_model_args': told}
+    check_size(name, arch, told)
+    if pretrained and name.startswith('local-dir:'):
+        check_folder(Path(cfg['file']))
+    if pretrained and kwargs.get('num_classes', cfg.get('num_classes')) != cfg.get('num_classes'):
+        # for other classes timm takes what fits, be it nothing: see that all does but the classifier
+        with torch.device('meta'), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # that nothing is copied there
+            timm.create_model(arch, pretrained=True, **told_kwargs)
+    model = timm.create_model(arch, pretrained=pretrained, **{**told_kwargs, **kwargs})
+    if pretrained:
+        check_finite(Checkpoint(Path(name), model.state_dict()))
+    return model
 
 
 def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
@@ -73,25 +103,34 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
     """
     resolve_origin(checkpoint)
     arch, weights = checkpoint.arch, checkpoint.weights
-    if not arch or not timm.is_model(arch):
+    if not is_local_arch(arch):
         raise PSTError(
             f'{checkpoint.path} does not name a known architecture (arch: {arch!r}). Name it with --model, or use a '
             f'training checkpoint or a .safetensors file beside its config.json.')
+    told = {
+        'global_pool': checkpoint.args.get('gp') or None,
+        **checkpoint.model_args,
+        **(checkpoint.args.get('model_kwargs') or {}),
+    }
+    told = {k: v for k, v in told.items() if k not in model_kwargs}
     kwargs = {
         'num_classes': _size(weights, arch, 'classifier', 0) or checkpoint.pretrained_cfg.get('num_classes'),
         'in_chans': _size(weights, arch, 'first_conv', 1),
-        'global_pool': checkpoint.args.get('gp'),
-        **checkpoint.model_args,
-        **(checkpoint.args.get('model_kwargs') or {}),
+        **check_model_args(checkpoint.path, arch, told, weights),
         **model_kwargs,
     }
+    hint = 'It was made by another architecture, or with other arguments than the checkpoint tells.'
+    # before anything is made that could be larger than memory
+    plan = check_size(checkpoint.path, arch, {k: v for k, v in kwargs.items() if k not in ELSEWHERE})
+    source = f'{checkpoint.path} is not a checkpoint of {arch} ({plan.num_classes} classes)'
+    if all(name.startswith(WRAPPER) for name in plan.state_dict()):  # it is its own wrapper, see `clean_names`
+        weights = {f'{WRAPPER}{name}': tensor for name, tensor in weights.items()}
+    check_fit(plan.state_dict(), weights, source, hint)
     try:
         model = create_model(arch, **kwargs)
     except PSTError as e:
         raise PSTError(f'{checkpoint.path}: {e}') from e
-    load_weights(
-        model, weights, f'{checkpoint.path} is not a checkpoint of {arch} ({model.num_classes} classes)',
-        'It was made by another architecture, or with other arguments than the checkpoint tells.')
+    load_weights(model, weights, source, hint)
     cfg = {**model.pretrained_cfg, **checkpoint.pretrained_cfg}
     cfg.pop('tag', None)  # these are not the weights of that name
     if checkpoint.ema is not None:
@@ -117,7 +156,7 @@ def _data_config(checkpoint: Checkpoint, model: nn.Module) -> Dict[str, Any]:
     """Preprocessing that the weights were validated with: that of the run, where it differs from the model's own."""
     try:
         return resolve_input_data_config(model, args=checkpoint.args)
-    except ValueError as e:
+    except (ValueError, AssertionError) as e:
         raise PSTError(f'The arguments in {checkpoint.path} do not fit its weights: {e}') from e
 
 
@@ -127,7 +166,7 @@ def _size(weights: Dict[str, torch.Tensor], arch: str, layer: str, dim: int) -> 
     except RuntimeError:  # a model that is registered without a configuration
         return None
     weight = weights.get(f'{name}.weight')
-    return weight.shape[dim] if weight is not None else None
+    return weight.shape[dim] if weight is not None and weight.ndim > dim else None
 
 
 def preprocessing(
@@ -191,7 +230,7 @@ def load_model(
         raise PSTError(
             "load_model gives whole models; for feature maps write the model as a folder (pst-timm publish --dry-run) "
             "and use timm.create_model('local-dir:FOLDER', pretrained=True, features_only=True).")
-    if _is_file(source):
+    if is_file(source):
         model = build_model(open_checkpoint(source, arch, use_ema), **model_kwargs)
         if num_classes == 0:
             model.reset_classifier(0)
@@ -207,12 +246,6 @@ def load_model(
         raise PSTError(f'{source} cannot be folded: {e}') from e
 
 
-def _is_file(source: PathLike) -> bool:
-    """Whether a source is a file or folder; a model's name is no folder that happens to be called alike."""
-    named = isinstance(source, str) and os.sep not in source and timm.is_model(source)
-    return not named and (os.path.exists(source) or is_file_name(source))
-
-
 def open_checkpoint(source: PathLike, arch: Optional[str] = None, use_ema: Optional[bool] = None) -> Checkpoint:
     """Read a checkpoint, as one of another architecture if asked to; a difference is said.
 
@@ -225,15 +258,20 @@ def open_checkpoint(source: PathLike, arch: Optional[str] = None, use_ema: Optio
         PSTError: As `read_checkpoint`, or if there is no such architecture.
     """
     checkpoint = read_checkpoint(source, use_ema)
-    resolve_origin(checkpoint)
     if arch is None:
+        resolve_origin(checkpoint)
         return checkpoint
     check_model_name(arch)
-    arch = look_up(arch)[0]
-    if checkpoint.arch and arch != checkpoint.arch:
-        _logger.warning(f'{source} says that it is a {checkpoint.arch}; it is read as the {arch} asked for.')
+    found = look_up(arch)
+    if checkpoint.arch == arch:  # a run of timm's script, that began with what the user names
+        complete(checkpoint, *found)
+        return checkpoint
+    if is_local_arch(checkpoint.arch):
+        resolve_origin(checkpoint)
+    if checkpoint.arch and found[0] != checkpoint.arch:
+        _logger.warning(f'{source} says that it is a {checkpoint.arch}; it is read as the {found[0]} asked for.')
         checkpoint = dataclasses.replace(checkpoint, args={}, model_args={})  # those of the other one
-    checkpoint.arch = arch
+    checkpoint.arch = found[0]
     return checkpoint
 
 
@@ -248,8 +286,12 @@ def _from_name(
         kwargs = dict(kwargs, num_classes=num_classes)
     if arch not in (None, name):
         raise PSTError(f'{name} names a model itself: leave {arch} out.')
-    if name.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
-        return create_model(name, pretrained=pretrained is not False, **kwargs).eval()
+    if name.startswith(SOURCES):
+        model = create_model(name, pretrained=pretrained is not False, **kwargs).eval()
+        known = model.pretrained_cfg.get('num_classes')
+        if pretrained is not False and num_classes not in (None, 0, known):
+            raise PSTError(f'The weights of {name} know {known} classes, not {num_classes}.')
+        return model
     if not timm.is_model(name.split('.')[0]):
         raise PSTError(
             f'{name!r} is neither a model, a file nor a folder.{did_you_mean(name.split(".")[0], timm.list_models())}')

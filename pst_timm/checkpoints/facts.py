@@ -1,20 +1,21 @@
 """What a checkpoint knows of itself beside its weights, told when it is written and completed when it is read."""
+from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch.nn as nn
-from timm.models import (
-    get_pretrained_cfg,
-    load_model_config_from_hf,
-    parse_model_name,
-    split_model_name_tag,
-)
-from timm.models._hub import load_model_config_from_path  # timm exports it from here alone
+from huggingface_hub import hf_hub_download
+from timm.models import get_pretrained_cfg, parse_model_name, split_model_name_tag
+from timm.models._hub import hf_split  # timm exports it from here alone
 
 from pst_timm.utils.errors import PSTError
 
 from .reading import Checkpoint
+from .trust import check_origin, read_config
 
-__all__ = ['DATA_KEYS', 'as_plain', 'attention_settings', 'describe', 'inference_settings', 'look_up', 'resolve_origin']
+__all__ = [
+    'DATA_KEYS', 'as_plain', 'attention_settings', 'complete', 'describe', 'first_line', 'inference_settings',
+    'look_up', 'resolve_origin',
+]
 
 DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 # what a run gives a model by itself, whatever the weights it began with came with
@@ -60,40 +61,59 @@ def describe(
 
 
 def look_up(name: str, pretrained: bool = False) -> Tuple[str, Dict[str, Any], Dict[str, Any]]:
-    """Architecture, model arguments and configuration behind a model's name.
+    """Architecture, model arguments and configuration behind a model's name, which a user has typed.
+
+    What the config.json of a repository or folder says is a stranger's word, and is checked as such.
 
     Raises:
-        PSTError: If they cannot be had.
+        PSTError: If they cannot be had, or are not what such a file may say.
     """
     try:
         source, plain = parse_model_name(name)
+        if source == 'local-dir':
+            cfg, arch, model_args = read_config(Path(plain))
+            return arch, model_args, dict(cfg, source=source, file=plain)
         if source is not None:
-            load = load_model_config_from_hf if source == 'hf-hub' else load_model_config_from_path
-            cfg, arch, model_args = load(plain)
-            return arch, model_args or {}, cfg
+            repo, revision = hf_split(plain)
+            cfg, arch, model_args = read_config(Path(hf_hub_download(repo, 'config.json', revision=revision)).parent)
+            return arch, model_args, dict(cfg, source=source, hf_hub_id=plain)
         named = get_pretrained_cfg(plain) if '.' in plain or pretrained else None
         return split_model_name_tag(plain)[0], {}, named.to_dict() if named is not None else {}
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
-        raise PSTError(f'{name} cannot be looked up ({str(e).splitlines()[0]}).') from e
+    except PSTError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as e:
+        raise PSTError(f'{name} cannot be looked up ({first_line(e)}).') from e
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without the further lines that the Hub's client has; its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def resolve_origin(checkpoint: Checkpoint) -> None:
     """Complete what a checkpoint without facts of its own tells, from the published weights that its run began with.
 
-    timm's script notes 'arch.tag' or 'hf-hub:org/name' as the architecture of such a run.
+    timm's script notes 'arch.tag' as the architecture of such a run, which is known here; or 'hf-hub:org/name', which
+    is for the user to say.
 
     Raises:
-        PSTError: If that name cannot be looked up.
+        PSTError: If its architecture is none that is known here.
     """
     if not checkpoint.arch:
         return
+    name = checkpoint.arch
+    checkpoint.arch, _ = check_origin(checkpoint.path, name, {})
     if any(key in checkpoint.pretrained_cfg for key in DATA_KEYS):  # it told all itself
-        checkpoint.arch = split_model_name_tag(checkpoint.arch)[0]
         return
     try:
-        checkpoint.arch, model_args, cfg = look_up(checkpoint.arch, bool(checkpoint.args.get('pretrained')))
+        complete(checkpoint, *look_up(name, bool(checkpoint.args.get('pretrained'))))
     except PSTError as e:
         raise PSTError(f'{checkpoint.path} was trained from {e}') from e
+
+
+def complete(checkpoint: Checkpoint, arch: str, model_args: Dict[str, Any], cfg: Dict[str, Any]) -> None:
+    """Give a checkpoint the architecture, and what else it does not tell itself, of what was looked up."""
+    checkpoint.arch = arch
     checkpoint.model_args = {**_kept(model_args), **checkpoint.model_args}
     checkpoint.pretrained_cfg = {**{k: cfg[k] for k in DATA_KEYS if k in cfg}, **checkpoint.pretrained_cfg}
 

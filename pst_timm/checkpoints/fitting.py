@@ -6,7 +6,7 @@ import torch.nn as nn
 
 from pst_timm.utils.errors import PSTError
 
-__all__ = ['load_weights', 'misfits']
+__all__ = ['check_fit', 'load_weights', 'misfits']
 
 
 def misfits(
@@ -24,6 +24,9 @@ def misfits(
     missing = [k for k in own if k not in weights and k not in optional]
     surplus = [k for k in weights if k not in own]
     differ = [k for k in own if k in weights and own[k].shape != weights[k].shape]
+    # whole numbers are what a quantised model has, whose scales are elsewhere
+    whole = [
+        k for k in own if k in weights and own[k].is_floating_point() and not weights[k].is_floating_point()]
     found: List[str] = []
     if missing:
         found.append(f'{len(missing)} tensors are missing (the first: {missing[0]})')
@@ -33,7 +36,24 @@ def misfits(
         found.append(
             f'{len(differ)} have another shape (the first: {differ[0]}, {tuple(weights[differ[0]].shape)} where '
             f'{tuple(own[differ[0]].shape)} was expected)')
+    if whole:
+        found.append(
+            f'{len(whole)} have another type (the first: {whole[0]}, {weights[whole[0]].dtype} where '
+            f'{own[whole[0]].dtype} was expected)')
     return found
+
+
+def check_fit(
+        own: Dict[str, torch.Tensor],
+        weights: Dict[str, torch.Tensor],
+        source: str,
+        hint: str,
+        optional: Collection[str] = (),
+) -> None:
+    """Make sure that weights fit a state dict; arguments and errors as in `load_weights`."""
+    found = misfits(own, weights, optional)
+    if found:
+        raise PSTError(f'{source}: {"; ".join(found)}. {hint}')
 
 
 def load_weights(
@@ -55,7 +75,5 @@ def load_weights(
     Raises:
         PSTError: If they do not fit.
     """
-    found = misfits(model.state_dict(), weights, optional)
-    if found:
-        raise PSTError(f'{source}: {"; ".join(found)}. {hint}')
+    check_fit(model.state_dict(), weights, source, hint, optional)
     model.load_state_dict(weights, strict=not optional)

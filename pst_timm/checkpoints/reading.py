@@ -3,21 +3,23 @@ import argparse
 import json
 import logging
 import os
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
-from timm.models import clean_state_dict
-from timm.models._hub import load_model_config_from_path  # timm exports it from here alone
+from timm.models import clean_state_dict, is_model
 
 from pst_timm.utils.errors import PSTError
 
+from .trust import check_facts, check_ordinary, parse_json, read_config
+
 __all__ = [
-    'FACTS_KEY', 'HEADER_KEY', 'PICKLES', 'Checkpoint', 'check_finite', 'has_weights_ending', 'is_file_name',
-    'pick_weights', 'read_checkpoint',
+    'FACTS_KEY', 'HEADER_KEY', 'PICKLES', 'Checkpoint', 'check_finite', 'check_folder', 'check_weights', 'check_whole',
+    'clean_names', 'find_weights', 'has_weights_ending', 'is_file', 'read_checkpoint',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -26,9 +28,10 @@ HEADER_KEY = 'pst_timm'  # entry of a safetensors header that holds what is know
 FACTS_KEY = 'facts'  # entry of a training checkpoint that holds the same, see `facts`
 PREFERRED = ('model_best.pth.tar', 'last.pth.tar')  # in the folder of a run
 AVERAGED = ('state_dict_ema', 'model_ema')  # where training scripts keep a moving average
-TRAINED = ('state_dict', 'model')
+TRAINED = ('state_dict', 'model', 'model_state_dict')
 SAFETENSORS = '.safetensors'
 PICKLES = ('.tar', '.pth', '.pt', '.bin', '.ckpt', '.pkl')  # read as data, or refused
+WRAPPER = 'model.'  # what training scripts that keep the network in a module put before every name
 PathLike = Union[str, os.PathLike]
 
 
@@ -61,9 +64,14 @@ class Checkpoint:
         return json.loads(json.dumps(facts, default=str))
 
 
-def is_file_name(source: PathLike) -> bool:
-    """Whether a source that does not exist can only be meant as a file of weights."""
-    return isinstance(source, os.PathLike) or has_weights_ending(source)
+def is_file(source: PathLike) -> bool:
+    """Whether a source is meant as a file or folder; a model's name is no folder that happens to be called alike."""
+    if not isinstance(source, str):
+        return isinstance(source, os.PathLike)
+    # a source of timm's, or a name in its registry
+    if source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or (os.sep not in source and is_model(source)):
+        return False
+    return os.path.exists(source) or has_weights_ending(source)
 
 
 def has_weights_ending(path: PathLike) -> bool:
@@ -80,16 +88,17 @@ def read_checkpoint(path: PathLike, use_ema: Optional[bool] = None) -> Checkpoin
         use_ema: Whether to take the moving average of a training checkpoint; None takes it where there is one.
 
     Raises:
-        PSTError: If there is no such thing, it is damaged, holds more than tensors and plain values, or does not have
-            the weights that are asked for.
+        PSTError: If there is no such thing, it is damaged, holds more than tensors and plain values, says of itself
+            what cannot be, or does not have the weights that are asked for.
     """
     path = _find_file(Path(path))
+    check_whole(path)
     checkpoint = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_pickle(path, use_ema)
-    if not checkpoint.weights or not all(isinstance(v, torch.Tensor) for v in checkpoint.weights.values()):
-        raise PSTError(f'{path} holds no weights: a mapping of names to tensors was expected.')
     if use_ema is not None and use_ema != bool(checkpoint.ema):
         found, flag = ('no', '--use-ema') if use_ema else ('only the', '--no-use-ema')
         raise PSTError(f'{path} holds {found} moving average (EMA): leave out {flag} to take the weights it has.')
+    _check_dense(checkpoint.weights, path)
+    check_finite(checkpoint)
     if checkpoint.ema is not None:
         _logger.info(f'{path}: {"the moving average (EMA)" if checkpoint.ema else "the weights as trained, no EMA"}.')
     return checkpoint
@@ -98,17 +107,69 @@ def read_checkpoint(path: PathLike, use_ema: Optional[bool] = None) -> Checkpoin
 def _find_file(path: Path) -> Path:
     if path.is_dir():
         names = [*PREFERRED, 'model.safetensors']
-        found = [path / name for name in names if (path / name).is_file()]
+        found = [path / name for name in names if (path / name).exists()]
         if not found:
             raise PSTError(
                 f'{path} has neither config.json with model.safetensors nor a checkpoint of a training run '
                 f'({", ".join(PREFERRED)}): name the file itself.')
         return found[0]
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise PSTError(f'There is no checkpoint {path}.')
     if path.suffix and not has_weights_ending(path):
         raise PSTError(f'{path} is not a checkpoint: expected {SAFETENSORS}, {", ".join(PICKLES)}, or a folder.')
     return path
+
+
+def check_folder(folder: Path) -> None:
+    """Make sure that the files of weights in a folder, of which timm will take one, can be opened and are whole.
+
+    Raises:
+        PSTError: If one is not.
+    """
+    if not folder.is_dir():
+        raise PSTError(f'There is no folder {folder}.')
+    for path in sorted(folder.iterdir()):
+        if has_weights_ending(path):
+            check_whole(path)
+
+
+def check_whole(path: Path) -> None:
+    """Make sure that a file of weights is an ordinary file, and holds what was once written to it.
+
+    A training checkpoint has a checksum for each of its parts. A .safetensors file has none: there, its reader compares
+    lengths. Neither has a file that torch wrote before version 1.6.
+
+    Raises:
+        PSTError: If it is missing, no ordinary file, truncated or corrupt.
+    """
+    path = Path(path)
+    if not os.path.lexists(path):
+        raise PSTError(f'There is no checkpoint {path}.')
+    check_ordinary(path)
+    if path.suffix == SAFETENSORS:
+        return
+    broken = None
+    try:
+        with open(path, 'rb') as file:
+            if file.read(1) == b'\x80':  # a bare pickle, of an old version
+                return
+            with zipfile.ZipFile(file) as archive:
+                parts = archive.infolist()
+                # torch compresses nothing, and nothing is there twice: what unpacks to more was made to fill a disk
+                if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or (
+                        sum(part.file_size for part in parts) > path.stat().st_size):
+                    raise zipfile.BadZipFile('its parts are compressed, or overlap')
+                broken = archive.testzip()
+    except PermissionError as e:
+        raise PSTError(f'The checkpoint {path} cannot be read: {e.strerror}.') from e
+    except Exception as e:  # whatever a damaged archive may raise
+        raise PSTError(
+            f'The checkpoint {path} cannot be read: it is truncated or not a checkpoint ({e}). Use another one, such '
+            f'as an earlier one.') from None
+    if broken:
+        raise PSTError(
+            f'The checkpoint {path} is damaged: it is corrupt (checksum of {broken}). Use another one, such as an '
+            f'earlier one.')
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
@@ -116,30 +177,36 @@ def _read_safetensors(path: Path) -> Checkpoint:
         with safe_open(path, 'pt') as file:
             header = file.metadata() or {}
         weights = load_file(path)
-        facts = json.loads(header.get(HEADER_KEY, '{}'))
-        checkpoint = Checkpoint(path, weights, **facts)
-    except (SafetensorError, OSError, TypeError, ValueError) as e:
+    except Exception as e:  # whatever a damaged or malicious file may raise
         raise PSTError(
-            f'{path} cannot be read: it is truncated or not a safetensors file ({e}). Fetch it, or write it, again.'
-        ) from None
-    if checkpoint.arch is None and (path.parent / 'config.json').is_file():
-        try:
-            cfg, checkpoint.arch, checkpoint.model_args = load_model_config_from_path(path.parent)
-        except (OSError, ValueError, KeyError) as e:
-            raise PSTError(f'{path.parent / "config.json"} is not a config.json of timm ({e!r}).') from None
-        checkpoint.pretrained_cfg = {k: v for k, v in cfg.items() if k not in ('file', 'source')}
+            f'{path} cannot be read: it is truncated or not a safetensors file ({str(e) or type(e).__name__}). Fetch '
+            f'it, or write it, again.') from None
+    facts = check_facts(path, parse_json(header.get(HEADER_KEY) or '{}', f'{path}: the entry {HEADER_KEY}'))
+    checkpoint = Checkpoint(path, check_weights(weights, path), **facts)
+    if checkpoint.arch is None and (path.parent / 'config.json').exists():
+        checkpoint.pretrained_cfg, checkpoint.arch, checkpoint.model_args = read_config(path.parent)
     return checkpoint
 
 
-def pick_weights(content: Dict[str, Any], use_ema: Optional[bool] = None) -> Optional[str]:
-    """The entry of a training checkpoint that holds the weights, None if they are not one level down.
+def find_weights(content: Dict[str, Any], use_ema: Optional[bool] = None) -> Tuple[Dict[str, Any], Optional[bool]]:
+    """The state dict in a training checkpoint, however deep, and whether it is the moving average.
 
     Args:
         content: What the checkpoint holds.
         use_ema: See `read_checkpoint`.
+
+    Returns:
+        The innermost mapping under one of the usual names; True, False, or None where it is the content itself.
     """
-    keys = TRAINED if use_ema is False else (*AVERAGED, *TRAINED)
-    return next((k for k in keys if isinstance(content.get(k), dict)), None)
+    ema = None
+    for _ in range(3):
+        keys = TRAINED if use_ema is False else (*AVERAGED, *TRAINED)
+        key = next((k for k in keys if isinstance(content.get(k), dict)), None)
+        if key is None:
+            break
+        ema = bool(ema) or key in AVERAGED
+        content = content[key]
+    return content, ema
 
 
 def _read_pickle(path: Path, use_ema: Optional[bool]) -> Checkpoint:
@@ -154,17 +221,55 @@ def _read_pickle(path: Path, use_ema: Optional[bool]) -> Checkpoint:
             f'trust into .safetensors.') from None
     if not isinstance(content, dict):
         raise PSTError(f'{path} cannot be read as a checkpoint: it holds a {type(content).__name__}.')
-    key = pick_weights(content, use_ema)
-    if key is None:
-        return Checkpoint(path, clean_state_dict(content))
-    args = content.get('args')
-    args = vars(args) if isinstance(args, argparse.Namespace) else {}
-    known = dict(args=args, epoch=content.get('epoch'), metric=content.get('metric'), ema=key in AVERAGED)
+    weights, ema = find_weights(content, use_ema)
+    weights = check_weights(weights, path)
+    if ema is None:
+        return Checkpoint(path, weights)
+    known = {k: content.get(k) for k in ('args', 'epoch', 'metric')}
     facts = content.get(FACTS_KEY, {'arch': content.get('arch')})
-    try:
-        return Checkpoint(path, clean_state_dict(content[key]), **{**known, **facts})
-    except TypeError as e:
-        raise PSTError(f'{path}: what it tells about its weights is garbled ({e}). Use another checkpoint.') from None
+    if isinstance(facts, dict):
+        facts = {**known, 'ema': ema, **facts}
+    return Checkpoint(path, weights, **check_facts(path, facts))
+
+
+def check_weights(weights: Any, source: Any) -> Dict[str, torch.Tensor]:
+    """A state dict as a model knows it, see `clean_names`.
+
+    Args:
+        weights: What is meant to be one.
+        source: Where it is from, for messages.
+
+    Raises:
+        PSTError: If it is empty, or holds anything but tensors under names.
+    """
+    fits = isinstance(weights, dict) and weights and all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items())
+    if not fits:
+        raise PSTError(f'{source} holds no weights: a mapping of names to tensors was expected.')
+    cleaned = clean_names(weights)
+    if len(cleaned) < len(weights):
+        raise PSTError(f'{source} holds weights under the same names twice, with a prefix and without: remove one.')
+    return cleaned
+
+
+def clean_names(weights: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """The same state dict, without the prefixes that DDP, torch.compile and training scripts leave."""
+    cleaned = clean_state_dict(weights)
+    if all(name.startswith(WRAPPER) for name in cleaned):
+        cleaned = {name.removeprefix(WRAPPER): tensor for name, tensor in cleaned.items()}
+    return cleaned
+
+
+def _check_dense(weights: Dict[str, torch.Tensor], path: Path) -> None:
+    """Make sure that tensors are what they seem to be, numbers in memory."""
+    for name, tensor in weights.items():
+        dense = tensor.layout == torch.strided and tensor.device.type == 'cpu' and not tensor.is_quantized
+        if not dense or tensor.is_complex():
+            raise PSTError(
+                f'{path} cannot be used: {name[:200]} is no dense tensor of real numbers ({tensor.dtype}, '
+                f'{tensor.layout}, on {tensor.device}).')
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise PSTError(f'{path} cannot be used: {name[:200]} says that it is larger than what the file holds.')
 
 
 def check_finite(checkpoint: Checkpoint) -> None:
@@ -173,8 +278,14 @@ def check_finite(checkpoint: Checkpoint) -> None:
     Raises:
         PSTError: If a weight is NaN or infinite; names the first tensor.
     """
-    broken = [k for k, v in checkpoint.weights.items() if not torch.isfinite(v).all()]
+    broken = [k for k, v in checkpoint.weights.items() if v.is_floating_point() and not _is_finite(v)]
     if broken:
         raise PSTError(
             f'{checkpoint.path} has NaN or infinite weights in {len(broken)} tensors, the first is {broken[0]}: the '
             f'training diverged. Use an earlier checkpoint.')
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    tensor = tensor if tensor.element_size() > 1 else tensor.float()  # torch does not reckon with 8 bits
+    # the sum needs no copy; it may overflow where no value does
+    return bool(tensor.sum(dtype=torch.float64).isfinite()) or bool(tensor.isfinite().all())

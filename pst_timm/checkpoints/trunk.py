@@ -1,16 +1,15 @@
 """The weights of a plain timm ResNet, from wherever they are, in the trunk of a ResNet-PST."""
 import os
-from pathlib import Path
 from typing import Dict, Union
 
 import torch
 import torch.nn as nn
-from timm.models import clean_state_dict
 
 from pst_timm.models import TrunkLoad, copy_trunk
+from pst_timm.utils.errors import PSTError
 
 from .building import create_model
-from .reading import PathLike, is_file_name, pick_weights, read_checkpoint
+from .reading import PathLike, clean_names, find_weights, is_file, read_checkpoint
 
 __all__ = ['load_trunk']
 
@@ -31,16 +30,18 @@ def load_trunk(model: nn.Module, source: Union[PathLike, Dict[str, torch.Tensor]
         PSTError: If the source is a file that is not there or no checkpoint, or a name whose weights cannot be had.
         TypeError: If the source is none of these.
     """
-    return copy_trunk(model, _read_source(source))
+    weights = _read_source(source)
+    whole = [k for k, v in weights.items() if v.ndim and not v.is_floating_point()]
+    if whole:
+        raise PSTError(f'{whole[0]} in the source holds {weights[whole[0]].dtype}, where a ResNet has floating point.')
+    return copy_trunk(model, weights)
 
 
 def _read_source(source: Union[PathLike, Dict[str, torch.Tensor]]) -> Dict[str, torch.Tensor]:
     if isinstance(source, dict):
-        # a training checkpoint keeps its weights one level down
-        key = pick_weights(source)
-        return clean_state_dict(source[key] if key else source)
+        return clean_names(find_weights(source)[0])
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f'source must be a model name, a file or a state dict, got {type(source).__name__}.')
-    if Path(source).exists() or is_file_name(source):
+    if is_file(source):
         return read_checkpoint(source).weights
     return create_model(str(source), pretrained=True).state_dict()

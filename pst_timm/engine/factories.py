@@ -207,18 +207,33 @@ def create_task(args: Namespace, model: nn.Module, device: torch.device, dtype: 
     check_model_name(args.kd_model_name)
     kwargs.update(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
     try:
+        teacher = create_teacher(args, device, dtype)
         if args.kd_distill_type == 'feature':
             return FeatureDistillationTask(
-                model, args.kd_model_name, student_feature_dim=args.kd_student_feature_dim,
+                model, teacher, student_feature_dim=args.kd_student_feature_dim,
                 teacher_feature_dim=args.kd_teacher_feature_dim, **kwargs)
         if args.kd_distill_type == 'token':
             return TokenDistillationTask(
-                model, args.kd_model_name, distill_type=args.kd_token_distill_type, temperature=args.kd_temperature,
+                model, teacher, distill_type=args.kd_token_distill_type, temperature=args.kd_temperature,
                 **kwargs)
         return LogitDistillationTask(
-            model, args.kd_model_name, loss_type=args.kd_loss_type, temperature=args.kd_temperature, **kwargs)
+            model, teacher, loss_type=args.kd_loss_type, temperature=args.kd_temperature, **kwargs)
     except (RuntimeError, ValueError) as e:
-        raise PSTError(f'Cannot distil from {args.kd_model_name} to {args.model}: {e}') from e
+        error = type(e) if isinstance(e, PSTError) else PSTError
+        raise error(f'Cannot distil from {args.kd_model_name} to {args.model}: {e}') from e
+
+
+def create_teacher(args: Namespace, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model to distil from, with its weights; made here, so that what comes with these is checked."""
+    teacher = create_model(
+        args.kd_model_name, pretrained=True, num_classes=args.num_classes, in_chans=args.in_chans, device=device,
+        dtype=dtype)
+    known = teacher.pretrained_cfg.get('num_classes')
+    if args.kd_distill_type != 'feature' and known not in (None, args.num_classes):
+        raise PSTError(
+            f'the teacher knows {known} classes and the data has {args.num_classes}, so that its answers would be '
+            f'random. Use a teacher of these classes, or --kd-distill-type feature.')
+    return teacher
 
 
 def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:

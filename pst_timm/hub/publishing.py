@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf, split_model_name_tag
 
 from pst_timm.checkpoints import attention_settings, build_model, inference_settings, label_names, open_checkpoint
-from pst_timm.checkpoints.reading import Checkpoint, check_finite
+from pst_timm.checkpoints.reading import Checkpoint
 from pst_timm.metrics.agreement import compare_logits
 from pst_timm.models import ResNetPST
 from pst_timm.models.digest import digest_note
@@ -147,7 +147,6 @@ def publish(
     """
     _check_name(repo_id)
     source = open_checkpoint(checkpoint, arch, use_ema)
-    check_finite(source)
     model = build_model(source)
     if not isinstance(model, ResNetPST):
         raise PSTError(

@@ -12,15 +12,14 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from timm.models import (
     DefaultCfg,
     PretrainedCfg,
-    load_model_config_from_hf,
     model_entrypoint,
     register_model,
     split_model_name_tag,
 )
 
-from pst_timm.checkpoints.building import build_model
-from pst_timm.checkpoints.facts import resolve_origin
-from pst_timm.checkpoints.reading import read_checkpoint
+from pst_timm.checkpoints.building import build_model, open_checkpoint
+from pst_timm.checkpoints.facts import look_up
+from pst_timm.checkpoints.trust import check_size
 from pst_timm.utils.errors import PSTError, did_you_mean
 
 __all__ = ['register_weights']
@@ -72,8 +71,7 @@ def register_weights(
 
 
 def _facts_of_file(arch: str, file: os.PathLike) -> Dict[str, Any]:
-    checkpoint = read_checkpoint(file)
-    resolve_origin(checkpoint)
+    checkpoint = open_checkpoint(file)
     if checkpoint.arch not in (None, arch):
         raise PSTError(f'{checkpoint.path} holds weights of {checkpoint.arch}, not of {arch}.')
     # a tag carries no arguments: the weights must fit the architecture as it is
@@ -84,16 +82,18 @@ def _facts_of_file(arch: str, file: os.PathLike) -> Dict[str, Any]:
 
 def _facts_of_repository(arch: str, hf_hub_id: str) -> Dict[str, Any]:
     try:
-        facts, found, model_args = load_model_config_from_hf(hf_hub_id)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, KeyError) as e:
-        reason = str(e).split('\n')[0]
+        found, model_args, facts = look_up(f'hf-hub:{hf_hub_id}')
+    except PSTError as e:
+        if not isinstance(e.__cause__, (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, AssertionError)):
+            raise  # it was read
         raise PSTError(
-            f'The config.json of {hf_hub_id} can be had neither from the Hub nor from the cache ({reason}). Check the '
+            f'The config.json of {hf_hub_id} can be had neither from the Hub nor from the cache ({e}). Check the '
             f'name, your token and the network.') from e
     if found != arch:
         raise PSTError(f'{hf_hub_id} holds weights of {found}, not of {arch}.')
-    sizes = dict(num_classes=facts['num_classes'], in_chans=facts['input_size'][0])
-    if _shapes(arch, **{**sizes, **model_args}) != _shapes(arch, **sizes):
+    sizes = {k: v for k, v in dict(
+        num_classes=facts.get('num_classes'), in_chans=facts.get('input_size', (None,))[0]).items() if v is not None}
+    if _shapes(hf_hub_id, arch, **{**sizes, **model_args}) != _shapes(hf_hub_id, arch, **sizes):
         raise PSTError(
             f'{hf_hub_id} is {arch} with other arguments ({model_args}), which a tag does not carry: load it as '
             f"'hf-hub:{hf_hub_id}'.")
@@ -104,9 +104,8 @@ def _fields(facts: Dict[str, Any]) -> Dict[str, Any]:
     return {k: v for k, v in facts.items() if k in FIELDS and k not in ORIGIN}
 
 
-def _shapes(arch: str, **kwargs: Any) -> Dict[str, torch.Size]:
-    with torch.device('meta'):
-        return {k: v.shape for k, v in timm.create_model(arch, **kwargs).state_dict().items()}
+def _shapes(source: str, arch: str, **kwargs: Any) -> Dict[str, torch.Size]:
+    return {k: v.shape for k, v in check_size(source, arch, kwargs).state_dict().items()}
 
 
 def _register(arch: str, tag: str, cfg: PretrainedCfg, default: Optional[bool]) -> None:

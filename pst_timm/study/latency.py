@@ -3,10 +3,10 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Callable, List
 
-import timm
 import torch
 import torch.nn as nn
 
+from pst_timm.checkpoints import create_model
 from pst_timm.engine import train_args
 from pst_timm.engine.factories import autocast_for, import_modules, init_device
 from pst_timm.utils.cost import count_gmacs
@@ -39,7 +39,7 @@ def measure_latency(study: Study, device: str, repeats: int = 20, train_repeats:
         import_modules(args.device_modules)
         torch_device = init_device(args)
         memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-        model = timm.create_model(args.model, num_classes=len(cell.classes), **args.model_kwargs)
+        model = create_model(args.model, num_classes=len(cell.classes), **args.model_kwargs)
         model = model.to(device=torch_device, memory_format=memory_format)
         size = args.img_size or model.default_cfg['input_size'][-1]
         batches = args.validation_batch_size or args.batch_size, args.batch_size

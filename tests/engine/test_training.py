@@ -7,7 +7,7 @@ import torch
 from timm.models import load_checkpoint
 
 from pst_timm.data.loaders import note_workers
-from pst_timm.engine import train, train_args, training, transfer
+from pst_timm.engine import factories, train, train_args, training, transfer
 from pst_timm.engine.progress import run_title
 from pst_timm.engine.training import expected_channels, prepare
 from pst_timm.utils.devices import available_cores
@@ -268,7 +268,10 @@ def teacher(images, tmp_path, monkeypatch):
 
     entrypoint.__name__ = 'test_teacher'
     entrypoint.__module__ = 'timm.models.resnet'
-    monkeypatch.setattr('timm.task.distillation.create_model', lambda model_name, **kwargs: entrypoint(pretrained=True))
+    create = factories.create_model
+    model.pretrained_cfg['num_classes'] = 3
+    monkeypatch.setattr(factories, 'create_model', lambda name, **kwargs: (
+        entrypoint(pretrained=kwargs['pretrained']) if name == 'test_teacher' else create(name, **kwargs)))
     monkeypatch.setattr('timm.is_model', lambda name: True)
     return 'test_teacher'
 
@@ -286,6 +289,12 @@ def test_distillation_pulls_towards_the_teacher(run, teacher, kind):
 def test_token_distillation_needs_a_model_with_a_token(run, teacher):
     with pytest.raises(PSTError, match='distilled_training'):
         run(kd_model_name=teacher, kd_distill_type='token')
+
+
+def test_a_teacher_of_other_classes_is_refused(run):
+    """timm gives it a classifier of random weights."""
+    with pytest.raises(PSTError, match='teacher knows 10 classes and the data has 3'):
+        run(kd_model_name='test_resnet_pst', kd_distill_type='logit')
 
 
 def test_unknown_teachers_are_named(run):
