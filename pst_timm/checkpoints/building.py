@@ -133,6 +133,8 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
     load_weights(model, weights, source, hint)
     cfg = {**model.pretrained_cfg, **checkpoint.pretrained_cfg}
     cfg.pop('tag', None)  # these are not the weights of that name
+    if 'label_names' not in checkpoint.pretrained_cfg:
+        cfg.pop('label_names', None)  # nor are their classes
     if checkpoint.ema is not None:
         # a training run measures at its own size, whatever other weights of the architecture are tested at
         cfg = {k: v for k, v in cfg.items() if not k.startswith('test_')}

@@ -15,8 +15,8 @@ from pst_timm.utils.errors import PSTError
 
 from .datasets import (
     BadImages,
+    check_class_names,
     check_classes,
-    check_same_classes,
     class_names,
     create_eval_dataset,
     is_folder_or_tar,
@@ -96,12 +96,18 @@ def open_train_splits(args: Namespace, in_chans: int) -> TrainSplits:
     dataset = open_dataset(
         args, args.train_split, args.train_num_samples,
         is_training=True, batch_size=args.batch_size, seed=args.seed, repeats=args.epoch_repeats)
+    names = class_names(dataset)
+    if names is not None and len(names) == 1:
+        raise PSTError(
+            f'The {args.train_split!r} split has one class alone ({names[0]}), where there is nothing to tell apart: '
+            f'give each class a folder of its own.')
     if args.num_classes is not None:
         check_classes(dataset, args.num_classes, True, args.train_split)
     if not args.val_split:
         return TrainSplits(dataset, None)
     dataset_eval = create_eval_dataset(args, args.val_split, args.val_num_samples)
-    check_same_classes(args, class_names(dataset), class_names(dataset_eval))
+    check_class_names(
+        class_names(dataset_eval), names, f'the {args.val_split!r} split', f'the {args.train_split!r} split')
     if is_folder_or_tar(args) and dataset.reader.root == dataset_eval.reader.root:
         _logger.warning(
             f'Training and validation read the same images, {dataset.reader.root}: the accuracy will tell nothing '

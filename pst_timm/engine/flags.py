@@ -190,6 +190,7 @@ _FUSER = "The legacy TorchScript fusers are gone from current torch; use --torch
 _TF = "TensorFlow preprocessing is not part of this engine; evaluate ported TensorFlow weights with timm's own script."
 
 _UNIT = dict(low=0., high=1.)
+MANY = 10 ** 12  # more samples than there are
 
 _DATA = _as(
     'data',
@@ -202,6 +203,12 @@ _DATA = _as(
     _flag('--input-key', str, None, 'Name of the image in a sample of a dataset that names them.'),
     _flag('--target-key', str, None, 'Name of the label in a sample of a dataset that names them.'),
     _switch('--dataset-trust-remote-code', 'Let a Hugging Face dataset run its own loading code.'),
+)
+
+_BAD_IMAGES = _as(
+    'data',
+    _flag('--max-bad-images', int, 100, 'Unreadable images to skip before the run ends with an error.', low=0),
+    _flag('--max-bad-share', float, 0.01, 'Share of the images that may be unreadable, likewise.', **_UNIT),
 )
 
 _USE_EMA = _choice(
@@ -245,11 +252,10 @@ TRAIN_FLAGS: FlagGroups = [
         _flag('--val-split', str, 'validation', 'Split, or folder below the data, to validate on; empty for none.',
               role='data'),
         _flag('--train-num-samples', int, None, 'Training samples, where the dataset cannot tell (shards).', low=1,
-              role='data'),
+              high=MANY, role='data'),
         _flag('--val-num-samples', int, None, 'Validation samples, where the dataset cannot tell (shards).', low=1,
-              role='data'),
-        _flag('--max-bad-images', int, 100, 'Unreadable images to skip before the run ends with an error.', low=0,
-              role='data'),
+              high=MANY, role='data'),
+        *_BAD_IMAGES,
     ]),
     ('model', [
         _flag('--model', str, 'resnet50', 'Name of any timm model.', role='model'),
@@ -437,9 +443,9 @@ VALIDATE_FLAGS: FlagGroups = [
     ('data', [
         *_DATA,
         _flag('--split', str, 'validation', 'Split, or folder below the data, to evaluate.', role='data'),
-        _flag('--num-samples', int, None, 'Samples, where the dataset cannot tell (shards).', low=1, role='data'),
-        _flag('--max-bad-images', int, 100, 'Unreadable images to skip before the run ends with an error.', low=0,
+        _flag('--num-samples', int, None, 'Samples, where the dataset cannot tell (shards).', low=1, high=MANY,
               role='data'),
+        *_BAD_IMAGES,
         _flag('-j --workers', int, 4, 'Processes that load images.', low=0, role='machine'),
         _switch('--pin-mem', 'Pin the memory of the batches.', role='machine'),
         _switch('--no-prefetcher', 'Normalise images in the workers instead of on the device.', role='machine'),

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -16,7 +16,13 @@ from timm.utils import check_batch_size_retry, decay_batch_step, random_seed
 
 from pst_timm.checkpoints import label_names, load_model, preprocessing
 from pst_timm.checkpoints.reading import has_weights_ending
-from pst_timm.data.datasets import check_classes, class_names, create_eval_dataset
+from pst_timm.data.datasets import (
+    check_class_names,
+    check_classes,
+    check_mapped_names,
+    class_names,
+    create_eval_dataset,
+)
 from pst_timm.data.loaders import create_eval_loader
 from pst_timm.metrics.answers import Answers
 from pst_timm.metrics.base import Metric
@@ -160,7 +166,7 @@ def _validate_one(args: Namespace) -> List[Results]:
     dtype = factories.resolve_dtype(args)
     model = open_model(args)
     params = sum(p.numel() for p in model.parameters())
-    known_classes, ema = label_names(model), getattr(model, 'checkpoint_ema', None)
+    known_classes, ema = known_names(model), getattr(model, 'checkpoint_ema', None)
     data_config = preprocessing(
         model, args.checkpoint, vars(args), use_test_size=not args.use_train_size)
     if args.test_pool:
@@ -169,10 +175,7 @@ def _validate_one(args: Namespace) -> List[Results]:
         data_config = dict(data_config, crop_pct=1.) if changed else data_config
     dataset = create_eval_dataset(args, args.split, args.num_samples)
     labels = _valid_labels(args)
-    if labels is None:
-        check_classes(dataset, args.num_classes, explicit_classes, args.split)
-        if args.checkpoint:
-            warn_of_other_classes(args, known_classes, class_names(dataset))
+    check_labels(args, dataset, known_classes, labels, explicit_classes)
     if args.topk_sweep:
         check_sweep(args, model)
     loader = create_eval_loader(args, dataset, data_config, args.batch_size, dtype)
@@ -217,13 +220,44 @@ def check_test_pool(model: nn.Module) -> None:
             f'reads the {width} of its head: leave it out.')
 
 
-def warn_of_other_classes(args: Namespace, known: List[str], names: Optional[List[str]]) -> None:
-    """Say where the names of the classes that a checkpoint was trained on are not those of the data."""
-    odd = [(a, b) for a, b in zip(known, names or ()) if a != b]
-    if odd:
-        _logger.warning(
-            f'{args.checkpoint} calls its classes otherwise than the data does ({odd[0][0]!r} is compared with '
-            f'{odd[0][1]!r}, {len(odd)} of {len(known)} differ): labels count by their order alone.')
+def known_names(model: nn.Module) -> List[str]:
+    """Names of the classes that a model was trained on, of all its outputs or of the first ones; empty if unknown."""
+    names = list(model.pretrained_cfg.get('label_names') or ())
+    # a classifier that was made larger than the data has names for its first outputs alone
+    return label_names(model) or (names if len(names) < model.num_classes else [])
+
+
+def check_labels(
+        args: Namespace,
+        dataset: Any,
+        known: Sequence[str],
+        labels: Optional[Sequence[int]],
+        explicit: bool,
+) -> None:
+    """Make sure that a label of the data means the class that the model has there, as far as both have names.
+
+    Args:
+        args: Arguments of the evaluation.
+        dataset: Its data.
+        known: Names that the model knows its classes by, empty if it knows none.
+        labels: Classes that count, where --valid-labels names them.
+        explicit: Whether the user gave the number of classes.
+
+    Raises:
+        PSTError: If the classes are others, or in another order; the message says how to map them.
+    """
+    if args.real_labels:  # which go by the names of the files
+        return
+    check_classes(dataset, args.num_classes if labels is None else len(labels), explicit, args.split)
+    model = args.checkpoint or args.model
+    if args.class_map and labels is None:
+        check_mapped_names(dataset, known, model)
+        return
+    expected = known if labels is None else [known[i] for i in labels if 0 <= i < len(known)]
+    check_class_names(
+        class_names(dataset), expected, f'the {args.split!r} split', model,
+        'Where folders have other names, or are but some of the classes, say which is which with --class-map (the '
+        'folder names in the order of the outputs, one a line) or --valid-labels.')
 
 
 def check_sweep(args: Namespace, model: nn.Module) -> None:

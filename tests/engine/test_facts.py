@@ -180,14 +180,19 @@ def test_a_model_that_is_registered_without_a_configuration(tmp_path):
         del _registry._model_entrypoints['bare_net']
 
 
-def test_other_names_of_the_classes_are_said(run, images, tmp_path, caplog):
+def test_other_names_of_the_classes_are_refused_and_can_be_mapped(run, images, tmp_path):
     for i, name in enumerate(('cat', 'class1', 'dog')):
         shutil.copytree(images / 'validation' / f'class{i}', tmp_path / 'validation' / name)
     checkpoint = str(run / 'last.pth.tar')
-    evaluate(images, checkpoint=checkpoint)
-    assert 'calls its classes otherwise' not in caplog.text
-    evaluate(tmp_path, checkpoint=checkpoint)
-    assert "'class0' is compared with 'cat', 2 of 3 differ" in caplog.text
+    expected = evaluate(images, checkpoint=checkpoint)
+    with pytest.raises(PSTError, match=r'lacks class0, class2 and alone has cat, dog.*--class-map'):
+        evaluate(tmp_path, checkpoint=checkpoint)
+    (tmp_path / 'map.txt').write_text('cat\nclass1\ndog\n')
+    mapped = evaluate(tmp_path, checkpoint=checkpoint, class_map=str(tmp_path / 'map.txt'))
+    assert mapped['loss'] == expected['loss']
+    (tmp_path / 'map.txt').write_text('class1\ncat\ndog\n')
+    with pytest.raises(PSTError, match=r"gives 'class1' the index 0, and in .* it is class 1"):
+        evaluate(tmp_path, checkpoint=checkpoint, class_map=str(tmp_path / 'map.txt'))
 
 
 def test_a_trunk_from_a_file_is_said_and_stays_in_the_recipe(images, tmp_path, caplog):
