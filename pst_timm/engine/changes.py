@@ -28,7 +28,7 @@ ORDER = ('batch_size', 'grad_accum_steps', 'seed', 'aug_repeats', 'epoch_repeats
 # flags that an optimizer keeps in its parameter groups
 IN_GROUPS = dict(
     lr=('lr', 'initial_lr'), weight_decay=('weight_decay',), momentum=('momentum', 'betas'), opt_betas=('betas',),
-    opt_eps=('eps',))
+    opt_eps=('eps',), layer_decay=('lr_scale',), layer_decay_min_scale=('lr_scale',))
 
 
 class Stream(NamedTuple):

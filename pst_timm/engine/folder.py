@@ -65,7 +65,7 @@ def check_unused(folder: Path, rows: int = 0) -> None:
 
     Args:
         folder: The folder.
-        rows: Rows that its summary may have.
+        rows: Rows that its summary may have, below its header; with 0 it may not be there at all.
 
     Raises:
         PSTError: If there is one.
@@ -77,7 +77,7 @@ def check_unused(folder: Path, rows: int = 0) -> None:
         lines = []
     except OSError as e:
         raise PSTError(f'{folder / SUMMARY} cannot be read ({e.strerror}): choose another --experiment.') from None
-    if not found and len(lines) > 1 + rows:
+    if not found and len(lines) > (1 + rows if rows else 0):
         found = [SUMMARY]
     if found:
         best = 'last.pth.tar' if 'last.pth.tar' in found else found[0]
