@@ -104,12 +104,6 @@ def announce(script: str, words: Sequence[str]) -> None:
     print(f'\n$ python {script} {shlex.join(words)}', flush=True)
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Remove the training checkpoints of a run."""
-    for path in folder.glob('*.pth.tar'):
-        path.unlink()
-
-
 def command_to_go_on(extra: Sequence[str] = ()) -> str:
     """The command that goes on with a demo that was stopped.
 
@@ -142,7 +136,7 @@ def run_demo(extra: Sequence[str] = ()) -> float:
     announce('train.py', command)
     args = parse_train_args(command)
     if not args.resume and Path(args.output, args.experiment) == output:
-        remove_checkpoints(output)  # of an earlier demo, which this one must not go on with
+        args.overwrite = True  # an earlier demo, which this one must not go on with
     trained = time.perf_counter()
     result = train(args)
     trained = time.perf_counter() - trained

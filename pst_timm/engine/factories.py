@@ -4,10 +4,12 @@ import logging
 import math
 from argparse import Namespace
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from functools import partial
 from typing import Any, Callable, Optional, Sequence, Tuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
@@ -62,6 +64,9 @@ def init_device(args: Namespace) -> torch.device:
         device = init_distributed_device(args)
     except (AssertionError, RuntimeError) as e:
         raise PSTError(f'Cannot start on {args.device}: {e}') from e
+    if args.distributed and hasattr(args, 'dist_timeout'):
+        # timm's function takes none
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=args.dist_timeout))
     check_device(str(device))  # that of this process, one of several
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')

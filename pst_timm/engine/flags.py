@@ -269,6 +269,8 @@ TRAIN_FLAGS: FlagGroups = [
               'published weights, or a checkpoint file.', role='model', source=True),
         _flag('--resume', str, '', "Checkpoint to go on from with model, optimizer and epoch; 'auto' takes the newest "
               'valid one of --output/--experiment and starts afresh if there is none.', role='output'),
+        _switch('--overwrite', 'Remove the run that is in --output/--experiment for this one; with --resume and a '
+                'checkpoint of that run, what came after the checkpoint.', role='output'),
         _switch('--no-resume-opt', 'Leave the optimizer state of the checkpoint behind.', role='output'),
         _flag('--num-classes', int, None, "Number of classes, the model's own if unset.", low=1, role='model'),
         _flag('--gp', str, None, 'Global pooling (avg, max, avgmax, catavgmax, fast...), from the model if unset.',
@@ -295,6 +297,8 @@ TRAIN_FLAGS: FlagGroups = [
         *_MACHINE,
         _switch('--no-ddp-bb', "Do not broadcast the buffers before each of DDP's forward passes.", role='machine'),
         _switch('--synchronize-step', 'Wait for the device at the end of each step.', role='machine'),
+        _flag('--dist-timeout', float, 600., 'Seconds for which a process waits for the others before it gives up.',
+              low=1., role='machine'),
         _flag('--local_rank', int, 0, 'Ignored; torchrun sets it in the environment.', role='machine'),
         _flag('--device-modules', str, None, 'Python packages to import first, such as pst_timm for its models.',
               nargs='+', role='model'),

@@ -1,18 +1,24 @@
 """What a run shows and leaves behind: bars, log lines, summary.csv, curves, TensorBoard and Weights & Biases."""
+import csv
 import logging
+import re
+import shutil
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, Mapping
+from typing import Any, Dict, Iterable, Iterator, List, Mapping
 
-from timm.utils import AverageMeter, trim_summary, update_summary
+from timm.utils import AverageMeter
 
 from pst_timm.utils.errors import PSTError
-from pst_timm.utils.files import read_csv, write_whole
+from pst_timm.utils.files import read_csv, write_csv, write_whole
 
 __all__ = ['RunLog', 'StepTimer', 'format_metrics', 'plot_summary']
 
 _logger = logging.getLogger(__name__)
+
+SUMMARY = 'summary.csv'
+SPEED = 'speed.csv'
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
@@ -70,20 +76,36 @@ class RunLog:
         """
         Args:
             args: Arguments of the run.
-            folder: Folder of the run.
+            folder: Folder of the run; nothing is written to it before `open`.
             start_epoch: First epoch; rows of an earlier try from there on are dropped.
 
         Raises:
-            PSTError: If a logger is asked for that is not installed.
+            PSTError: If a logger is asked for that is not installed, or if a table is there that cannot be gone on
+                with.
         """
+        self.args = args
         self.folder = folder
+        self.start_epoch = start_epoch
         self.title = run_title(args)
-        self.summary = folder / 'summary.csv'
-        self.speed = folder / 'speed.csv'
-        for file in (self.summary, self.speed):
-            trim_summary(str(file), start_epoch)
-        self.tensorboard = _open_tensorboard(folder, start_epoch) if args.log_tensorboard else None
-        self.wandb = _open_wandb(args) if args.log_wandb else None
+        self.tensorboard = self.wandb = None
+        self._writer = _import_tensorboard() if args.log_tensorboard else None
+        self._wandb = _import_wandb() if args.log_wandb else None
+        # a run from the start has no use for a table that is there
+        self.tables = {name: Table(folder / name, start_epoch) for name in (SUMMARY, SPEED)}
+
+    def open(self) -> None:
+        """Drop the rows that the run will write anew, and open the loggers.
+
+        Raises:
+            PSTError: If a table cannot be written.
+        """
+        for table in self.tables.values():
+            table.open()
+        if self._writer is not None:
+            self.tensorboard = self._writer(str(self.folder / 'tensorboard'), purge_step=self.start_epoch or None)
+        if self._wandb is not None:
+            _init_wandb(self._wandb, self.args)
+            self.wandb = self._wandb
 
     def epoch(
             self,
@@ -96,10 +118,18 @@ class RunLog:
         """Record an epoch and draw the curves anew; `evaluation` is empty where there was none."""
         # every row has the columns of the header
         columns = dict(dict.fromkeys(('loss', 'top1', 'top5'), ''), **evaluation)
-        update_summary(epoch, train, columns, str(self.summary), lr=lr, log_wandb=self.wandb is not None)
+        row = dict(
+            epoch=epoch,
+            **{f'train_{k}': v for k, v in train.items()},
+            **{f'eval_{k}': v for k, v in columns.items()},
+            lr=lr,
+        )
+        self.tables[SUMMARY].add(row)
+        if self.wandb is not None:
+            self.wandb.log(row)
         # apart from the summary, which is the same whenever the run is repeated
-        update_summary(epoch, speed, {}, str(self.speed))
-        plot_summary(self.summary, self.folder / 'curve.png', self.title)
+        self.tables[SPEED].add(dict(epoch=epoch, **{f'train_{k}': v for k, v in speed.items()}))
+        plot_summary(self.folder / SUMMARY, self.folder / 'curve.png', self.title)
         if self.tensorboard is not None:
             for name, values in (('train', train), ('eval', evaluation)):
                 for key, value in values.items():
@@ -114,19 +144,96 @@ class RunLog:
             self.wandb.finish()
 
 
-def _open_tensorboard(folder: Path, start_epoch: int) -> Any:
+class Table:
+    """A row for each epoch in a CSV file, which is written whole each time: timm's appends, and a kill cuts it off."""
+
+    def __init__(self, path: Path, start_epoch: int):
+        """
+        Args:
+            path: The file.
+            start_epoch: Rows of epochs from there on are not kept.
+
+        Raises:
+            PSTError: If there is a file that is no such table.
+        """
+        self.path = path
+        self.rows: List[Dict[str, Any]] = []
+        self.dropped = self.broken = 0
+        if not path.exists() or not start_epoch:
+            return
+        try:
+            text = path.read_text(encoding='utf-8', errors='replace')
+        except OSError as e:
+            raise PSTError(f'{path} cannot be read ({e.strerror}). {_MEND}') from None
+        lines = [line for line in re.split('[\r\n]+', text) if line.strip('\0')]  # which a crash of the machine leaves
+        header = _fields(lines[0]) if lines else []
+        if lines and ('epoch' not in header or len(set(header)) < len(header)):
+            raise PSTError(f'{path} is no table of a training run: its first line does not name the columns. {_MEND}')
+        for fields in map(_fields, lines[1:]):
+            row = dict(zip(header, fields))
+            if len(fields) != len(header) or not _is_row(row):
+                self.broken += 1
+            elif int(row['epoch']) < start_epoch:
+                self.rows.append(row)
+            else:
+                self.dropped += 1
+
+    def open(self) -> None:
+        """Write the rows that are kept; a file with rows that could not be read stays under another name."""
+        if self.broken:
+            kept = self.path.with_suffix('.damaged.csv')
+            write_whole(kept, lambda temporary: shutil.copyfile(self.path, temporary))
+            _logger.warning(
+                f'{self.path}: {self.broken} rows could not be read and are left out; the file as it was is {kept}.')
+        if self.broken or self.dropped:
+            write_csv(self.path, self.rows)
+        elif not self.rows:
+            self.path.unlink(missing_ok=True)
+
+    def add(self, row: Dict[str, Any]) -> None:
+        """Add the row of an epoch."""
+        self.rows.append(row)
+        write_csv(self.path, self.rows)
+
+
+_MEND = 'Mend it, or move it away, and start again.'
+
+
+def _fields(line: str) -> List[str]:
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return []
+
+
+def _is_row(row: Mapping[str, str]) -> bool:
+    """Whether everything is a number that the engine wrote as one."""
+    try:
+        for key, text in row.items():
+            if text and re.fullmatch('lr|(train|eval)_.*', key):
+                float(text)
+    except ValueError:
+        return False
+    return row['epoch'].isdecimal()
+
+
+def _import_tensorboard() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise PSTError('--log-tensorboard needs it: pip install tensorboard, or leave the flag out.') from None
-    return SummaryWriter(str(folder / 'tensorboard'), purge_step=start_epoch or None)
+    return SummaryWriter
 
 
-def _open_wandb(args: Namespace) -> Any:
+def _import_wandb() -> Any:
     try:
         import wandb
     except ImportError:
         raise PSTError('--log-wandb needs it: pip install wandb, or leave the flag out.') from None
+    return wandb
+
+
+def _init_wandb(wandb: Any, args: Namespace) -> None:
     wandb.init(
         project=args.wandb_project or args.experiment or None,
         name=args.experiment or None,
@@ -135,7 +242,6 @@ def _open_wandb(args: Namespace) -> Any:
         resume='must' if args.wandb_resume_id else None,
         id=args.wandb_resume_id or None,
     )
-    return wandb
 
 
 def run_title(args: Namespace) -> str:

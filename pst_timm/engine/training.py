@@ -3,7 +3,7 @@ import copy
 import logging
 import math
 from argparse import Namespace
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from pst_timm.checkpoints.building import check_model_name
 from pst_timm.checkpoints.facts import as_plain, describe
+from pst_timm.checkpoints.reading import FACTS_KEY
 from pst_timm.data.datasets import check_classes, class_names
 from pst_timm.data.loaders import TrainData, checked_batches, create_train_data, open_train_splits, report_bad_images
 from pst_timm.utils.devices import choose_threads
@@ -34,11 +35,30 @@ from pst_timm.utils.progress import progress_bar
 from . import factories
 from .args import write_yaml
 from .batches import Batches, LabelledImages
+from .changes import Stream, changed_settings, check_changes, keep_settings
 from .flags import recipe
+from .folder import (
+    check_unused,
+    claimed,
+    free_folder,
+    remove_leftovers,
+    remove_run,
+    remove_states_beyond,
+)
 from .inference import evaluate
+from .processes import check_ranks, explain, leave_group, on_first
 from .progress import RunLog, StepTimer, format_metrics
 from .protocols import TrainStepAware
-from .recovery import AtomicSaver, Position, find_newest, resume
+from .recovery import (
+    AtomicSaver,
+    Position,
+    check_there,
+    find_newest,
+    position_of,
+    read_saved,
+    resume,
+    states_beyond,
+)
 from .seeding import seed_model, seeded_batches
 from .signals import StopSignals
 from .transfer import Frozen, apply_transfer
@@ -81,10 +101,15 @@ class Run:
     data: TrainData
     autocast: Callable[[], AbstractContextManager]
     loss_scaler: Optional[NativeScaler]
-    output_dir: Path
+    output_dir: Optional[Path]
+    """Folder of the run, None in all processes but the first."""
     saver: Optional[AtomicSaver]
     log: Optional[RunLog]
     start: Position
+    hold: ExitStack
+    """What the run has for itself as long as it lasts."""
+    doing: str = 'the preparation'
+    """What the processes do together, for who has to say that one of them is missing."""
 
     @property
     def updates_per_epoch(self) -> int:
@@ -112,29 +137,38 @@ def train(args: Namespace) -> TrainResult:
         PSTError: If anything the user can mend is wrong; the message says what.
         Interrupted: If the process was asked to stop; a recovery checkpoint has been written.
     """
-    run = prepare(copy.deepcopy(args))
-    result = TrainResult(run.output_dir if is_primary(run.args) else None, None, None)
-    if run.saver is not None:
-        result.best_metric, result.best_epoch = run.saver.best_metric, run.saver.best_epoch
-    stop = StopSignals(run.args.distributed)
-    try:
-        with stop:
-            train_epochs(run, stop, result)
-        remove_recovery(run)
-        if run.args.distributed:
-            dist.barrier()  # with torch 2.8, a process that leaves before the others may hang as it ends
-    except RuntimeError as e:
-        if stop.received is None or isinstance(e, Interrupted):
+    args = copy.deepcopy(args)
+    stop = run = None
+    with ExitStack() as ending:
+        ending.callback(leave_group, args)
+        try:
+            run = prepare(args)
+            ending.callback(run.hold.close)
+            result = TrainResult(run.output_dir if is_primary(run.args) else None, None, None)
+            if run.saver is not None:
+                result.best_metric, result.best_epoch = run.saver.best_metric, run.saver.best_epoch
+            stop = StopSignals(args.distributed, args.dist_timeout)
+            with stop:
+                train_epochs(run, stop, result)
+            if run.output_dir is not None:
+                remove_recovery(run.output_dir)
+            if args.distributed:
+                run.doing = 'the end of the run'
+                dist.barrier()  # with torch 2.8, a process that leaves before the others may hang as it ends
+        except KeyboardInterrupt:
+            if stop is None or stop.received is None:
+                raise
+            raise Interrupted(
+                f'Stopped at once, as asked again: what came after the last checkpoint is lost, and that one is '
+                f'intact. Start again with {run.go_on} to go on.') from None
+        except PSTError:
             raise
-        # the signal also went to the loader workers, and took one from under the step
-        raise Interrupted(
-            f'Stopped in the middle of a step ({e}). The last checkpoint is intact: start again with {run.go_on} to '
-            f'go on.') from e
-    finally:
-        if run.log is not None:
-            run.log.close()
-        if run.args.distributed and dist.is_initialized():
-            dist.destroy_process_group()
+        except RuntimeError as e:
+            doing, go_on = (run.doing, run.go_on) if run is not None else ('the preparation', None)
+            told = explain(e, args, doing, go_on, stopped=stop is not None and stop.received is not None)
+            if told is None:
+                raise
+            raise told from e
     if result.best_metric is not None:
         _logger.info(f'Best {run.args.eval_metric}: {result.best_metric:.3f} (epoch {result.best_epoch}).')
     return result
@@ -144,14 +178,18 @@ def train_epochs(run: Run, stop: StopSignals, result: TrainResult) -> None:
     """Train, evaluate, record and save, epoch by epoch."""
     for epoch in range(run.start.epoch, run.num_epochs):
         last = epoch + 1 == run.num_epochs
+        run.doing = f'the training of epoch {epoch}'
         train_metrics, speed = train_one_epoch(run, epoch, stop)
+        run.doing = f'the batch-norm statistics after epoch {epoch}'
         share_statistics(run)
+        run.doing = f'the validation after epoch {epoch}'
         due = run.data.evaluation is not None and ((epoch + 1) % run.args.val_interval == 0 or last)
         eval_metrics = validate_epoch(run) if due else {}
         lr = run.lr
         if run.scheduler is not None:
             run.scheduler.step(epoch + 1, eval_metrics.get(run.args.eval_metric))
         finish_epoch(run, epoch, train_metrics, eval_metrics, lr, speed, result)
+        run.doing = f'the end of epoch {epoch}'
         if not last and stop.agreed():
             raise Interrupted(f'Stopped after epoch {epoch}, as asked: start again with {run.go_on} to go on.')
 
@@ -173,6 +211,7 @@ def train_one_epoch(run: Run, epoch: int, stop: StopSignals) -> Tuple[Dict[str, 
         if step < skip:
             continue
         seed_model(args.seed, args.rank, epoch, step)
+        run.doing = f'the gradients of epoch {epoch}, step {step}'
         batch = run.batches.prepare(batch, training=True)
         group = step // accum
         group_size = min(accum, total - group * accum)  # the last group may be smaller
@@ -259,12 +298,18 @@ class LossWatch:
         """Raise an PSTError if a loss was NaN or infinite."""
         step = int(self.first_bad)
         if step >= 0:
-            good = find_newest(self.run.output_dir) if self.run.output_dir is not None else None
+            good = self._last_good()
             raise PSTError(
                 f'The loss became NaN or infinite in epoch {self.epoch}, step {step}, at a learning rate of '
                 f'{self.lr_at[step]:.3g}. The last good checkpoint is {good or "none"}. Try a smaller --lr, '
                 f'--clip-grad, more --warmup-epochs, or --amp-dtype bfloat16.')
         self.lr_at.clear()
+
+    def _last_good(self) -> Optional[Path]:
+        try:
+            return find_newest(self.run.output_dir) if self.run.output_dir is not None else None
+        except PSTError:  # the loss matters more
+            return None
 
     def report(self, step: int, batch: Any) -> None:
         """Show the state: in the bar where there is one, and as a line of the log where not and at the end."""
@@ -363,6 +408,7 @@ def finish_epoch(
         try:
             run.log.epoch(epoch, train_metrics, eval_metrics, lr, speed)
         except (OSError, PSTError) as e:
+            check_there(run.output_dir)
             raise PSTError(
                 f'Cannot write the log to {run.output_dir}: {e}. The last checkpoint there is intact: make room, and '
                 f'start again with --resume auto.') from e
@@ -370,19 +416,21 @@ def finish_epoch(
         result.best_metric, result.best_epoch = run.saver.save_epoch(epoch, eval_metrics.get(run.args.eval_metric))
 
 
-def remove_recovery(run: Run) -> None:
-    """Remove the recovery checkpoints of a run that has come to its end: nothing will go on from them."""
-    if run.output_dir is not None:
-        for path in run.output_dir.glob('recovery-*.pth.tar'):
-            path.unlink(missing_ok=True)
-
-
 def prepare(args: Namespace) -> Run:
     """Make every part of a training run; what is wrong with the arguments or the data shows here.
 
-    What is cheap to check comes first: the data is opened before a model is made, and weights are fetched last.
+    What is cheap to check comes first: the data is opened before a model is made, and weights are fetched last. The
+    folder of the run is as it was until nothing can be wrong any more.
     """
+    with ExitStack() as hold:
+        run = _prepare(args, hold)
+        run.hold = hold.pop_all()
+    return run
+
+
+def _prepare(args: Namespace, hold: ExitStack) -> Run:
     given = copy.deepcopy(args)
+    check_resume(args)
     factories.import_modules(args.device_modules)
     device = factories.init_device(args)
     dtype = factories.resolve_dtype(args)
@@ -395,6 +443,12 @@ def prepare(args: Namespace) -> Run:
     explicit_classes = args.num_classes is not None
     in_chans = expected_channels(args)
     splits = open_train_splits(args, in_chans)
+    check_ranks(args, splits.train)
+    folder, checkpoint = on_first(args, lambda: claim_folder(args, hold, '') if args.experiment else (None, None))
+    if args.resume and args.resume != 'auto':
+        checkpoint = Path(args.resume)
+    saved = read_saved(checkpoint) if checkpoint is not None else {}
+
     random_seed(args.seed, args.rank)
     model = factories.create_train_model(args)
     if args.in_chans != in_chans:  # only a model from a folder or the Hub can surprise
@@ -421,16 +475,12 @@ def prepare(args: Namespace) -> Run:
             device=torch.device('cpu') if args.model_ema_force_cpu else None,
         )
 
-    folder = run_folder(args, given, data_config)
-    start, checkpoint = resume_run(args, folder, task, optimizer, loss_scaler)
-    saver = log = None
-    if folder is not None:
-        saver = AtomicSaver(
-            task, folder, facts, optimizer=optimizer, args=args,
-            amp_scaler=loss_scaler, max_history=args.checkpoint_hist, decreasing=args.eval_metric == 'loss')
-        if checkpoint is not None and checkpoint.parent.resolve() == folder.resolve():
-            saver.load_state_dict_from_checkpoint(str(checkpoint))
-        log = RunLog(args, folder, start.epoch)
+    stream = Stream(args.world_size, len(data.train), len(splits.train) if hasattr(splits.train, '__len__') else None)
+    start = Position()
+    if checkpoint is not None:
+        start = load_run(args, checkpoint, saved, task, optimizer, loss_scaler, stream, class_names(splits.train))
+    if args.start_epoch is not None:
+        start = Position(args.start_epoch)
 
     if args.torchcompile:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
@@ -442,6 +492,7 @@ def prepare(args: Namespace) -> Run:
 
     updates_per_epoch = math.ceil(len(data.train) / args.grad_accum_steps)
     scheduler, num_epochs = factories.schedule_for(args, optimizer, updates_per_epoch)
+    check_start(args, start, num_epochs, checkpoint)
     run = Run(
         args=args,
         device=device,
@@ -455,16 +506,24 @@ def prepare(args: Namespace) -> Run:
         autocast=factories.autocast_for(args, device),
         loss_scaler=loss_scaler,
         output_dir=folder,
-        saver=saver,
-        log=log,
+        saver=None,
+        log=None,
         start=start,
+        hold=hold,
     )
     move_schedule(run)
+    if not args.experiment:
+        name = '-'.join([
+            datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(data_config['input_size'][-1])])
+        run.output_dir, _ = on_first(args, lambda: claim_folder(args, hold, name))
+    run.output_dir = run.output_dir if is_primary(args) else None
+    entries = {FACTS_KEY: facts, 'stream': stream._asdict()}
+    on_first(args, lambda: open_folder(run, given, entries, checkpoint, saved))
     params = sum(p.numel() for p in model.parameters())
     _logger.info(
         f'{safe_model_name(args.model)}: {params:,} parameters, {args.num_classes} classes, input '
         f'{"x".join(map(str, data_config["input_size"]))}, on {device} x {args.world_size}, learning rate '
-        f'{args.lr:.3g}, epochs {start.epoch} to {num_epochs}' + (f', in {folder}' if folder else ''))
+        f'{args.lr:.3g}, epochs {start.epoch} to {num_epochs}' + (f', in {run.output_dir}' if run.output_dir else ''))
     return run
 
 
@@ -493,42 +552,153 @@ def move_schedule(run: Run) -> None:
         run.start.epoch * run.updates_per_epoch + run.start.step // run.args.grad_accum_steps)
 
 
-def run_folder(args: Namespace, given: Namespace, data_config: Dict[str, Any]) -> Optional[Path]:
-    """Make the folder of the run, with args.yaml in it; None in all processes but the first."""
+def check_resume(args: Namespace) -> None:
+    """Make sure that the flags say which run to go on with."""
     if args.resume == 'auto' and not args.experiment:
         raise PSTError('--resume auto needs --experiment, to know which run to go on with.')
-    if not is_primary(args):
-        return None
-    name = args.experiment or '-'.join([
-        datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(data_config['input_size'][-1])])
-    folder = Path(args.output or 'output/train') / name
+    if args.resume == 'auto' and args.overwrite:
+        raise PSTError('--resume auto goes on with the run that is there, --overwrite removes it: choose one.')
+
+
+def check_start(args: Namespace, start: Position, num_epochs: int, checkpoint: Optional[Path]) -> None:
+    """Make sure that there is something to train, or that all of it was.
+
+    Raises:
+        PSTError: If the run would start behind its end.
+    """
+    if args.start_epoch is not None and start.epoch >= num_epochs:
+        raise PSTError(
+            f'--start-epoch {args.start_epoch} is behind the last of the {num_epochs} epochs, {num_epochs - 1}: '
+            f'choose an earlier one, or more --epochs.')
+    if start > (num_epochs, 0):
+        raise PSTError(
+            f'{checkpoint} has trained {start.epoch} epochs already, and --epochs asks for {num_epochs}: choose more, '
+            f'or another checkpoint.')
+    if start == (num_epochs, 0):
+        _logger.info(f'{checkpoint} is the end of a run of {num_epochs} epochs: there is nothing left to train.')
+
+
+def claim_folder(args: Namespace, hold: ExitStack, name: str) -> Tuple[Path, Optional[Path]]:
+    """Have the folder of the run, and look what is in it; for the first process alone.
+
+    Args:
+        args: Arguments of the run.
+        hold: Where the folder is held until the run ends.
+        name: Name of the run, if it was given none.
+
+    Returns:
+        The folder, and the checkpoint that --resume auto goes on from.
+
+    Raises:
+        PSTError: If another run is at work there, or has been.
+    """
+    output = Path(args.output or 'output/train')
+    folder = output / args.experiment if args.experiment else free_folder(output / name)
+    hold.enter_context(claimed(folder))
+    if args.resume == 'auto':
+        newest = find_newest(folder)
+        if newest is None:
+            check_unused(folder, rows=1)  # the first may have been written before the first checkpoint
+            _logger.info('No checkpoint to resume, starting afresh.')
+        return folder, newest
+    if not args.overwrite and not (args.resume and is_in(Path(args.resume), folder)):
+        check_unused(folder)
+    return folder, None
+
+
+def is_in(path: Path, folder: Path) -> bool:
+    """Whether a file is in a folder itself."""
+    return path.parent.resolve() == folder.resolve()
+
+
+def open_folder(
+        run: Run,
+        given: Namespace,
+        entries: Dict[str, Any],
+        checkpoint: Optional[Path],
+        saved: Dict[str, Any],
+) -> None:
+    """Make the folder that of this run, and what writes to it; for the first process alone.
+
+    Args:
+        run: The run.
+        given: Its arguments as they were given.
+        entries: What its checkpoints tell beside the state.
+        checkpoint: The checkpoint it goes on from, or None.
+        saved: Content of that checkpoint.
+
+    Raises:
+        PSTError: If that would end a run that is there, or cannot be written.
+    """
+    args, folder = run.args, run.output_dir
+    own = checkpoint is not None and is_in(checkpoint, folder)
+    if own and not args.overwrite:
+        further = states_beyond(folder, run.start)[0]
+        if further:
+            position, path = further[0]
+            raise PSTError(
+                f'{path} has come further (epoch {position.epoch}, step {position.step}) than where this run would go '
+                f'on (epoch {run.start.epoch}, step {run.start.step}): --resume auto alone goes on from there, '
+                f'--overwrite removes it, and another --experiment leaves it alone.')
+    log = RunLog(args, folder, run.start.epoch if own else 0)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_yaml(given, str(folder / 'args.yaml'))
+        if args.overwrite:
+            remove_states_beyond(folder, run.start) if own else remove_run(folder)
+        remove_leftovers(folder)
+        # started again, the same file must not remove what this run has done
+        write_yaml(Namespace(**dict(vars(given), overwrite=False)), str(folder / 'args.yaml'))
+        log.open()
     except (OSError, PSTError) as e:
         raise PSTError(f'Cannot write to {folder} ({getattr(e, "strerror", e)}): choose another --output.') from e
-    return folder
+    run.hold.callback(log.close)
+    run.log = log
+    run.saver = AtomicSaver(
+        run.task, folder, entries, optimizer=run.optimizer, args=args, amp_scaler=run.loss_scaler,
+        max_history=args.checkpoint_hist, decreasing=args.eval_metric == 'loss')
+    if own:
+        run.saver.load_state_dict(saved.get('saver'))
+        if 'eval_metric' in changed_settings(saved, args):
+            run.saver.forget_metrics()
+        run.saver.mend_best()
 
 
-def resume_run(
+def load_run(
         args: Namespace,
-        folder: Optional[Path],
+        checkpoint: Path,
+        saved: Dict[str, Any],
         task: TrainingTask,
         optimizer: torch.optim.Optimizer,
         loss_scaler: Optional[NativeScaler],
-) -> Tuple[Position, Optional[Path]]:
-    """Load the checkpoint that --resume names or finds; returns where to go on, and the checkpoint."""
-    path = Path(args.resume) if args.resume and args.resume != 'auto' else None
-    if args.resume == 'auto':
-        found = [find_newest(folder) if folder is not None else None]
-        if args.distributed:
-            dist.broadcast_object_list(found)
-        path = found[0]
-        _logger.info(f'Going on from {path}.' if path else 'No checkpoint to resume, starting afresh.')
-    position = Position()
-    if path is not None:
-        keep = not args.no_resume_opt
-        position = resume(path, task, optimizer if keep else None, loss_scaler if keep else None)
-    if args.start_epoch is not None:
-        position = Position(args.start_epoch)
-    return position, path
+        stream: Stream,
+        names: Optional[List[str]],
+) -> Position:
+    """Go on from a checkpoint; what is otherwise than in the run that wrote it is done and said, or refused.
+
+    Args:
+        args: Arguments of the run, resolved.
+        checkpoint: The checkpoint.
+        saved: Its content, without the weights.
+        task: The task, before it is wrapped for several processes.
+        optimizer: The optimizer.
+        loss_scaler: The loss scaler, if there is one.
+        stream: The batches of an epoch.
+        names: Names of the classes in the order of the labels, if known.
+
+    Returns:
+        Where the checkpoint stands.
+    """
+    position = position_of(saved, checkpoint)
+    check_changes(saved, checkpoint, args, position if args.start_epoch is None else Position(), stream, names)
+    keep = not args.no_resume_opt
+    restore = keep_settings(optimizer, changed_settings(saved, args), args)
+    resume(checkpoint, saved, task, optimizer if keep else None, loss_scaler if keep else None)
+    restore()
+    _logger.info(f'Going on from {checkpoint}, epoch {position.epoch}, step {position.step}.')
+    return position
+
+
+def remove_recovery(folder: Path) -> None:
+    """Remove the recovery checkpoints of a run that has come to its end: nothing will go on from them."""
+    for path in folder.glob('recovery-*.pth.tar'):
+        path.unlink(missing_ok=True)
+    remove_leftovers(folder)

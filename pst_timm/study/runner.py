@@ -14,16 +14,17 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Deque, Dict, Iterable, List, Optional
 
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from pst_timm.utils.errors import PSTError, did_you_mean
 from pst_timm.utils.files import write_text
+from pst_timm.utils.locks import Locked, locked
 
 from .cell import RECORD, check_packages, read_record, run_cell, settings_of
 from .collection import check_tables, collect, merge
@@ -181,14 +182,15 @@ def run_one(
     if child:
         stop_with_parent()
     output = output / study.name
-    lock = FileLock(output / id / 'cell.lock')
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        # a cell of a study that was killed may still be writing its last checkpoint
-        _logger.info(f'{id}: another process is at work on it, waiting for its end.')
-        held = lock.acquire()
-    with held:
+    lock = output / id / 'cell.lock'
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(lock))
+        except Locked as e:
+            # a cell of a study that was killed may still be writing its last checkpoint
+            _logger.info(f'{id}: {e} is at work on it, waiting for its end.')
+            held.enter_context(locked(lock, wait=True))
         if not finished(cells[id], output):
             run_cell(cells[id], data_dir, output, device, jobs)
 
@@ -219,15 +221,16 @@ def run_study(
     """
     folder = output / study.name
     try:
-        with FileLock(folder / 'study.lock', timeout=0):
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / 'study.lock'):
             failed = run_cells(study, config, data_dir, folder, results, device, jobs)
             if failed:
                 raise PSTError(
                     f'{len(failed)} cells failed: {", ".join(failed)}. Their logs say why; start the study again to '
                     f'run what is missing.')
             merge(results, study, 'latency', measure_latency(study, device))
-    except Timeout:
-        raise PSTError(f'This study is already at work in {folder}: wait, or choose another --output.') from None
+    except Locked as e:
+        raise PSTError(f'This study is already at work in {folder} ({e}): wait, or choose another --output.') from None
     except OSError as e:
         raise PSTError(f'{e}. Make room, or mend the permissions; the same command goes on where it was.') from e
 

@@ -1,4 +1,7 @@
 """Two processes train what one would."""
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 
@@ -8,6 +11,7 @@ from torch import nn
 
 from pst_timm.engine import train
 from pst_timm.engine.args import write_yaml
+from pst_timm.engine.recovery import check_checkpoint
 
 from .helpers import ROOT, assert_same_weights, load_weights, script_env, tiny_train_args, write_images
 
@@ -89,3 +93,56 @@ def test_elastic_restarts_go_on_from_the_newest_checkpoint(data, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count('Going on from') == 2
     assert_same_weights(*(load_weights(tmp_path / name / 'last.pth.tar') for name in ('run', 'calm/run')))
+
+
+def start_two(folder, scripts, *args):
+    """Start two processes that find each other without torchrun, which would end one when the other ends."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank, (script, values) in enumerate(zip(scripts, args)):
+        write_yaml(values, folder / f'config{rank}.yaml')
+        env = script_env(MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        env.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
+        processes.append(subprocess.Popen(
+            [sys.executable, str(ROOT / script[0]), *script[1:], '--config', str(folder / f'config{rank}.yaml')],
+            env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    return processes
+
+
+def last_sentence(said):
+    assert said.count('error: ') == 1 and 'Traceback' not in said, said
+    return said.split('error: ')[1]
+
+
+def test_processes_that_see_other_classes(data, tmp_path):
+    """As many of them, and as many images, so that nothing else would show it."""
+    other = shutil.copytree(data, tmp_path / 'other')
+    for split in ('train', 'validation'):
+        (other / split / 'class0').rename(other / split / 'class9')
+    processes = start_two(tmp_path, [['train.py']] * 2, *(tiny_train_args(d, tmp_path) for d in (data, other)))
+    for process in processes:
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 1, said
+        assert 'Process 1 sees other training data than process 0: classes of other names' in last_sentence(said)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('number, timeout, told', [
+    (signal.SIGSTOP, 10., 'Process 0 has waited 10 s for the others at the gradients of epoch 1, step 1'),
+    (signal.SIGKILL, 600., 'Process 0 has lost another of the 2 at the gradients of epoch 1, step'),
+], ids=lambda v: v.name if isinstance(v, signal.Signals) else '')
+def test_a_process_that_is_missing_is_said(data, tmp_path, number, timeout, told):
+    args = tiny_train_args(data, tmp_path, epochs=3, batch_size=4, dist_timeout=timeout)
+    first, second = start_two(
+        tmp_path, [['train.py'], ['tests/engine/crash.py', f'step:4:{number.name}']], args, args)
+    try:
+        said = first.communicate(timeout=120)[1]
+    finally:
+        second.kill()
+        second.communicate()
+    assert first.returncode == 1, said
+    sentence = last_sentence(said)
+    assert told in sentence and 'start again with --resume auto' in sentence
+    check_checkpoint(tmp_path / 'run' / 'last.pth.tar')

@@ -133,7 +133,7 @@ def test_trunk_warm_start(images, tmp_path):
     trunk = {k: v + 1 for k, v in source.state_dict().items() if k.startswith(('conv1', 'bn1', 'layer'))}
     torch.save(trunk, tmp_path / 'trunk.pth')
     result = train(tiny_train_args(
-        images, tmp_path, epochs=1, trunk_checkpoint=str(tmp_path / 'trunk.pth'), freeze_trunk=True))
+        images, tmp_path / 'good', epochs=1, trunk_checkpoint=str(tmp_path / 'trunk.pth'), freeze_trunk=True))
     after = last_weights(result)
     assert all(torch.equal(after[k], v) for k, v in trunk.items())
     with pytest.raises(PSTError, match=r'--trunk-checkpoint resnet50.pth: .*[Nn]o checkpoint'):
@@ -217,7 +217,7 @@ def test_the_curve_says_of_what_it_is(images, tmp_path, monkeypatch):
 
 def test_a_new_class_count_starts_the_classifier_anew(images, start, tmp_path, caplog):
     run = prepare(tiny_train_args(
-        images, tmp_path, num_classes=3, initial_checkpoint=str(start[0])))
+        images, tmp_path / 'same', num_classes=3, initial_checkpoint=str(start[0])))
     assert_same_weights(run.task.get_eval_model().state_dict(), start[1])
     with pytest.raises(PSTError, match='use --num-classes 3'):
         prepare(tiny_train_args(images, tmp_path, num_classes=4, initial_checkpoint=str(start[0])))

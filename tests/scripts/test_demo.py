@@ -76,18 +76,19 @@ def test_the_command_to_go_on_is_one_that_can_be_typed(tmp_path, monkeypatch):
     assert command_to_go_on(['--epochs', '1']) == '/usr/bin/python3 -m scripts.demo --epochs 1 --resume auto'
 
 
-def test_a_new_demo_does_not_go_on_with_an_older_one(tmp_path, monkeypatch):
+def test_a_new_demo_takes_the_place_of_an_older_one(tmp_path, monkeypatch):
+    asked = []
+
     def stop(args):
+        asked.append((args.resume, args.overwrite))
         raise Interrupted('stopped')
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, 'train', stop)
     monkeypatch.setattr(demo, 'write_digits', lambda folder: (0, 0))
-    old = tmp_path / 'output/demo/recovery-8-3.pth.tar'
-    old.parent.mkdir(parents=True)
-    old.touch()
-    assert demo.main(['--resume', 'auto']) == 75 and old.exists()
-    assert demo.main([]) == 75 and not old.exists()
+    for words in (['--resume', 'auto'], [], ['--experiment', 'mine']):
+        assert demo.main(words) == 75
+    assert asked == [('auto', False), ('', True), ('', False)]
 
 
 def test_a_wrong_flag_is_named(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from filelock import FileLock
 
 from pst_timm.commands.study import main
 from pst_timm.engine import validate, validate_args
@@ -22,6 +21,7 @@ from pst_timm.study.config import Study, choose_classes, read_study
 from pst_timm.study.runner import epochs_done, finished, make_slots
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import read_csv
+from pst_timm.utils.locks import locked
 from tests.engine.helpers import ROOT, TINY, script_env, write_images
 
 CONFIGS = sorted((ROOT / 'configs' / 'study').glob('*.yaml'))
@@ -301,7 +301,7 @@ class TestBeforeTheFirstCell:
 
     def test_the_same_study_at_work(self, data, tmp_path, capsys):
         config = write_config(tmp_path)
-        with FileLock(tmp_path / 'output' / 'toy' / 'study.lock'):
+        with locked(tmp_path / 'output' / 'toy' / 'study.lock'):
             assert 'already at work in' in self.refused(capsys, tmp_path, config, data, tmp_path)
 
     def test_an_output_that_cannot_be_written(self, data, tmp_path, capsys):

@@ -1,0 +1,153 @@
+"""What a run that goes on does otherwise than the one that wrote its checkpoint: done and said, or refused."""
+import logging
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+import torch
+from timm.utils import is_primary
+
+from pst_timm.checkpoints.facts import as_plain
+from pst_timm.checkpoints.reading import FACTS_KEY
+from pst_timm.utils.errors import PSTError
+
+from .flags import keys_with_role
+from .recovery import Position
+
+__all__ = ['Stream', 'changed_settings', 'check_changes', 'keep_settings']
+
+_logger = logging.getLogger(__name__)
+
+# weights to begin with mean nothing to a run that goes on, and --lr-base counts in the learning rate it leads to
+WITHOUT_EFFECT = {
+    'pretrained', 'pretrained_path', 'initial_checkpoint', 'trunk_checkpoint', 'use_ema', 'head_init_scale',
+    'head_init_bias', 'lr_base', 'lr_base_size', 'lr_base_scale', 'device_modules',
+}
+# flags that decide which images a batch of an epoch has
+ORDER = ('batch_size', 'grad_accum_steps', 'seed', 'aug_repeats', 'epoch_repeats')
+# flags that an optimizer keeps in its parameter groups
+IN_GROUPS = dict(
+    lr=('lr', 'initial_lr'), weight_decay=('weight_decay',), momentum=('momentum', 'betas'), opt_betas=('betas',),
+    opt_eps=('eps',), layer_decay=('lr_scale',), layer_decay_min_scale=('lr_scale',))
+
+
+class Stream(NamedTuple):
+    """Batches of an epoch, as far as they can be told without reading them."""
+    world_size: int
+    batches: int
+    images: Optional[int]
+    """Images of the training split, None where nobody knows."""
+
+
+def changed_settings(saved: Dict[str, Any], args: Namespace) -> Dict[str, Any]:
+    """Flags about model, data and training whose values are not those that a checkpoint was written with.
+
+    Args:
+        saved: Content of the checkpoint.
+        args: Arguments of this run, resolved.
+
+    Returns:
+        The values in the checkpoint by key.
+    """
+    then = saved.get('args')
+    then = vars(then) if isinstance(then, Namespace) else {}
+    keys = [k for k in keys_with_role('model', 'preprocessing', 'recipe', 'data') if k not in WITHOUT_EFFECT]
+    return {k: then[k] for k in keys if k in then and as_plain(then[k]) != as_plain(getattr(args, k, None))}
+
+
+def check_changes(
+        saved: Dict[str, Any],
+        path: Path,
+        args: Namespace,
+        position: Position,
+        stream: Stream,
+        names: Optional[Sequence[str]],
+) -> None:
+    """Say what a run does otherwise than the one that wrote a checkpoint.
+
+    Args:
+        saved: Content of the checkpoint.
+        path: The checkpoint.
+        args: Arguments of this run, resolved.
+        position: Where it goes on.
+        stream: The batches of its epochs.
+        names: Names of its classes in the order of the labels, if known.
+
+    Raises:
+        PSTError: If the run cannot go on like this.
+    """
+    _check_names(names, _label_names(saved), 'the data', f'the checkpoint {path}')
+    changed = changed_settings(saved, args)
+    if 'opt' in changed and not args.no_resume_opt:
+        raise PSTError(
+            f'--opt {args.opt} cannot go on from {path}, which holds the state of {changed["opt"]}: add '
+            f'--no-resume-opt to begin with a fresh state, or take --opt {changed["opt"]}.')
+    told = [f'--{k.replace("_", "-")} {getattr(args, k)} (was {v})' for k, v in changed.items()]
+    other = _other_stream(saved, stream)
+    within = [f'--{k.replace("_", "-")}' for k in ORDER if k in changed] + other
+    if position.step and within:
+        raise PSTError(
+            f'{path} stands in the middle of epoch {position.epoch}, whose batches would be other ones now: '
+            f'{"; ".join(t for t in told if t.split()[0] in within) or "; ".join(other)}. Go on as that run did, or '
+            f'from the end of an epoch: --resume FILE with last.pth.tar, if there is one, and --overwrite.')
+    if (told or other) and is_primary(args):
+        _logger.warning(f'Going on otherwise than {path} was written: {"; ".join(told + other)}.')
+
+
+def _other_stream(saved: Dict[str, Any], stream: Stream) -> List[str]:
+    """In words, what is not as it was in the batches of an epoch."""
+    then = saved.get('stream')
+    then = then if isinstance(then, dict) else {}
+    words = dict(world_size='processes', batches='batches in an epoch', images='training images')
+    # fewer batches follow from the rest, and are told only where the rest is the same
+    found = [
+        f'{getattr(stream, k)} {what} (were {then[k]})' for k, what in words.items()
+        if then.get(k) is not None and then[k] != getattr(stream, k)]
+    return found if len(found) < 2 else [text for text in found if words['batches'] not in text]
+
+
+def _label_names(saved: Dict[str, Any]) -> Optional[List[str]]:
+    facts = saved.get(FACTS_KEY)
+    cfg = facts.get('pretrained_cfg') if isinstance(facts, dict) else None
+    names = cfg.get('label_names') if isinstance(cfg, dict) else None
+    return names if isinstance(names, list) else None
+
+
+def _check_names(
+        found: Optional[Sequence[str]],
+        expected: Optional[Sequence[str]],
+        found_in: str,
+        expected_in: str,
+) -> None:
+    if not found or not expected or list(found) == list(expected):
+        return
+    odd = next((i for i, (a, b) in enumerate(zip(found, expected)) if a != b), min(len(found), len(expected)))
+    here, there = (repr(n[odd]) if odd < len(n) else 'missing' for n in (found, expected))
+    raise PSTError(
+        f'Class {odd} is {here} in {found_in} and {there} in {expected_in}: the labels would mean other things. Give '
+        f'the run the folders it began with, or a --class-map.')
+
+
+def keep_settings(optimizer: torch.optim.Optimizer, changed: Dict[str, Any], args: Namespace) -> Any:
+    """Note the settings of a fresh optimizer that its state in a checkpoint would undo.
+
+    Args:
+        optimizer: The optimizer, made from the arguments.
+        changed: From `changed_settings`.
+        args: Arguments of this run.
+
+    Returns:
+        A function to call once the state is loaded.
+    """
+    keys = {name for flag, names in IN_GROUPS.items() if flag in changed for name in names}
+    if 'opt_kwargs' in changed:
+        keys |= {*args.opt_kwargs, *as_plain(changed['opt_kwargs'])}
+    wanted = [{k: group[k] for k in keys if k in group} for group in optimizer.param_groups]
+
+    def restore() -> None:
+        for group, settings in zip(optimizer.param_groups, wanted):
+            if 'initial_lr' in keys:
+                group.pop('initial_lr', None)  # which the schedule notes anew
+            group.update(settings)
+
+    return restore
