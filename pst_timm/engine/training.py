@@ -26,7 +26,14 @@ from tqdm import tqdm
 from pst_timm.checkpoints.building import check_model_name
 from pst_timm.checkpoints.facts import as_plain, describe
 from pst_timm.data.datasets import check_classes, class_names
-from pst_timm.data.loaders import TrainData, checked_batches, create_train_data, open_train_splits, report_bad_images
+from pst_timm.data.loaders import (
+    TrainData,
+    checked_batches,
+    create_train_data,
+    open_train_splits,
+    plain_worker_errors,
+    report_bad_images,
+)
 from pst_timm.utils.devices import choose_threads
 from pst_timm.utils.errors import Interrupted, PSTError
 from pst_timm.utils.progress import progress_bar
@@ -118,7 +125,7 @@ def train(args: Namespace) -> TrainResult:
         result.best_metric, result.best_epoch = run.saver.best_metric, run.saver.best_epoch
     stop = StopSignals(run.args.distributed)
     try:
-        with stop:
+        with stop, plain_worker_errors():
             train_epochs(run, stop, result)
         remove_recovery(run)
         if run.args.distributed:

@@ -23,7 +23,7 @@ from pst_timm.data.datasets import (
     class_names,
     create_eval_dataset,
 )
-from pst_timm.data.loaders import create_eval_loader
+from pst_timm.data.loaders import create_eval_loader, plain_worker_errors
 from pst_timm.metrics.answers import Answers
 from pst_timm.metrics.base import Metric
 from pst_timm.metrics.calibration import Calibration
@@ -65,7 +65,8 @@ def validate(args: Namespace) -> List[Results]:
     results = []
     for job in jobs:
         try:
-            results += _validate_with_retry(job)
+            with plain_worker_errors():
+                results += _validate_with_retry(job)
         except PSTError as e:
             if len(jobs) == 1:
                 raise
