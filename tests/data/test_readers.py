@@ -226,7 +226,7 @@ def test_class_maps_that_are_none(tmp_path, content, message):
     dict(cat=-1), dict(cat='0'), dict(cat=1.5), dict(cat=True), ['cat'], {}, Image.Transpose.ROTATE_90])
 def test_pickled_class_maps_that_are_none(tmp_path, content):
     (tmp_path / 'map.pkl').write_bytes(pickle.dumps(content))
-    with pytest.raises(PSTError, match='expected a whole number from 0 on|not a pickled dict|is empty'):
+    with pytest.raises(PSTError, match=r'expected a whole number from 0 on|not a pickled dict|is empty'):
         read_class_map(str(tmp_path / 'map.pkl'))
 
 
@@ -239,7 +239,7 @@ def test_a_class_map_says_what_it_leaves_out(tmp_path, caplog):
     assert '2 image(s) of 1 class(es) that --class-map does not name (dog)' in caplog.text
     assert '1 class(es) of --class-map that have no images here (fox)' in caplog.text
     (tmp_path / 'map.txt').write_text('dogs 0\n')
-    with pytest.raises(PSTError, match="--class-map names no folder .* first name is 'dogs 0', .* Did you mean dog"):
+    with pytest.raises(PSTError, match=r"--class-map names no folder .* first name is 'dogs 0', .* Did you mean dog"):
         opened(tmp_path, class_map='map.txt')
 
 
