@@ -2,13 +2,14 @@
 import logging
 import warnings
 from argparse import Namespace
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 from timm.data import FastCollateMixup, Mixup, create_loader
 from timm.utils import is_primary
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pst_timm.utils.devices import available_cores
 from pst_timm.utils.errors import PSTError
@@ -22,11 +23,11 @@ from .datasets import (
     is_folder_or_tar,
     open_dataset,
 )
-from .on_device import DeviceLoader, RandomCrop, check_flags, reading_loader, store, storing_transform
+from .on_device import DeviceLoader, RandomCrop, check_flags, check_memory, reading_loader, store, storing_transform
 
 __all__ = [
     'TrainData', 'TrainSplits', 'bad_images', 'checked_batches', 'create_eval_loader', 'create_train_data',
-    'open_train_splits', 'report_bad_images',
+    'open_train_splits', 'plain_worker_errors', 'report_bad_images',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -173,6 +174,7 @@ def create_train_data(
             crop = RandomCrop(
                 data_config['input_size'][-2:], args.scale, args.ratio, args.hflip, args.vflip, interpolation)
             dataset.transform = storing_transform(args.stored_size)
+        _check_memory(args, splits, data_config)
         loader, mixup_fn = _move_to_device(args, loader, 'training', crop, mixup_fn), None
     evaluation = None
     if splits.evaluation is not None:
@@ -180,6 +182,20 @@ def create_train_data(
             args, splits.evaluation, data_config, args.validation_batch_size or args.batch_size, dtype,
             distributed=args.distributed)
     return TrainData(loader, evaluation, mixup_fn)
+
+
+def _check_memory(args: Namespace, splits: TrainSplits, data_config: Dict[str, Any]) -> None:
+    """Raise an PSTError if either split will not fit on the device, before the images of the first one are read."""
+    if isinstance(splits.train, IterableDataset):  # which is refused for what it is
+        return
+    size, side = tuple(data_config['input_size']), args.stored_size
+    if args.no_aug:
+        stored = size
+    else:
+        stored = (size[0], side, side) if side else splits.train[0][0].shape
+    check_memory(len(splits.train), stored, torch.device(args.device), 'training')
+    if splits.evaluation is not None:
+        check_memory(len(splits.evaluation), size, torch.device(args.device), 'validation')
 
 
 def _create_mixup(args: Namespace) -> Tuple[Optional[Callable], Optional[Mixup]]:
@@ -221,6 +237,8 @@ def create_eval_loader(
         distributed=distributed,
         **_loader_kwargs(args, data_config, dtype),
     )
+    if args.data_on_device and not isinstance(dataset, IterableDataset):
+        check_memory(len(dataset), data_config['input_size'], torch.device(args.device), 'validation')
     # here the stored images are those that the transform of inference makes
     return _move_to_device(args, loader, 'validation') if args.data_on_device else loader
 
@@ -247,6 +265,24 @@ def checked_batches(loader: DataLoader) -> Iterator[Any]:
     except PSTError:
         report_bad_images(loader)  # the same complaint, without the worker's traceback
         raise
+
+
+@contextmanager
+def plain_worker_errors() -> Iterator[None]:
+    """Turn the end of a loader worker, which torch tells of wherever the process is, into a sentence for people.
+
+    Raises:
+        PSTError: If a worker was killed or ended by itself.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        if isinstance(e, PSTError) or not str(e).startswith('DataLoader worker'):
+            raise
+        text = ' '.join(str(e).split()).rstrip('.')
+        raise PSTError(
+            f'A process that loads images has ended ({text}). As a rule the memory ran out: take fewer --workers or a '
+            f'smaller --batch-size; --workers 0 loads in this process.') from e
 
 
 def report_bad_images(loader: DataLoader) -> None:

@@ -16,7 +16,10 @@ from torchvision import transforms
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.progress import progress_bar
 
-__all__ = ['DeviceLoader', 'RandomCrop', 'StoredImages', 'check_flags', 'reading_loader', 'store', 'storing_transform']
+__all__ = [
+    'DeviceLoader', 'RandomCrop', 'StoredImages', 'check_flags', 'check_memory', 'reading_loader', 'store',
+    'storing_transform',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -151,7 +154,7 @@ def check_memory(count: int, shape: Sequence[int], device: torch.device, title: 
     need, free = count * math.prod(shape), free_memory(device)
     if free is not None and need > MEMORY_SHARE * free:
         raise PSTError(
-            f'--data-on-device: {count:,} {title} images of {"x".join(map(str, shape))} bytes need {need / 1e9:.2f} '
+            f'--data-on-device: {count:,} {title} images of {"x".join(map(str, shape))} bytes need {need / 1e9:,.2f} '
             f'GB, and {device} has {free / 1e9:.2f} GB free, of which {MEMORY_SHARE:.0%} may be images: keep them '
             f'smaller (--stored-size for training, --img-size for validation), or leave --data-on-device out.')
 

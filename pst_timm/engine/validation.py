@@ -23,7 +23,7 @@ from pst_timm.data.datasets import (
     class_names,
     create_eval_dataset,
 )
-from pst_timm.data.loaders import create_eval_loader
+from pst_timm.data.loaders import create_eval_loader, plain_worker_errors
 from pst_timm.metrics.answers import Answers
 from pst_timm.metrics.base import Metric
 from pst_timm.metrics.calibration import Calibration
@@ -65,7 +65,8 @@ def validate(args: Namespace) -> List[Results]:
     results = []
     for job in jobs:
         try:
-            results += _validate_with_retry(job)
+            with plain_worker_errors():
+                results += _validate_with_retry(job)
         except PSTError as e:
             if len(jobs) == 1:
                 raise
@@ -248,16 +249,16 @@ def check_labels(
     """
     if args.real_labels:  # which go by the names of the files
         return
-    check_classes(dataset, args.num_classes if labels is None else len(labels), explicit, args.split)
     model = args.checkpoint or args.model
     if args.class_map and labels is None:
         check_mapped_names(dataset, known, model)
-        return
-    expected = known if labels is None else [known[i] for i in labels if 0 <= i < len(known)]
-    check_class_names(
-        class_names(dataset), expected, f'the {args.split!r} split', model,
-        'Where folders have other names, or are but some of the classes, say which is which with --class-map (the '
-        'folder names in the order of the outputs, one a line) or --valid-labels.')
+    else:
+        expected = known if labels is None else [known[i] for i in labels if 0 <= i < len(known)]
+        check_class_names(
+            class_names(dataset), expected, f'the {args.split!r} split', model,
+            'Where folders have other names, or are but some of the classes, say which is which with --class-map (the '
+            'folder names in the order of the outputs, one a line) or --valid-labels.')
+    check_classes(dataset, args.num_classes if labels is None else len(labels), explicit, args.split)
 
 
 def check_sweep(args: Namespace, model: nn.Module) -> None:

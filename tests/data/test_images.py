@@ -1,7 +1,9 @@
 """Images are read as a person sees them; what is none is named."""
+import os
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pst_timm.data.images import find_images, open_image
 from pst_timm.utils.errors import PSTError
@@ -30,6 +32,52 @@ def test_images_are_opened_as_a_person_sees_them(tmp_path):
     np.testing.assert_array_equal(open_image(path), pixels[..., :1].repeat(3, axis=2))
     Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(path)
     np.testing.assert_array_equal(open_image(path, 'L'), pixels[..., 0])
+
+
+def test_damaged_notes_beside_the_pixels_do_no_harm(tmp_path):
+    Image.fromarray(noise((8, 8, 3))).save(tmp_path / 'x.jpg', exif=b'Exif\0\0MM\0*\0\0\0\x08\xff\xff' + b'\xff' * 40)
+    assert open_image(tmp_path / 'x.jpg').size == (8, 8)
+    Image.fromarray(noise((8, 8, 3))).save(tmp_path / 'y.jpg', exif=b'Exif\0\0no notes at all')
+    assert open_image(tmp_path / 'y.jpg').size == (8, 8)
+
+
+@pytest.mark.parametrize('ending', ['jpg', 'png', 'tif', 'webp'])
+@pytest.mark.parametrize('turn', range(1, 9))
+def test_every_turn_is_that_of_pillow(tmp_path, ending, turn):
+    exif = Image.Exif()
+    exif[274] = turn
+    path = tmp_path / f'x.{ending}'
+    Image.fromarray(noise((4, 6, 3))).save(path, exif=exif)
+    with Image.open(path) as image:
+        expected = ImageOps.exif_transpose(image)
+        assert expected.size == ((6, 4) if turn < 5 else (4, 6))
+        np.testing.assert_array_equal(open_image(path), expected)
+
+
+def test_modes_with_transparency_keep_it(tmp_path):
+    pixels = noise((4, 6, 4))
+    Image.fromarray(pixels).save(tmp_path / 'x.png')
+    np.testing.assert_array_equal(open_image(tmp_path / 'x.png', 'RGBA'), pixels)
+
+
+def test_what_is_no_file_is_no_image(tmp_path):
+    """And nobody waits for a FIFO to be written to."""
+    os.mkfifo(tmp_path / 'x.png')
+    for path in (tmp_path / 'x.png', tmp_path, '/dev/null'):
+        with pytest.raises(PSTError, match='cannot be read as an image: it is a folder, a device, a FIFO'):
+            open_image(path)
+    (tmp_path / 'up.png').symlink_to(tmp_path)
+    with pytest.raises(PSTError, match='has no images'):
+        find_images(tmp_path, 3)
+    Image.fromarray(noise((4, 4, 3))).save(tmp_path / 'y.png')
+    assert find_images(tmp_path, 3) == ([tmp_path / 'y.png'], 1)
+
+
+def test_an_image_of_dishonest_size_is_unreadable(tmp_path, monkeypatch):
+    Image.new('L', (64, 64)).save(tmp_path / 'x.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
+    with pytest.raises(PSTError, match=r'x.png cannot be read as an image: .*decompression bomb'):
+        open_image(tmp_path / 'x.png')
 
 
 def test_what_is_no_image_is_named(tmp_path):
