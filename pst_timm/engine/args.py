@@ -176,7 +176,7 @@ def _wrong_together(args: Namespace) -> Iterator[str]:
     if args.torchscript and args.torchcompile:
         yield '--torchscript and --torchcompile exclude each other: choose one.'
     if args.torchcompile_mode and args.torchcompile != 'inductor':
-        yield f'--torchcompile-mode {args.torchcompile_mode} is for --torchcompile with inductor: leave one of them out.'
+        yield f'--torchcompile-mode {args.torchcompile_mode} is for --torchcompile with inductor: leave the mode out.'
     if args.amp and args.model_dtype not in (None, 'float32'):
         yield f'--amp needs float32 weights: leave out --model-dtype {args.model_dtype}, or --amp.'
     for key, flag in (('num_classes', '--num-classes'), ('pretrained', '--pretrained'), ('features_only', ''),

@@ -34,6 +34,7 @@ from pst_timm.utils.progress import progress_bar
 from . import factories
 from .args import write_yaml
 from .batches import Batches, LabelledImages
+from .dry_run import check_channels, check_input, check_recipe
 from .flags import recipe
 from .inference import evaluate
 from .progress import RunLog, StepTimer, format_metrics
@@ -392,16 +393,25 @@ def prepare(args: Namespace) -> Run:
         choose_threads()
 
     check_model_name(args.model)
+    check_recipe(args)
     explicit_classes = args.num_classes is not None
     in_chans = expected_channels(args)
+    check_channels(args, in_chans)
     splits = open_train_splits(args, in_chans)
+    if not explicit_classes and (names := class_names(splits.train)):
+        args.num_classes = len(names)
+        _logger.info(f'The {args.train_split!r} split has {len(names)} classes, and so gets the model.')
+    if args.kd_model_name:
+        factories.check_teacher(args)
     random_seed(args.seed, args.rank)
     model = factories.create_train_model(args)
     if args.in_chans != in_chans:  # only a model from a folder or the Hub can surprise
+        check_channels(args, args.in_chans)
         splits = open_train_splits(args, args.in_chans)
     check_classes(splits.train, args.num_classes, explicit_classes, args.train_split)
     frozen = apply_transfer(args, model)
     data_config = resolve_data_config(vars(args), model=model)
+    check_input(args, model, data_config, args.batch_size, splits.train, training=True)
     data = create_train_data(args, splits, data_config, dtype)
 
     facts = describe_run(given, model, data_config, splits.train)
