@@ -35,17 +35,17 @@ def check_policy(text: str) -> None:
         if kind == 'auto' and not sections:
             raise PSTError(
                 f'{text!r} is no automatic augmentation: expected rand-..., augmix-..., original, originalr, v0, v0r '
-                f'or 3a, such as rand-m7-mstd0.5-inc1') from None
-        raise PSTError(f'timm cannot read {text!r} ({e}); write it as rand-m7-mstd0.5-inc1') from None
+                f'or 3a, such as rand-m7-mstd0.5-inc1.') from None
+        raise PSTError(f'timm cannot read {text!r} ({e}); write it as rand-m7-mstd0.5-inc1.') from None
     for section in sections:
         if kind == 'rand' and section.startswith('t'):
             if section[1:] not in SETS:
-                raise PSTError(f'{text!r} names a set of operations {section!r}: expected t{", t".join(SETS)}')
+                raise PSTError(f'{text!r} names a set of operations {section!r}: expected t{", t".join(SETS)}.')
             continue
         found = re.fullmatch(r'([a-z]+)(\d.*)', section)
         if not found or found[1] not in NUMBERS[kind]:
             known = ', '.join(NUMBERS[kind])
-            raise PSTError(f'{text!r} has a part {section!r} that timm skips: expected {known} with a number each')
+            raise PSTError(f'{text!r} has a part {section!r} that timm skips: expected {known} with a number each.')
 
 
 def posterize_to_black(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:

@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are `PSTError`s."""
 
     def error(self, message: str) -> None:
-        raise PSTError(f'{message}. See {self.prog} --help.')
+        raise PSTError(f'{message.rstrip(".")}. See {self.prog} --help.')
 
 
 class _Refused(argparse.Action):
@@ -108,7 +108,7 @@ def _check_values(values: Dict[str, Any], groups: FlagGroups, where: str = '') -
             try:
                 checked[key] = flag.parse_yaml(value)
             except PSTError as e:
-                problems.append(f'{where}{key}: {e}.')
+                problems.append(f'{where}{key}: {e}')
             except (TypeError, ValueError, OverflowError):
                 problems.append(f'{where}{key} must be {flag.expected()}, got {reprlib.repr(value)}.')
     if problems:

@@ -23,7 +23,7 @@ def compile_backend(name: str) -> None:
 
     known = list_backends(exclude_tags=())
     if name not in known:
-        raise PSTError(f'torch has no compiler {name!r}.{did_you_mean(name, known)} It has {", ".join(known)}')
+        raise PSTError(f'torch has no compiler {name!r}.{did_you_mean(name, known)} It has {", ".join(known)}.')
 
 
 def compile_mode(name: str) -> None:
@@ -32,7 +32,7 @@ def compile_mode(name: str) -> None:
 
     known = list(list_mode_options())
     if name not in known:
-        raise PSTError(f'expected one of {", ".join(known)}, got {name!r}.{did_you_mean(name, known)}')
+        raise PSTError(f'expected one of {", ".join(known)}, got {name!r}.')
 
 
 def image_mode(name: str) -> None:
@@ -47,7 +47,7 @@ def channels_of_mode(name: str) -> int:
     try:
         return Image.getmodebands(name)
     except KeyError:
-        raise PSTError(f'Pillow has no images of the mode {name!r}; RGB and L are the usual ones') from None
+        raise PSTError(f'Pillow has no images of the mode {name!r}; RGB and L are the usual ones.') from None
 
 
 def optimizer(name: str) -> None:
@@ -57,11 +57,11 @@ def optimizer(name: str) -> None:
     known = list_optimizers()
     first, _, last = name.lower().rpartition('_')
     if first not in ('', 'lookahead') or last not in known:
-        raise PSTError(f'unknown optimizer {name!r}.{did_you_mean(last, known)} timm.optim.list_optimizers() lists all')
+        raise PSTError(f'unknown optimizer {name!r}.{did_you_mean(last, known)} timm.optim.list_optimizers() lists all.')
 
 
 def run_name(name: str) -> None:
     """Make sure that the folder of a run lies below --output."""
     path = PurePath(name)
     if path.is_absolute() or '..' in path.parts or '\0' in name:
-        raise PSTError(f'{name!r} is a folder outside --output: give a name, and the place with --output')
+        raise PSTError(f'{name!r} is a folder outside --output: give a name, and the place with --output.')

@@ -1,5 +1,6 @@
 """What can be known of the work before it begins: optimizer and schedule on a toy, the model on no data at all."""
 import copy
+import logging
 from argparse import Namespace
 from typing import Any, Dict, Optional, Sequence
 
@@ -17,6 +18,8 @@ from .checks import channels_of_mode
 
 __all__ = ['check_channels', 'check_input', 'check_recipe']
 
+_logger = logging.getLogger(__name__)
+
 
 def check_recipe(args: Namespace) -> None:
     """Make sure that optimizer and schedule can be had as the arguments say, on a model of one layer.
@@ -30,8 +33,8 @@ def check_recipe(args: Namespace) -> None:
     if info.second_order and args.distributed:
         raise PSTError(f'--opt {args.opt} needs second derivatives, which torch has for one process only.')
     toy = nn.Linear(4, 2)
+    _check_opt_kwargs(args)
     optimizer = factories.optimizer_for(args, toy)
-    _check_opt_kwargs(args, optimizer)
     try:
         toy(torch.ones(1, 4)).square().sum().backward(create_graph=info.second_order)
         optimizer.step()
@@ -40,16 +43,16 @@ def check_recipe(args: Namespace) -> None:
     _check_schedule(args, optimizer)
 
 
-def _check_opt_kwargs(args: Namespace, optimizer: torch.optim.Optimizer) -> None:
+def _check_opt_kwargs(args: Namespace) -> None:
     plain = Namespace(**dict(vars(args), opt_kwargs={}, opt_betas=None))
     defaults = factories.optimizer_for(plain, nn.Linear(4, 2)).defaults
-    betas = defaults.get('betas')
-    if betas is not None and len(optimizer.defaults['betas']) != len(betas):
-        raise PSTError(f'--opt {args.opt} takes {len(betas)} betas, got {len(optimizer.defaults["betas"])}.')
+    betas = args.opt_kwargs.get('betas', args.opt_betas)
+    if betas is not None and 'betas' in defaults and len(betas) != len(defaults['betas']):
+        raise PSTError(f'--opt {args.opt} takes {len(defaults["betas"])} betas, got {len(betas)}.')
     for key, value in args.opt_kwargs.items():
         if key in ('eps', 'betas') and key not in defaults:
             raise PSTError(f'--opt-kwargs {key}={value}: {args.opt} has no {key}.')
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = type(value) in (int, float)
         if isinstance(defaults.get(key), bool) and not isinstance(value, bool):
             raise PSTError(f'--opt-kwargs {key}={value}: expected True or False.')
         if isinstance(defaults.get(key), float) and not number:
@@ -69,6 +72,10 @@ def _check_schedule(args: Namespace, optimizer: torch.optim.Optimizer) -> None:
         raise PSTError(
             f'--sched {args.sched} cannot be calculated with --epochs {args.epochs}, --warmup-epochs '
             f'{args.warmup_epochs}, --decay-epochs {args.decay_epochs:g} and its other arguments ({e}).') from e
+    if args.sched != 'none' and not args.warmup_prefix and args.warmup_epochs >= epochs > 1:
+        _logger.warning(
+            f'The whole run of {epochs} epochs is warm-up: --lr is never reached. Choose a smaller '
+            f'--warmup-epochs than {args.warmup_epochs}.')
     if args.start_epoch is not None and args.start_epoch >= epochs:
         raise PSTError(
             f'--start-epoch {args.start_epoch} is beyond the end: the epochs of this run are 0 to {epochs - 1}.')
