@@ -179,6 +179,8 @@ def _wrong_together(args: Namespace) -> Iterator[str]:
         yield f'--torchcompile-mode {args.torchcompile_mode} is for --torchcompile with inductor: leave the mode out.'
     if args.amp and args.model_dtype not in (None, 'float32'):
         yield f'--amp needs float32 weights: leave out --model-dtype {args.model_dtype}, or --amp.'
+    if type(chans := args.model_kwargs.get('in_chans', 3)) is not int or not 0 < chans < 1000:
+        yield f'--model-kwargs in_chans={chans!r}: expected the number of input channels; --in-chans says it too.'
     for key, flag in (('num_classes', '--num-classes'), ('pretrained', '--pretrained'), ('features_only', ''),
                       ('checkpoint_path', '--initial-checkpoint, or --checkpoint in validation'),
                       ('pretrained_cfg', ''), ('pretrained_cfg_overlay', '')):

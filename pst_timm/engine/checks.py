@@ -57,7 +57,8 @@ def optimizer(name: str) -> None:
     known = list_optimizers()
     first, _, last = name.lower().rpartition('_')
     if first not in ('', 'lookahead') or last not in known:
-        raise PSTError(f'unknown optimizer {name!r}.{did_you_mean(last, known)} timm.optim.list_optimizers() lists all.')
+        raise PSTError(
+            f'unknown optimizer {name!r}.{did_you_mean(last, known)} timm.optim.list_optimizers() lists all.')
 
 
 def run_name(name: str) -> None:

@@ -72,6 +72,6 @@ def evaluate(
     metrics = evaluator.compute(distributed=distributed)
     if not math.isfinite(metrics.get('loss', 0.)):
         raise PSTError(
-            f'{title}: the loss is {metrics["loss"]}, so that the accuracy means nothing. The weights have diverged, or '
-            f'the precision (--amp, --model-dtype) is too low for them.')
+            f'{title}: the loss is {metrics["loss"]}, so that the accuracy means nothing. The weights have diverged, '
+            f'or the precision (--amp, --model-dtype) is too low for them.')
     return dict(metrics, images_per_second=timer.images_per_second)
