@@ -35,8 +35,14 @@ SOURCES = ('local-dir:', 'hf-hub:', 'hf_hub:')
 
 
 def check_model_name(name: str) -> None:
-    """Raise a PSTError with the nearest names unless timm knows a model."""
-    if ':' in name or timm.is_model(name.split('.')[0]):
+    """Raise a PSTError with the nearest names unless timm knows a model, and weights of that tag."""
+    if ':' in name:
+        return
+    if timm.is_model(name.split('.')[0]):
+        tags = timm.models.get_arch_pretrained_cfgs(name)
+        if '.' in name and name not in tags:
+            known = ', '.join(tag for tag in tags if '.' in tag) or 'none'
+            raise PSTError(f'There are no weights {name!r}.{did_you_mean(name, tags)} The tags of the model: {known}.')
         return
     raise PSTError(
         f'Unknown model {name!r}.{did_you_mean(name.split(".")[0], timm.list_models())} '

@@ -30,6 +30,10 @@ def _validate(args: Namespace) -> None:
         print(format_table(differing_columns([_readable(row) for row in results], first=('topk', 'fine_fusion'))))
     # the marker that timm's own tools look for
     print(f'--result\n{json.dumps(results[0] if len(results) == 1 else results, indent=4)}')
+    failed = [row for row in results if 'error' in row]
+    if failed:
+        names = ', '.join(str(row['checkpoint'] or row['model']) for row in failed)
+        raise PSTError(f'{len(failed)} of {len(results)} evaluations failed, of {names}: the reasons are above.')
 
 
 def _readable(row: Mapping[str, Any]) -> Dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from pst_timm.utils.devices import available_cores
 from pst_timm.utils.errors import PSTError
 
+from . import augment  # noqa: F401  (mends what --aa asks of Pillow)
 from .datasets import (
     BadImages,
     check_class_names,
@@ -212,8 +213,6 @@ def _create_mixup(args: Namespace) -> Tuple[Optional[Callable], Optional[Mixup]]
         label_smoothing=args.smoothing,
         num_classes=args.num_classes,
     )
-    if args.batch_size % 2:
-        raise PSTError(f'Mixup and CutMix need an even --batch-size, got {args.batch_size}.')
     return (None, Mixup(**kwargs)) if args.no_prefetcher or args.data_on_device else (FastCollateMixup(**kwargs), None)
 
 

@@ -4,10 +4,11 @@ A mistake (unknown name, wrong type, value out of range) is an error before any 
 valid spelling.
 """
 import argparse
+import reprlib
 from argparse import Namespace
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 
 import yaml
 
@@ -27,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are `PSTError`s."""
 
     def error(self, message: str) -> None:
-        raise PSTError(f'{message}. See {self.prog} --help.')
+        raise PSTError(f'{message.rstrip(".")}. See {self.prog} --help.')
 
 
 class _Refused(argparse.Action):
@@ -39,7 +40,9 @@ def _argparse_type(flag: Flag) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         try:
             return flag.parse_one(text)
-        except ValueError:
+        except PSTError as e:
+            raise argparse.ArgumentTypeError(str(e)) from None
+        except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f'expected {flag.expected()}, got {text!r}') from None
     return convert
 
@@ -104,8 +107,10 @@ def _check_values(values: Dict[str, Any], groups: FlagGroups, where: str = '') -
         else:
             try:
                 checked[key] = flag.parse_yaml(value)
-            except (TypeError, ValueError):
-                problems.append(f'{where}{key} must be {flag.expected()}, got {value!r}.')
+            except PSTError as e:
+                problems.append(f'{where}{key}: {e}')
+            except (TypeError, ValueError, OverflowError):
+                problems.append(f'{where}{key} must be {flag.expected()}, got {reprlib.repr(value)}.')
     if problems:
         raise PSTError('\n'.join(problems))
     return checked
@@ -140,32 +145,85 @@ def _from_keywords(groups: FlagGroups, values: Dict[str, Any]) -> Namespace:
 
 
 def _finish(args: Namespace) -> Namespace:
-    """Check what no flag can check alone."""
-    args.data_dir = args.data_dir or args.data
-    args.data = None
-    problems: List[str] = []
-    for key in ('mean', 'std'):
-        values = getattr(args, key)
-        chans = args.input_size[0] if args.input_size else args.in_chans or 3
-        if values is not None and len(values) not in (1, chans):
-            problems.append(f'--{key} needs 1 or {chans} values (one per channel), got {len(values)}.')
-    for key in ('scale', 'ratio', 'cutmix_minmax'):
-        values = getattr(args, key, None)
-        if values is not None and (len(values) != 2 or values[0] > values[1]):
-            problems.append(f'--{key.replace("_", "-")} needs a smallest and a largest value, got {values}.')
-    if args.data_on_device and args.no_prefetcher:
-        problems.append('--data-on-device and --no-prefetcher exclude each other: choose one.')
-    if getattr(args, 'stored_size', None) and not args.data_on_device:
-        problems.append('--stored-size is for --data-on-device: add it, or leave the size out.')
-    if args.torchscript and args.torchcompile:
-        problems.append('--torchscript and --torchcompile exclude each other: choose one.')
-    if args.torchscript and any(getattr(args, key, None) for key in ('freeze', 'freeze_trunk', 'linear_probe')):
-        problems.append('--freeze, --freeze-trunk and --linear-probe do not reach into a --torchscript model.')
-    if args.amp and args.model_dtype not in (None, 'float32'):
-        problems.append(f'--amp needs float32 weights: leave out --model-dtype {args.model_dtype}, or --amp.')
+    """Check what no flag can check alone, and make one of the two names of the data."""
+    problems = [*_wrong_together(args)]
+    if hasattr(args, 'sched'):
+        problems += [*_wrong_in_training(args)]
+    else:
+        problems += [*_wrong_in_validation(args)]
     if problems:
         raise PSTError('\n'.join(problems))
+    args.data_dir = args.data_dir or args.data
+    args.data = None
     return args
+
+
+def _wrong_together(args: Namespace) -> Iterator[str]:
+    """What training and validation both refuse, a sentence each."""
+    if args.data and args.data_dir not in (None, args.data):
+        yield f'{args.data!r} is given beside --data-dir {args.data_dir}: name the data once.'
+    chans = args.input_size[0] if args.input_size else args.in_chans or 3
+    for key in ('mean', 'std'):
+        values = getattr(args, key)
+        if values is not None and len(values) not in (1, chans):
+            yield f'--{key} needs 1 or {chans} values (one per channel), got {len(values)}.'
+    if args.input_size and args.in_chans not in (None, chans):
+        yield f'--input-size {chans} ... and --in-chans {args.in_chans} contradict each other: give one of them.'
+    if args.input_size and args.img_size not in (None, *args.input_size[1:]):
+        yield f'--input-size and --img-size {args.img_size} contradict each other: give one of them.'
+    if args.data_on_device and args.no_prefetcher:
+        yield '--data-on-device and --no-prefetcher exclude each other: choose one.'
+    if args.torchscript and args.torchcompile:
+        yield '--torchscript and --torchcompile exclude each other: choose one.'
+    if args.torchcompile_mode and args.torchcompile != 'inductor':
+        yield f'--torchcompile-mode {args.torchcompile_mode} is for --torchcompile with inductor: leave the mode out.'
+    if args.amp and args.model_dtype not in (None, 'float32'):
+        yield f'--amp needs float32 weights: leave out --model-dtype {args.model_dtype}, or --amp.'
+    if type(chans := args.model_kwargs.get('in_chans', 3)) is not int or not 0 < chans < 1000:
+        yield f'--model-kwargs in_chans={chans!r}: expected the number of input channels; --in-chans says it too.'
+    for key, flag in (('num_classes', '--num-classes'), ('pretrained', '--pretrained'), ('features_only', ''),
+                      ('checkpoint_path', '--initial-checkpoint, or --checkpoint in validation'),
+                      ('pretrained_cfg', ''), ('pretrained_cfg_overlay', '')):
+        if key in args.model_kwargs:
+            yield f'--model-kwargs cannot set {key}: ' + (f'say it with {flag}.' if flag else 'leave it out.')
+
+
+def _wrong_in_training(args: Namespace) -> Iterator[str]:
+    for key in ('scale', 'ratio', 'cutmix_minmax'):
+        values = getattr(args, key)
+        if values is not None and (len(values) != 2 or values[0] > values[1]):
+            yield f'--{key.replace("_", "-")} needs a smallest and a largest value, got {values}.'
+    if args.scale[-1] == 0:
+        yield '--scale 0 0 keeps nothing of an image: the largest value must be above 0.'
+    if args.stored_size and not args.data_on_device:
+        yield '--stored-size is for --data-on-device: add it, or leave the size out.'
+    if args.torchscript and (args.freeze or args.freeze_trunk or args.linear_probe):
+        yield '--freeze, --freeze-trunk and --linear-probe do not reach into a --torchscript model.'
+    if args.pretrained_path and args.initial_checkpoint:
+        yield '--pretrained-path and --initial-checkpoint both say which weights to start from: choose one.'
+    if args.use_ema is not None and not (args.pretrained_path or args.initial_checkpoint):
+        flag = '--use-ema' if args.use_ema else '--no-use-ema'
+        yield f'{flag} chooses the weights of --initial-checkpoint or --pretrained-path, and neither is given.'
+    if args.lr_noise is not None and (len(args.lr_noise) > 2 or args.lr_noise != sorted(args.lr_noise)):
+        yield f'--lr-noise needs where the noise goes on, and perhaps where it goes off, got {args.lr_noise}.'
+    if args.tta > 1 and (batch := args.validation_batch_size or args.batch_size) % args.tta:
+        yield (
+            f'--tta {args.tta} needs all copies of an image in one batch, and {batch} is no multiple of it: choose '
+            f'another --validation-batch-size.')
+    if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size % 2:
+        yield f'Mixup and CutMix need an even --batch-size, got {args.batch_size}.'
+
+
+def _wrong_in_validation(args: Namespace) -> Iterator[str]:
+    if args.model is not None and not all(args.model.split(',')):
+        yield f'--model {args.model!r} has a name that is empty: separate names by single commas, without spaces.'
+    if args.use_ema is not None and not args.checkpoint:
+        flag = '--use-ema' if args.use_ema else '--no-use-ema'
+        yield f'{flag} chooses the weights of a --checkpoint, and none is given.'
+    if args.topk_sweep and len(set(args.topk_sweep)) < len(args.topk_sweep):
+        yield f'--topk-sweep names a value twice, got {args.topk_sweep}.'
+    if args.aot_autograd and (args.torchscript or args.torchcompile):
+        yield '--aot-autograd is a --torchcompile of its own, and no --torchscript: choose one of the three.'
 
 
 def parse_train_args(argv: Optional[Sequence[str]] = None, prog: str = 'train.py') -> Namespace:

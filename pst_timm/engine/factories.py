@@ -2,17 +2,20 @@
 import importlib
 import logging
 import math
+import sys
 from argparse import Namespace
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
-from typing import Any, Callable, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from timm.layers import convert_sync_batchnorm, set_fast_norm
-from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.layers import convert_sync_batchnorm, set_fast_norm, set_fused_attn, use_fused_attn
+from timm.models import PretrainedCfg, load_pretrained
+from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.task import (
@@ -26,8 +29,9 @@ from timm.utils import NativeScaler, init_distributed_device
 
 from pst_timm.checkpoints import create_model, load_weights, read_checkpoint
 from pst_timm.checkpoints.building import check_model_name
+from pst_timm.checkpoints.fetching import check_fetchable
 from pst_timm.utils.devices import check_device
-from pst_timm.utils.errors import PSTError, did_you_mean
+from pst_timm.utils.errors import PSTError, Unavailable
 
 __all__ = [
     'autocast_for',
@@ -49,8 +53,8 @@ def import_modules(names: Optional[Sequence[str]]) -> None:
     for name in names or ():
         try:
             importlib.import_module(name)
-        except ImportError as e:
-            raise PSTError(f'--device-modules {name}: cannot import it ({e}).') from e
+        except (Exception, SystemExit) as e:  # whatever a package may do
+            raise PSTError(f'--device-modules {name}: cannot import it ({type(e).__name__}: {e}).') from e
 
 
 def init_device(args: Namespace) -> torch.device:
@@ -104,7 +108,7 @@ def create_train_model(args: Namespace) -> nn.Module:
         set_fast_norm()
     in_chans = args.in_chans or (args.input_size[0] if args.input_size else None)
     kwargs = dict(
-        pretrained=args.pretrained,
+        pretrained=args.pretrained and not args.pretrained_path,
         num_classes=args.num_classes,
         in_chans=in_chans,
         global_pool=args.gp,
@@ -114,14 +118,23 @@ def create_train_model(args: Namespace) -> nn.Module:
         drop_block_rate=args.drop_block,
         bn_momentum=args.bn_momentum,
         bn_eps=args.bn_eps,
-        # -1 makes timm start the classifier anew
-        pretrained_cfg_overlay=dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None,
     )
-    model = create_model(args.model, **{**kwargs, **args.model_kwargs})
+    # fused attention has no second derivatives
+    fused = dict(enable=use_fused_attn(), experimental=use_fused_attn(experimental=True))
+    if get_optimizer_info(args.opt.lower().split('_')[-1]).second_order:
+        set_fused_attn(False)
+    try:
+        model = with_model_kwargs(
+            lambda more: create_model(args.model, **{**kwargs, **more}), args.model_kwargs, kwargs)
+    finally:
+        set_fused_attn(**fused)
     args.num_classes = model.num_classes
     args.in_chans = in_chans or getattr(model, 'in_chans', 3)
+    if args.pretrained_path:
+        load_as_pretrained(model, args.pretrained_path, args.use_ema)
     if args.initial_checkpoint:
         load_initial_checkpoint(model, args.initial_checkpoint, args.use_ema)
+    check_finite_weights(model, args.pretrained_path or args.initial_checkpoint or args.model)
     with torch.no_grad():
         if args.head_init_scale is not None:
             model.get_classifier().weight.mul_(args.head_init_scale)
@@ -130,6 +143,92 @@ def create_train_model(args: Namespace) -> nn.Module:
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model
+
+
+def with_model_kwargs(
+        make: Callable[[Dict[str, Any]], nn.Module],
+        model_kwargs: Dict[str, Any],
+        others: Mapping[str, Any],
+) -> nn.Module:
+    """Make a model with --model-kwargs; where it fails, the error names the one of them that is to blame.
+
+    Args:
+        make: Makes the model with such arguments.
+        model_kwargs: The arguments.
+        others: What other flags say, None or false where they do not.
+
+    Raises:
+        PSTError: If it cannot be made, or if a flag and an argument contradict each other.
+    """
+    for key, value in model_kwargs.items():
+        if others.get(key) and others[key] != value:
+            raise PSTError(f'--model-kwargs {key}={value!r} contradicts a flag that says {others[key]!r}.')
+    try:
+        return make(model_kwargs)
+    except Unavailable:
+        raise
+    except Exception as e:
+        reason = f'{e}' if isinstance(e, PSTError) else f'{type(e).__name__}: {e}'
+        for key, value in model_kwargs.items():
+            try:
+                make({k: v for k, v in model_kwargs.items() if k != key})
+            except Exception:
+                continue
+            raise PSTError(f'--model-kwargs {key}={value!r}: {reason}') from e
+        if isinstance(e, PSTError) or not model_kwargs:
+            raise
+        raise PSTError(f'--model-kwargs {", ".join(model_kwargs)}: {reason}') from e
+
+
+def check_finite_weights(model: nn.Module, source: str) -> None:
+    """Make sure that the weights and batch statistics of a model are numbers.
+
+    Raises:
+        PSTError: If one is NaN or infinite; names the first tensor.
+    """
+    tensors = {k: v for k, v in model.named_buffers() if k.rpartition('.')[2].startswith('running_')}
+    tensors.update(model.named_parameters())
+    broken = [k for k, v in tensors.items() if not torch.isfinite(v).all()]
+    if broken:
+        raise PSTError(
+            f'{source} has NaN or infinite weights in {len(broken)} tensors, the first is {broken[0]}: use others.')
+
+
+def load_as_pretrained(model: nn.Module, path: str, use_ema: Optional[bool] = None) -> None:
+    """Load weights as timm loads published ones: adapted to the model's channels and image size, the classifier anew.
+
+    Args:
+        model: The model.
+        path: What `read_checkpoint` reads.
+        use_ema: See `read_checkpoint`.
+
+    Raises:
+        PSTError: If the file is missing or no data alone, or does not have all weights beside the classifier.
+    """
+    weights = read_checkpoint(path, use_ema).weights
+    own = timm.models.model_entrypoint(timm.models.get_arch_name(model.pretrained_cfg['architecture']))
+    kept: List[str] = []
+    handle = model.register_load_state_dict_post_hook(lambda module, keys: kept.extend(keys.missing_keys))
+    try:
+        load_pretrained(
+            model,
+            # -1 makes timm start the classifier anew
+            dict(model.pretrained_cfg, state_dict=weights, source='', custom_load=False, num_classes=-1),
+            num_classes=model.num_classes,
+            in_chans=getattr(model, 'in_chans', 3),
+            # where timm's files of models keep what knows the names of other releases
+            filter_fn=getattr(sys.modules[own.__module__], 'checkpoint_filter_fn', None),
+        )
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        raise PSTError(f'--pretrained-path: {path} is of another model ({e}). Check --model.') from e
+    finally:
+        handle.remove()
+    head = [f'{n}.' for n, m in model.named_modules() if m is model.get_classifier()]
+    missing = [k for k in kept if not k.startswith(tuple(head))]
+    if missing:
+        raise PSTError(
+            f'--pretrained-path: {path} is of another model: {len(missing)} tensors are missing (the first: '
+            f'{missing[0]}). Check --model and --model-kwargs.')
 
 
 def load_initial_checkpoint(model: nn.Module, path: str, use_ema: Optional[bool] = None) -> None:
@@ -158,7 +257,7 @@ def load_initial_checkpoint(model: nn.Module, path: str, use_ema: Optional[bool]
 
 def resolve_lr(args: Namespace) -> float:
     """The learning rate, from --lr-base and the global batch where --lr is not given."""
-    if args.lr:
+    if args.lr is not None:
         return args.lr
     ratio = args.batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
     scale = args.lr_base_scale
@@ -171,14 +270,11 @@ def optimizer_for(args: Namespace, module: nn.Module) -> torch.optim.Optimizer:
     """Create the optimizer over what is trainable in a module.
 
     Raises:
-        PSTError: If the optimizer is unknown or does not take an argument.
+        PSTError: If the optimizer does not take an argument, or needs what is not here.
     """
-    name = args.opt.lower()
-    if name.split('_')[-1] not in list_optimizers() and name not in list_optimizers():
-        raise PSTError(f'Unknown optimizer {args.opt!r}.{did_you_mean(name, list_optimizers())}')
     try:
         return create_optimizer_v2(module, **{**optimizer_kwargs(args), **args.opt_kwargs})
-    except (TypeError, ValueError) as e:
+    except (AssertionError, ImportError, IndexError, RuntimeError, TypeError, ValueError) as e:
         raise PSTError(f'Cannot create the optimizer {args.opt}: {e}') from e
 
 
@@ -209,36 +305,59 @@ def create_task(args: Namespace, model: nn.Module, device: torch.device, dtype: 
     )
     if not args.kd_model_name:
         return ClassificationTask(model, **kwargs)
-    check_model_name(args.kd_model_name)
     kwargs.update(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
     try:
-        teacher = create_teacher(args, device, dtype)
-        if args.kd_distill_type == 'feature':
-            return FeatureDistillationTask(
-                model, teacher, student_feature_dim=args.kd_student_feature_dim,
-                teacher_feature_dim=args.kd_teacher_feature_dim, **kwargs)
-        if args.kd_distill_type == 'token':
-            return TokenDistillationTask(
-                model, teacher, distill_type=args.kd_token_distill_type, temperature=args.kd_temperature,
-                **kwargs)
-        return LogitDistillationTask(
-            model, teacher, loss_type=args.kd_loss_type, temperature=args.kd_temperature, **kwargs)
-    except (RuntimeError, ValueError) as e:
-        error = type(e) if isinstance(e, PSTError) else PSTError
-        raise error(f'Cannot distil from {args.kd_model_name} to {args.model}: {e}') from e
+        # made here, so that what comes with its weights is checked
+        teacher = create_model(
+            args.kd_model_name, pretrained=True, num_classes=args.num_classes, in_chans=args.in_chans, device=device,
+            dtype=dtype)
+        check_teacher(args, teacher.pretrained_cfg)
+        return _distillation_task(args, model, teacher, kwargs)
+    except PSTError as e:
+        raise type(e)(f'Cannot distil from {args.kd_model_name} to {args.model}: {e}') from e
+    except (AssertionError, AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as e:
+        reason = str(e).splitlines()[0] if isinstance(e, OSError) else e
+        raise PSTError(f'Cannot distil from {args.kd_model_name} to {args.model}: {reason}') from e
 
 
-def create_teacher(args: Namespace, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model to distil from, with its weights; made here, so that what comes with these is checked."""
-    teacher = create_model(
-        args.kd_model_name, pretrained=True, num_classes=args.num_classes, in_chans=args.in_chans, device=device,
-        dtype=dtype)
-    known = teacher.pretrained_cfg.get('num_classes')
+def _distillation_task(
+        args: Namespace,
+        model: nn.Module,
+        teacher: nn.Module,
+        kwargs: Dict[str, Any],
+) -> TrainingTask:
+    if args.kd_distill_type == 'feature':
+        return FeatureDistillationTask(
+            model, teacher, student_feature_dim=args.kd_student_feature_dim,
+            teacher_feature_dim=args.kd_teacher_feature_dim, **kwargs)
+    if args.kd_distill_type == 'token':
+        return TokenDistillationTask(
+            model, teacher, distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **kwargs)
+    return LogitDistillationTask(
+        model, teacher, loss_type=args.kd_loss_type, temperature=args.kd_temperature, **kwargs)
+
+
+def check_teacher(args: Namespace, cfg: Optional[Mapping[str, Any]] = None) -> None:
+    """Make sure that a teacher is known, can be had, and knows the classes: another classifier would be a random one.
+
+    Args:
+        args: Arguments with `num_classes` resolved.
+        cfg: Its `pretrained_cfg`; that of timm's registry, and whether its weights can be had, if None.
+
+    Raises:
+        PSTError: If it is not so.
+        Unavailable: If the Hub does not answer.
+    """
+    name = args.kd_model_name
+    if cfg is None:
+        check_model_name(name)
+        check_fetchable(name)
+        cfg = vars(timm.get_pretrained_cfg(name) or PretrainedCfg()) if ':' not in name else {}
+    known = cfg.get('num_classes')
     if args.kd_distill_type != 'feature' and known not in (None, args.num_classes):
         raise PSTError(
-            f'the teacher knows {known} classes and the data has {args.num_classes}, so that its answers would be '
-            f'random. Use a teacher of these classes, or --kd-distill-type feature.')
-    return teacher
+            f'--kd-model-name {name} knows {known} classes, and the data has {args.num_classes}: its answers would be '
+            f'random. Use a teacher for these classes, or --kd-distill-type feature.')
 
 
 def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:

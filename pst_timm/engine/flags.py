@@ -1,9 +1,13 @@
 """Every flag of `train` and `validate`, as data. Names, types and defaults are timm's."""
 import argparse
+import ast
+import math
 from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+from . import checks
 
 __all__ = ['ROLES', 'TRAIN_FLAGS', 'VALIDATE_FLAGS', 'Flag', 'FlagGroups', 'keys_with_role', 'recipe', 'shared_keys']
 
@@ -16,6 +20,7 @@ ROLES = {
     'machine': 'where and how fast, with the same result but for rounding and the order of random draws',
     'output': 'what a run writes and shows, and what it goes on from',
 }
+LARGEST = 10 ** 12  # whole number of any flag; beyond it are mistakes, and what does not fit into a C integer
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,10 @@ class Flag:
     """Smallest value allowed."""
     high: Optional[float] = None
     """Largest value allowed."""
+    above: Optional[float] = None
+    """What a value must be greater than."""
+    check: Optional[Callable[[Any], None]] = None
+    """Raises a `PSTError`, with a sentence, for a value that its type and range do not tell to be wrong."""
     refused: str = ''
     """Why the flag is known but not supported; the sentence shown to whoever uses it."""
     role: str = 'recipe'
@@ -67,6 +76,8 @@ class Flag:
         text = kind[self.type]
         if self.choices:
             text = 'one of ' + ', '.join(repr(c) for c in self.choices)
+        elif self.above is not None:
+            text += f' above {self.above}' + (f', at most {self.high}' if self.high is not None else '')
         elif self.low is not None and self.high is not None:
             text += f' from {self.low} to {self.high}'
         elif self.low is not None:
@@ -94,9 +105,9 @@ class Flag:
                 return None
             raise ValueError('empty')
         if self.is_kwargs:
-            if isinstance(value, dict):
+            if isinstance(value, dict) and all(isinstance(key, str) and key for key in value):
                 return dict(value)
-            raise ValueError('not a mapping')
+            raise ValueError('not a mapping of names')
         if self.is_list:
             values = value if isinstance(value, list) else [value]
             if isinstance(self.nargs, int) and len(values) != self.nargs:
@@ -120,11 +131,16 @@ class Flag:
     def _check(self, value: Any) -> Any:
         if self.choices and value not in self.choices:
             raise ValueError('not a choice')
-        # a NaN fails every comparison
-        if self.low is not None and not value >= self.low:
+        if self.type is float and not math.isfinite(value):
+            raise ValueError('not a number to calculate with')
+        if self.type is int and abs(value) > LARGEST:
+            raise ValueError('absurd')
+        if (self.low is not None and value < self.low) or (self.above is not None and value <= self.above):
             raise ValueError('too small')
-        if self.high is not None and not value <= self.high:
+        if self.high is not None and value > self.high:
             raise ValueError('too large')
+        if self.check is not None:
+            self.check(value)
         return value
 
     def argparse_kwargs(self) -> Dict[str, Any]:
@@ -149,7 +165,28 @@ class _ParseKwargs(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         from timm.utils import ParseKwargs
 
+        seen = set()
+        for word in filter(None, values):
+            key, equals, value = word.partition('=')
+            if not equals or not key.isidentifier():
+                raise argparse.ArgumentError(self, f'expected KEY=VALUE, such as drop_rate=0.1, got {word!r}')
+            if key in seen:
+                raise argparse.ArgumentError(self, f'{key} is given twice')
+            if _is_torn(value):
+                raise argparse.ArgumentError(self, f'{word!r} has quotes or brackets that do not close')
+            seen.add(key)
         ParseKwargs(self.option_strings, self.dest)(parser, namespace, values, option_string)
+
+
+def _is_torn(text: str) -> bool:
+    """Whether a text begins as a quoted one, a list or a mapping does, and is none."""
+    if text[:1] not in tuple('\'"([{'):
+        return False
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return True
+    return False
 
 
 FlagGroups = List[Tuple[str, List[Flag]]]
@@ -191,6 +228,10 @@ _TF = "TensorFlow preprocessing is not part of this engine; evaluate ported Tens
 
 _UNIT = dict(low=0., high=1.)
 MANY = 10 ** 12  # more samples than there are
+_POSITIVE = dict(above=0.)
+_SEED = dict(low=0, high=4_000_000_000)  # numpy takes 32 bits, and each process adds its rank
+_INTERPOLATIONS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+_SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'constant', 'plateau', 'poly', 'wsd', 'rsqrt', 'none')
 
 _DATA = _as(
     'data',
@@ -199,7 +240,8 @@ _DATA = _as(
     _flag('--dataset', str, '', 'Kind and name: empty for a folder or .tar, wds/, hfds/NAME, hfids/NAME, torch/NAME.'),
     _switch('--dataset-download', 'Let datasets that can be downloaded (torch/, hfds/) do so.'),
     _flag('--class-map', str, '', 'Text file that maps class names to indices.'),
-    _flag('--input-img-mode', str, None, "PIL mode of the images ('RGB' or 'L'), from --in-chans if unset."),
+    _flag('--input-img-mode', str, None, "PIL mode of the images ('RGB' or 'L'), from --in-chans if unset.",
+          check=checks.image_mode),
     _flag('--input-key', str, None, 'Name of the image in a sample of a dataset that names them.'),
     _flag('--target-key', str, None, 'Name of the label in a sample of a dataset that names them.'),
     _switch('--dataset-trust-remote-code', 'Let a Hugging Face dataset run its own loading code.'),
@@ -219,10 +261,12 @@ _PREPROCESSING = _as(
     'preprocessing',
     _flag('--img-size', int, None, 'Height and width of the input in pixels, from the model if unset.', low=1),
     _flag('--input-size', int, None, 'Channels, height and width, instead of --img-size.', nargs=3, low=1),
-    _flag('--crop-pct', float, None, 'Share of the image that the centre crop of the evaluation keeps.', low=0.),
+    _flag('--crop-pct', float, None, 'Share of the image that the centre crop of the evaluation keeps.',
+          low=0.01, high=4.),
     _flag('--mean', float, None, 'Mean of the pixels, one value per channel, from the model if unset.', nargs='+'),
     _flag('--std', float, None, 'Standard deviation of the pixels, from the model if unset.', nargs='+', low=1e-8),
-    _flag('--interpolation', str, '', 'How images are resized (bilinear, bicubic, ...), from the model if empty.'),
+    _flag('--interpolation', str, '', 'How images are resized (bilinear, bicubic, ...), from the model if empty.',
+          choices=_INTERPOLATIONS),
     _switch('--data-on-device', 'Read all images once, keep them on the device as bytes, and make the batches there.'),
 )
 
@@ -239,8 +283,9 @@ _MACHINE = _as(
     _switch('--channels-last', 'Keep images and weights in channels_last order.'),
     _flag('--device', str, None, 'Device: cuda, mps, cpu, cuda:1, ...; the best one present if unset.'),
     _switch('--torchscript', 'Compile the model with torch.jit.script.'),
-    _flag('--torchcompile', str, None, 'Compile with torch.compile, by inductor or the backend named.', nargs='?'),
-    _flag('--torchcompile-mode', str, None, 'Mode of torch.compile.'),
+    _flag('--torchcompile', str, None, 'Compile with torch.compile, by inductor or the backend named.', nargs='?',
+          check=checks.compile_backend),
+    _flag('--torchcompile-mode', str, None, 'Mode of torch.compile.', check=checks.compile_mode),
 )
 
 TRAIN_FLAGS: FlagGroups = [
@@ -260,7 +305,8 @@ TRAIN_FLAGS: FlagGroups = [
     ('model', [
         _flag('--model', str, 'resnet50', 'Name of any timm model.', role='model'),
         _switch('--pretrained', 'Start from the published weights of the model.', role='model'),
-        _flag('--pretrained-path', str, None, 'Load the pretrained weights from this file instead of the Hub.',
+        _flag('--pretrained-path', str, None, 'Start from the weights in this file as if they were the published ones '
+              '(--pretrained is not needed); the classifier starts anew.',
               role='model', source=True),
         _flag('--initial-checkpoint', str, '', 'Start from the weights in this checkpoint; a classifier for another '
               'number of classes starts anew.', role='model', source=True),
@@ -272,7 +318,8 @@ TRAIN_FLAGS: FlagGroups = [
         _switch('--overwrite', 'Remove the run that is in --output/--experiment for this one; with --resume and a '
                 'checkpoint of that run, what came after the checkpoint.', role='output'),
         _switch('--no-resume-opt', 'Leave the optimizer state of the checkpoint behind.', role='output'),
-        _flag('--num-classes', int, None, "Number of classes, the model's own if unset.", low=1, role='model'),
+        _flag('--num-classes', int, None, "Number of classes; that of the data if unset, or else the model's own.",
+              low=1, role='model'),
         _flag('--gp', str, None, 'Global pooling (avg, max, avgmax, catavgmax, fast...), from the model if unset.',
               role='model'),
         _flag('--in-chans', int, None, 'Input channels, from the model if unset.', low=1, role='model'),
@@ -304,30 +351,32 @@ TRAIN_FLAGS: FlagGroups = [
               nargs='+', role='model'),
     ]),
     ('optimizer', [
-        _flag('--opt', str, 'sgd', 'Name of the optimizer.'),
-        _flag('--opt-eps', float, None, "Epsilon, the optimizer's own if unset."),
-        _flag('--opt-betas', float, None, "Betas, the optimizer's own if unset.", nargs='+'),
-        _flag('--momentum', float, 0.9, 'Momentum.', low=0.),
+        _flag('--opt', str, 'sgd', 'Name of the optimizer.', check=checks.optimizer),
+        _flag('--opt-eps', float, None, "Epsilon, the optimizer's own if unset.", low=0.),
+        _flag('--opt-betas', float, None, "Betas, the optimizer's own if unset.", nargs='+', **_UNIT),
+        _flag('--momentum', float, 0.9, 'Momentum.', **_UNIT),
         _flag('--weight-decay', float, 2e-5, 'Weight decay.', low=0.),
-        _flag('--clip-grad', float, None, 'Clip gradients to this size, none if unset.', low=0.),
+        _flag('--clip-grad', float, None, 'Clip gradients to this size, none if unset.', **_POSITIVE),
         _flag('--clip-mode', str, 'norm', 'How gradients are clipped.', choices=('norm', 'value', 'agc')),
-        _flag('--layer-decay', float, None, 'Factor on the learning rate from each layer to the one below it.', low=0.),
+        _flag('--layer-decay', float, None, 'Factor on the learning rate from each layer to the one below it.',
+              above=0., high=1.),
         _flag('--layer-decay-min-scale', float, 0, 'Smallest factor that layer decay arrives at.', low=0.),
         _flag('--layer-decay-no-opt-scale', float, None, 'Do not train layers whose factor falls below this.', low=0.),
         _flag('--opt-kwargs', dict, {}, 'More arguments for the optimizer.', nargs='*'),
     ]),
     ('learning rate', [
-        _flag('--sched', str, 'cosine', 'Schedule: cosine, tanh, step, multistep, poly, plateau, wsd, constant, none.'),
+        _flag('--sched', str, 'cosine', 'Schedule: cosine, tanh, step, multistep, poly, plateau, wsd, constant, none.',
+              choices=_SCHEDULES),
         _switch('--sched-on-updates', 'Move along the schedule at every update instead of every epoch.'),
-        _flag('--lr', float, None, 'Learning rate; from --lr-base and the global batch if unset.', low=0.),
-        _flag('--lr-base', float, 0.1, 'Learning rate at a global batch of --lr-base-size.', low=0.),
+        _flag('--lr', float, None, 'Learning rate; from --lr-base and the global batch if unset.', **_POSITIVE),
+        _flag('--lr-base', float, 0.1, 'Learning rate at a global batch of --lr-base-size.', **_POSITIVE),
         _flag('--lr-base-size', int, 256, 'Global batch that --lr-base is meant for.', low=1),
         _flag('--lr-base-scale', str, '', "How --lr-base grows with the batch, from the optimizer if empty.",
               choices=('', 'linear', 'sqrt')),
         _flag('--lr-noise', float, None, 'Shares of the schedule where noise goes on (and off).', nargs='+', **_UNIT),
         _flag('--lr-noise-pct', float, 0.67, 'Largest share of the learning rate that is noise.', low=0.),
         _flag('--lr-noise-std', float, 1.0, 'Standard deviation of the noise.', low=0.),
-        _flag('--lr-cycle-mul', float, 1.0, 'Factor on the length from cycle to cycle.', low=0.),
+        _flag('--lr-cycle-mul', float, 1.0, 'Factor on the length from cycle to cycle.', **_POSITIVE),
         _flag('--lr-cycle-decay', float, 0.5, 'Factor on the learning rate from cycle to cycle.', low=0.),
         _flag('--lr-cycle-limit', int, 1, 'Number of cycles.', low=1),
         _flag('--lr-k-decay', float, 1.0, 'k of the cosine and poly schedules.', low=0.),
@@ -347,15 +396,17 @@ TRAIN_FLAGS: FlagGroups = [
     ('augmentation and regularisation', [
         _switch('--no-aug', 'Train on resized, centre-cropped images alone.'),
         _flag('--train-crop-mode', str, None, 'How training crops are taken.', choices=('rrc', 'rkrr', 'rkrc')),
-        _flag('--scale', float, [0.08, 1.0], 'Range of the area that a random crop keeps.', nargs='+', low=0.),
-        _flag('--ratio', float, [3. / 4., 4. / 3.], 'Range of the aspect ratio of a random crop.', nargs='+', low=0.),
+        _flag('--scale', float, [0.08, 1.0], 'Range of the area that a random crop keeps.', nargs='+', low=0.,
+              high=100.),
+        _flag('--ratio', float, [3. / 4., 4. / 3.], 'Range of the aspect ratio of a random crop.', nargs='+', above=0.,
+              high=1000.),
         _flag('--hflip', float, 0.5, 'Probability of a left-right flip.', **_UNIT),
         _flag('--vflip', float, 0., 'Probability of an upside-down flip.', **_UNIT),
-        _flag('--color-jitter', float, 0.4, 'Strength of the colour jitter.', low=0.),
+        _flag('--color-jitter', float, 0.4, 'Strength of the colour jitter.', low=0., high=1000.),
         _flag('--color-jitter-prob', float, None, 'Probability of the colour jitter, always if unset.', **_UNIT),
         _flag('--grayscale-prob', float, None, 'Probability of dropping the colours.', **_UNIT),
         _flag('--gaussian-blur-prob', float, None, 'Probability of blurring.', **_UNIT),
-        _flag('--aa', str, None, 'Automatic augmentation, such as rand-m7-mstd0.5-inc1.'),
+        _flag('--aa', str, None, 'Automatic augmentation, such as rand-m7-mstd0.5-inc1.', check=checks.auto_augment),
         _flag('--aug-repeats', float, 0, 'Repeated augmentation: copies of an image across the processes.', low=0.),
         _switch('--bce-loss', 'Binary cross-entropy over the classes.'),
         _switch('--bce-sum', 'Sum the binary cross-entropy over the classes instead of averaging it.'),
@@ -363,7 +414,7 @@ TRAIN_FLAGS: FlagGroups = [
         _flag('--bce-pos-weight', float, None, 'Weight of the positive term of the binary cross-entropy.', low=0.),
         _flag('--reprob', float, 0., 'Probability of random erasing.', **_UNIT),
         _flag('--remode', str, 'pixel', 'What random erasing fills in.', choices=('const', 'rand', 'pixel')),
-        _flag('--recount', int, 1, 'Rectangles of random erasing.', low=1),
+        _flag('--recount', int, 1, 'Rectangles of random erasing.', low=1, high=10_000),
         _flag('--mixup', float, 0., 'Alpha of Mixup, 0 for none.', low=0.),
         _flag('--cutmix', float, 0., 'Alpha of CutMix, 0 for none.', low=0.),
         _flag('--cutmix-minmax', float, None, 'Smallest and largest side of CutMix.', nargs='+', **_UNIT),
@@ -373,7 +424,8 @@ TRAIN_FLAGS: FlagGroups = [
               choices=('batch', 'pair', 'elem')),
         _flag('--mixup-off-epoch', int, 0, 'Epoch from which Mixup is off, 0 for never.', low=0),
         _flag('--smoothing', float, 0.1, 'Label smoothing.', **_UNIT),
-        _flag('--train-interpolation', str, 'random', 'How training images are resized: random, bilinear, bicubic.'),
+        _flag('--train-interpolation', str, 'random', 'How training images are resized: random, bilinear, bicubic.',
+              choices=('random', *_INTERPOLATIONS)),
         _flag('--drop', float, 0., 'Dropout before the classifier.', **_UNIT),
         _flag('--drop-connect', float, None, 'Old name of --drop-path.', **_UNIT),
         _flag('--drop-path', float, None, 'Stochastic depth.', **_UNIT),
@@ -405,18 +457,20 @@ TRAIN_FLAGS: FlagGroups = [
         _flag('--kd-token-distill-type', str, 'soft', 'Soft or hard labels for the token.', choices=('soft', 'hard')),
     ]),
     ('run', [
-        _flag('--seed', int, 42, 'Seed; the random state of each epoch follows from seed, epoch and rank.', low=0),
+        _flag('--seed', int, 42, 'Seed; the random state of each epoch follows from seed, epoch and rank.',
+              **_SEED),
         _flag('--worker-seeding', str, 'all', 'Which generators the loader workers seed.', choices=('all', 'part')),
         _flag('--log-interval', int, 50, 'Updates between log lines.', low=1, role='output'),
         _flag('--val-interval', int, 1, 'Epochs between validations.', low=1),
         _flag('--recovery-interval', int, 0, 'Updates between recovery checkpoints, 0 for none.', low=0, role='output'),
         _flag('--checkpoint-hist', int, 10, 'Checkpoints to keep.', low=1, role='output'),
-        _flag('-j --workers', int, 4, 'Processes that load images.', low=0, role='machine'),
+        _flag('-j --workers', int, 4, 'Processes that load images.', low=0, high=1024, role='machine'),
         _switch('--save-images', 'Save the first training images of each log interval, to look at.', role='output'),
         _switch('--pin-mem', 'Pin the memory of the batches.', role='machine'),
         _switch('--no-prefetcher', 'Normalise images in the workers instead of on the device.', role='machine'),
         _flag('--output', str, '', 'Folder for all runs, output/train if empty.', role='output'),
-        _flag('--experiment', str, '', 'Name of the folder for this run, from date and model if empty.', role='output'),
+        _flag('--experiment', str, '', 'Name of the folder for this run, from date and model if empty.', role='output',
+              check=checks.run_name),
         _flag('--eval-metric', str, 'top1', 'Metric that ranks the checkpoints.', choices=('top1', 'top5', 'loss')),
         _flag('--tta', int, 0, 'Copies of each image in the validation data, whose outputs are averaged.', low=0),
         _switch('--use-multi-epochs-loader', 'Keep the loader workers from epoch to epoch (their random state too).',
@@ -450,7 +504,7 @@ VALIDATE_FLAGS: FlagGroups = [
         _flag('--num-samples', int, None, 'Samples, where the dataset cannot tell (shards).', low=1, high=MANY,
               role='data'),
         *_BAD_IMAGES,
-        _flag('-j --workers', int, 4, 'Processes that load images.', low=0, role='machine'),
+        _flag('-j --workers', int, 4, 'Processes that load images.', low=0, high=1024, role='machine'),
         _switch('--pin-mem', 'Pin the memory of the batches.', role='machine'),
         _switch('--no-prefetcher', 'Normalise images in the workers instead of on the device.', role='machine'),
     ]),
@@ -502,7 +556,7 @@ VALIDATE_FLAGS: FlagGroups = [
         _flag('--results-format', str, 'csv', 'Format of the file.', choices=('csv', 'json'), role='output'),
         _flag('--log-freq', int, 10, 'Batches between log lines.', low=1, role='output'),
         _switch('--retry', 'Halve the batch and try again when the memory is not enough.', role='machine'),
-        _flag('--seed', int, 42, 'Seed.', low=0),
+        _flag('--seed', int, 42, 'Seed.', **_SEED),
     ]),
     ('not supported', [
         *_refused(_NAFLEX, switches='--naflex-loader', values='--naflex-max-seq-len'),

@@ -1,5 +1,6 @@
 """One pass over a split."""
 import logging
+import math
 from contextlib import AbstractContextManager
 from typing import Any, Callable, Dict, Optional
 
@@ -8,6 +9,7 @@ import torch.nn as nn
 from torch.utils.data import DataLoader
 
 from pst_timm.data.loaders import checked_batches, report_bad_images
+from pst_timm.utils.errors import PSTError
 from pst_timm.utils.progress import progress_bar
 
 from .batches import Batches, Evaluator
@@ -49,6 +51,9 @@ def evaluate(
 
     Returns:
         Metrics in percent, loss, and images per second of this process.
+
+    Raises:
+        PSTError: If the loss is NaN or infinite, so that the other metrics mean nothing.
     """
     timer = StepTimer()
     total = len(loader)
@@ -64,4 +69,9 @@ def evaluate(
         if show and bar.disable and (step + 1) % log_interval == 0:
             _logger.info(f'{title}: [{step + 1}/{total}] {format_metrics(evaluator.summary())}, {timer}')
     report_bad_images(loader)
-    return dict(evaluator.compute(distributed=distributed), images_per_second=timer.images_per_second)
+    metrics = evaluator.compute(distributed=distributed)
+    if not math.isfinite(metrics.get('loss', 0.)):
+        raise PSTError(
+            f'{title}: the loss is {metrics["loss"]}, so that the accuracy means nothing. The weights have diverged, '
+            f'or the precision (--amp, --model-dtype) is too low for them.')
+    return dict(metrics, images_per_second=timer.images_per_second)

@@ -36,6 +36,7 @@ from . import factories
 from .args import write_yaml
 from .batches import Batches, LabelledImages
 from .changes import Stream, changed_settings, check_changes, keep_settings
+from .dry_run import check_channels, check_input, check_recipe
 from .flags import recipe
 from .folder import (
     check_unused,
@@ -440,10 +441,17 @@ def _prepare(args: Namespace, hold: ExitStack) -> Run:
         choose_threads()
 
     check_model_name(args.model)
+    check_recipe(args)
     explicit_classes = args.num_classes is not None
     in_chans = expected_channels(args)
+    check_channels(args, in_chans)
     splits = open_train_splits(args, in_chans)
     check_ranks(args, splits.train)
+    if not explicit_classes and (names := class_names(splits.train)):
+        args.num_classes = len(names)
+        _logger.info(f'The {args.train_split!r} split has {len(names)} classes, and so gets the model.')
+    if args.kd_model_name:
+        factories.check_teacher(args)
     folder, checkpoint = on_first(args, lambda: claim_folder(args, hold, '') if args.experiment else (None, None))
     if args.resume and args.resume != 'auto':
         checkpoint = Path(args.resume)
@@ -452,10 +460,12 @@ def _prepare(args: Namespace, hold: ExitStack) -> Run:
     random_seed(args.seed, args.rank)
     model = factories.create_train_model(args)
     if args.in_chans != in_chans:  # only a model from a folder or the Hub can surprise
+        check_channels(args, args.in_chans)
         splits = open_train_splits(args, args.in_chans)
     check_classes(splits.train, args.num_classes, explicit_classes, args.train_split)
     frozen = apply_transfer(args, model)
     data_config = resolve_data_config(vars(args), model=model)
+    check_input(args, model, data_config, args.batch_size, splits.train, training=True)
     data = create_train_data(args, splits, data_config, dtype)
 
     facts = describe_run(given, model, data_config, splits.train)

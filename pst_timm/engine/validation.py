@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
+from timm.data import ImageDataset
 from timm.layers import apply_test_time_pool, set_fast_norm
 from timm.task import ClassificationEvaluator
 from timm.utils import check_batch_size_retry, decay_batch_step, random_seed
@@ -30,10 +31,11 @@ from pst_timm.metrics.calibration import Calibration
 from pst_timm.metrics.classification import ClassReport, RealLabels
 from pst_timm.utils.devices import choose_threads
 from pst_timm.utils.errors import PSTError
-from pst_timm.utils.files import write_csv, write_json
+from pst_timm.utils.files import check_output, write_csv, write_json
 
 from . import factories
 from .batches import LabelledImages
+from .dry_run import check_channels, check_input
 from .inference import evaluate
 from .progress import format_metrics
 from .protocols import Adjustable
@@ -52,12 +54,15 @@ def validate(args: Namespace) -> List[Results]:
         args: From `parse_validate_args` or `validate_args`; not changed.
 
     Returns:
-        One mapping per model, best first: model, top1, top5, loss, images_per_second and what else was asked for.
+        One mapping per model, best first: model, top1, top5, loss, images_per_second and what else was asked for; of
+        several models, those that cannot be evaluated have an `error` instead.
 
     Raises:
         PSTError: If anything the user can mend is wrong; the message says what.
     """
     factories.import_modules(args.device_modules)
+    if args.results_file:
+        check_output(args.results_file, overwrite=True, inputs=filter(None, [args.checkpoint, args.valid_labels]))
     jobs = [
         Namespace(**dict(vars(copy.deepcopy(args)), model=model, checkpoint=checkpoint))
         for model, checkpoint in _models_and_checkpoints(args)
@@ -67,7 +72,7 @@ def validate(args: Namespace) -> List[Results]:
         try:
             with plain_worker_errors():
                 results += _validate_with_retry(job)
-        except PSTError as e:
+        except RuntimeError as e:  # of ours, or of torch that has no more memory
             if len(jobs) == 1:
                 raise
             _logger.error(f'{job.checkpoint or job.model}: {e}')
@@ -115,13 +120,19 @@ def open_model(args: Namespace) -> nn.Module:
         scriptable=args.torchscript or None,
         reparam=args.reparam,
     )
-    kwargs = {**{k: v for k, v in kwargs.items() if v is not None}, **args.model_kwargs}
-    if args.checkpoint:
-        model = load_model(args.checkpoint, arch=args.model, **kwargs)
-    elif args.model:
-        model = load_model(args.model, pretrained=True, **kwargs)
-    else:
+    kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    if not args.checkpoint and not args.model:
         raise PSTError('Nothing to evaluate: name a --checkpoint, or a --model with published weights.')
+    source = args.checkpoint or args.model
+    named = dict(arch=args.model) if args.checkpoint else dict(pretrained=True)
+    model = factories.with_model_kwargs(
+        lambda more: load_model(source, **named, **{**kwargs, **more}), args.model_kwargs, kwargs)
+    own = model.pretrained_cfg.get('num_classes')
+    if own not in (None, model.num_classes):
+        raise PSTError(
+            f'The weights of {source} know {own} classes, not {model.num_classes}: another classifier would give '
+            f'random answers. Leave --num-classes out.')
+    factories.check_finite_weights(model, source)
     args.model = args.model or model.pretrained_cfg['architecture']
     args.num_classes, args.in_chans = model.num_classes, model.pretrained_cfg['input_size'][0]
     return model
@@ -137,13 +148,25 @@ def _compile(args: Namespace, model: nn.Module) -> nn.Module:
     return torch.nn.DataParallel(model, device_ids=list(range(args.num_gpu))) if args.num_gpu > 1 else model
 
 
-def _valid_labels(args: Namespace) -> Optional[List[int]]:
+def _valid_labels(args: Namespace, dataset: Any) -> Optional[List[int]]:
+    """Outputs of the model that are those of the classes of the data, in their order; None for all."""
     if not args.valid_labels:
         return None
+    where = f'--valid-labels {args.valid_labels}'
     try:
-        return [int(line) for line in Path(args.valid_labels).read_text().split()]
+        labels = [int(line) for line in Path(args.valid_labels).read_text().split()]
     except (OSError, ValueError) as e:
-        raise PSTError(f'--valid-labels {args.valid_labels}: expected a text file of class indices ({e}).') from e
+        raise PSTError(f'{where}: expected a text file of class indices ({e}).') from e
+    odd = [n for n in labels if not 0 <= n < args.num_classes]
+    if odd:
+        raise PSTError(f'{where}: there is no class {odd[0]}: the model has those from 0 to {args.num_classes - 1}.')
+    if len(set(labels)) < len(labels):
+        raise PSTError(f'{where}: an index is there twice.')
+    names = class_names(dataset)
+    if not labels or (names is not None and len(labels) != len(names)):
+        count = f'the {len(names)} classes' if names else 'each class'
+        raise PSTError(f'{where}: expected an index for {count} of the data, got {len(labels)}.')
+    return labels
 
 
 class _Subset(nn.Module):
@@ -160,6 +183,8 @@ class _Subset(nn.Module):
 
 def _validate_one(args: Namespace) -> List[Results]:
     random_seed(args.seed)
+    if args.num_gpu > max(1, torch.cuda.device_count()):
+        raise PSTError(f'--num-gpu {args.num_gpu}: torch sees {torch.cuda.device_count()} GPUs.')
     explicit_classes = args.num_classes is not None
     device = factories.init_device(args)
     if device.type == 'cpu':
@@ -174,8 +199,11 @@ def _validate_one(args: Namespace) -> List[Results]:
         check_test_pool(model)
         model, changed = apply_test_time_pool(model, data_config)
         data_config = dict(data_config, crop_pct=1.) if changed else data_config
+    check_channels(args, args.in_chans)
     dataset = create_eval_dataset(args, args.split, args.num_samples)
-    labels = _valid_labels(args)
+    check_border(args, dataset)
+    check_input(args, model, data_config, args.batch_size, dataset)
+    labels = _valid_labels(args, dataset)
     check_labels(args, dataset, known_classes, labels, explicit_classes)
     if args.topk_sweep:
         check_sweep(args, model)
@@ -206,6 +234,21 @@ def _validate_one(args: Namespace) -> List[Results]:
         _logger.info(f'{setting}: {format_metrics({k: row[k] for k in ("top1", "top5", "loss")})}')
         rows.append(row)
     return rows
+
+
+def check_border(args: Namespace, dataset: Any) -> None:
+    """Make sure that something of the first image is left once its border is cut.
+
+    Raises:
+        PSTError: If nothing is.
+    """
+    if not args.crop_border_pixels or not isinstance(dataset, ImageDataset):
+        return
+    size = dataset[0][0].size
+    if 2 * args.crop_border_pixels >= min(size):
+        raise PSTError(
+            f'--crop-border-pixels {args.crop_border_pixels} leaves nothing of an image of {size[0]}x{size[1]} pixels, '
+            f'the first of the data: choose fewer.')
 
 
 def check_test_pool(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """What a model costs: multiply-adds, activations, memory."""
 import copy
 import os
-from typing import Sequence
+from typing import Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .timing import Call
 
-__all__ = ['count_activations', 'count_gmacs', 'peak_memory']
+__all__ = ['count_activations', 'count_gmacs', 'measure_activations', 'peak_memory']
 
 
 def count_gmacs(model: nn.Module, input_size: Sequence[int]) -> float:
@@ -51,18 +51,24 @@ class _CountActivations(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.total = 0
+        self.total = self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__.lstrip('_')
         if name in self.OPS or name.startswith('scaled_dot_product'):
-            self.total += (out[0] if isinstance(out, tuple) else out).numel()
+            size = (out[0] if isinstance(out, tuple) else out).numel()
+            self.total, self.largest = self.total + size, max(self.largest, size)
         return out
 
 
 def count_activations(call: Call) -> int:
     """Elements that the convolutions, matrix products and attentions of a call put out."""
+    return measure_activations(call)[0]
+
+
+def measure_activations(call: Call) -> Tuple[int, int]:
+    """The elements of `count_activations`, and how many of them the largest tensor holds."""
     with torch.no_grad(), _CountActivations() as counter:
         call()
-    return counter.total
+    return counter.total, counter.largest

@@ -10,7 +10,7 @@ import torch
 
 from .errors import PSTError
 
-__all__ = ['available_cores', 'best_device', 'check_device', 'choose_threads', 'hardware_name']
+__all__ = ['available_cores', 'best_device', 'check_device', 'choose_threads', 'hardware_name', 'total_memory']
 
 _logger = logging.getLogger(__name__)
 
@@ -30,12 +30,16 @@ def check_device(name: str = '') -> torch.device:
     name = name or best_device()
     try:
         device = torch.device(name)
+        if device.type == 'meta':
+            raise RuntimeError('its tensors have no content')
         if device.type != 'cuda':
             torch.empty(0, device=device)
         elif (device.index or 0) >= torch.cuda.device_count():
             raise RuntimeError(f'torch sees {torch.cuda.device_count()} GPUs.')
     except (AssertionError, ImportError, NotImplementedError, RuntimeError) as e:
         reason = str(e).splitlines()[0].rstrip('.')
+        if reason.startswith('Expected one of'):  # all that torch may be built for
+            reason = 'no such kind is known; cuda, mps and cpu are the usual ones'
         raise PSTError(f'--device {name} cannot be used here: {reason}. Leave the flag out.') from None
     return device
 
@@ -49,6 +53,20 @@ def hardware_name(device: torch.device) -> str:
         return next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that a device has: its own, or what this process may use of the machine's."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        found = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    except (AttributeError, OSError, ValueError):  # not a Unix
+        return 2 ** 62
+    try:
+        return min(found, int(Path('/sys/fs/cgroup/memory.max').read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return found
 
 
 def available_cores() -> int:

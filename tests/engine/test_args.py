@@ -206,7 +206,7 @@ def test_a_recipe_names_weights_that_others_have(tmp_path, monkeypatch, key):
 
 @pytest.mark.parametrize('parse', [parse_train_args, parse_validate_args])
 def test_the_moving_average_is_asked_for_or_refused_or_neither(tmp_path, parse):
-    words = ['--model', 'resnet18']
+    words = ['--initial-checkpoint' if parse is parse_train_args else '--checkpoint', 'last.pth.tar']
     found = [parse([*words, *more]).use_ema for more in ([], ['--use-ema'], ['--no-use-ema'])]
     assert found == [None, True, False]
     for value in (None, True, False):

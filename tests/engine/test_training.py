@@ -221,10 +221,14 @@ def test_a_new_class_count_starts_the_classifier_anew(images, start, tmp_path, c
     assert_same_weights(run.task.get_eval_model().state_dict(), start[1])
     with pytest.raises(PSTError, match='use --num-classes 3'):
         prepare(tiny_train_args(images, tmp_path, num_classes=4, initial_checkpoint=str(start[0])))
-    args = tiny_train_args(images, tmp_path, initial_checkpoint=str(start[0]))
-    args.num_classes = None
-    state = prepare(args).task.get_eval_model().state_dict()
-    assert state['fc.weight'].shape[0] == 1000
+    five = {'fc.weight': start[1]['fc.weight'].repeat(2, 1)[:5], 'fc.bias': start[1]['fc.bias'].repeat(2)[:5]}
+    torch.save({**start[1], **five}, tmp_path / 'five.pth')
+    # without a number, the model gets the classes of the data
+    args = tiny_train_args(images, tmp_path, initial_checkpoint=str(tmp_path / 'five.pth'), num_classes=None)
+    with caplog.at_level('INFO'):
+        state = prepare(args).task.get_eval_model().state_dict()
+    assert "The 'train' split has 3 classes, and so gets the model" in caplog.text
+    assert state['fc.weight'].shape[0] == 3
     assert torch.equal(state['conv_head.conv.weight'], start[1]['conv_head.conv.weight'])
 
 

@@ -254,7 +254,7 @@ def test_several_models_and_a_folder_of_checkpoints(images, folder, tmp_path, ca
         '--data-dir', str(images), '--model', 'test_resnet_pst', '--num-classes', '3', '--img-size', '48', '-j', '0',
         '--checkpoint', str(tmp_path / 'some'), '--results-format', 'json', '--results-file', str(tmp_path / 'r.json'),
         '--device', 'cpu']
-    assert validate_main(words) == 0
+    assert validate_main(words) == 1
     rows = json.loads((tmp_path / 'r.json').read_text())
     assert 'top1' in rows[0] and 'cannot be read' in rows[1]['error']
     printed = capsys.readouterr().out
