@@ -1,6 +1,7 @@
 """What the commands share: how they parse, how they end, and the flags that mean the same in all of them."""
 import argparse
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -116,7 +117,9 @@ def _unexpected(prog: str, error: Exception) -> int:
 
 def fail(prog: str, error: Exception) -> int:
     """Print an error; returns the exit code."""
-    print(f'{prog}: error: {error}', file=sys.stderr)
+    # a name in a file must not move the cursor
+    told = re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]', '?', str(error))
+    print(f'{prog}: error: {told}', file=sys.stderr)
     return getattr(error, 'exit_code', 1)
 
 

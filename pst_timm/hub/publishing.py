@@ -1,6 +1,7 @@
 """From a checkpoint to a repository on the Hub: weights, config.json and a model card, in one commit or not at all."""
 import json
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -146,6 +147,7 @@ def publish(
         Unavailable: If the Hub cannot be reached or cannot answer.
     """
     _check_name(repo_id)
+    _check_license(license)
     source = open_checkpoint(checkpoint, arch, use_ema)
     check_finite(source)
     model = build_model(source)
@@ -184,6 +186,12 @@ def _check_name(repo_id: str) -> None:
         raise PSTError(f"{repo_id!r} must name the owner too, as in 'org/name'.")
 
 
+def _check_license(license: str) -> None:
+    # the Hub's identifiers, and whatever else it may learn
+    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9.+-]{0,63}', license):
+        raise PSTError(f"{license!r} is no identifier of a licence, as 'apache-2.0', 'cc-by-4.0' or 'other' are.")
+
+
 @contextmanager
 def _kept_or_temporary(folder: Optional[os.PathLike]) -> Iterator[Path]:
     if folder is None:
@@ -210,6 +218,7 @@ def _read_results(path: os.PathLike) -> List[Dict[str, Any]]:
                 crop_pct=float(row['crop_pct']), interpolation=str(row['interpolation']))
             if row.get('topk') not in (None, ''):
                 row['topk'] = int(row['topk'])
+            _check_accuracy(row, f'{path} says')
     except PSTError:
         raise
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
@@ -217,6 +226,17 @@ def _read_results(path: os.PathLike) -> List[Dict[str, Any]]:
     if not rows:
         raise PSTError(f'{path} holds no results.')
     return rows
+
+
+def _check_accuracy(row: Dict[str, Any], who: str) -> None:
+    """Raise a PSTError unless the accuracies of a row, and the size and crop if it has them, can have been measured."""
+    # a NaN is in no interval
+    ranges = {'top1': (0., 100.), 'top5': (0., 100.), 'img_size': (1, 2 ** 16), 'crop_pct': (1e-3, 100.)}
+    for key, (low, high) in ranges.items():
+        if row.get(key) is not None and not low <= row[key] <= high:
+            raise PSTError(f'{who} {key} = {row[key]}, which cannot have been measured: expected {low:g} to {high:g}.')
+    if row.get('top5') is not None and row['top5'] < row['top1']:
+        raise PSTError(f'{who} top5 = {row["top5"]}, less than top1 = {row["top1"]}, which cannot be.')
 
 
 def _set_attention(model: nn.Module, topk: Optional[int], fine_fusion: Optional[str]) -> bool:
@@ -269,10 +289,14 @@ def _measured_in_training(source: Checkpoint, model: nn.Module) -> Optional[Accu
     summary = source.path.parent / 'summary.csv'
     if summary.is_file():
         line = next((r for r in read_csv(summary) if r.get('epoch') == str(source.epoch)), {})
-        top1 = float(line['eval_top1']) if line.get('eval_top1') else top1
-        top5 = float(line['eval_top5']) if line.get('eval_top5') else top5
+        try:
+            top1 = float(line['eval_top1']) if line.get('eval_top1') else top1
+            top5 = float(line['eval_top5']) if line.get('eval_top5') else top5
+        except ValueError as e:
+            raise PSTError(f'{summary} is garbled ({e}): mend or move it.') from None
     if top1 is None:
         return None
+    _check_accuracy({'top1': top1, 'top5': top5}, f'{source.path} or the summary.csv beside it says')
     cfg = model.pretrained_cfg
     measured = f'in training, after epoch {source.epoch + 1}'
     if source.path.name.startswith('model_best'):
