@@ -6,7 +6,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Any, Callable, NoReturn, Optional, Sequence
+from typing import Any, Callable, List, NoReturn, Optional, Sequence
 
 from pst_timm.utils.errors import PSTError, did_you_mean
 
@@ -20,9 +20,11 @@ __all__ = [
     'add_attention_flags',
     'add_ema_flag',
     'add_output',
+    'add_overwrite',
     'add_source',
     'at_least',
     'fail',
+    'files_of',
     'run',
 ]
 
@@ -182,3 +184,17 @@ def add_attention_flags(
 def add_output(parser: argparse.ArgumentParser, what: str = 'file to write', **kwargs: Any) -> None:
     """Add --output, a path."""
     parser.add_argument('--output', type=Path, help=what, **kwargs)
+
+
+def add_overwrite(parser: argparse.ArgumentParser, what: str = 'a file') -> None:
+    """Add --overwrite."""
+    parser.add_argument(
+        '--overwrite', action='store_true', help=f'replace {what} that is there already (default: refuse to)')
+
+
+def files_of(source: str) -> List[Path]:
+    """The files that a source of a model may be read from: what must not be written over."""
+    from pst_timm.checkpoints.reading import PREFERRED
+
+    path = Path(source.removeprefix('local-dir:'))
+    return [path, *(path / name for name in (*PREFERRED, 'model.safetensors', 'config.json'))]

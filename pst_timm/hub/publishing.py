@@ -23,7 +23,7 @@ from pst_timm.metrics.agreement import compare_logits
 from pst_timm.models import ResNetPST
 from pst_timm.models.digest import digest_note
 from pst_timm.utils.errors import PSTError
-from pst_timm.utils.files import read_csv, write_text, write_whole
+from pst_timm.utils.files import check_output, read_csv, write_text, write_whole
 
 from .card import Accuracy, model_card
 from .upload import CARD, CONFIG, FILES, WEIGHTS, Upload
@@ -107,6 +107,7 @@ def publish(
         revision: Optional[str] = None,
         dry_run: bool = False,
         folder: Optional[os.PathLike] = None,
+        overwrite: bool = False,
         use_ema: Optional[bool] = None,
         arch: Optional[str] = None,
         topk: Optional[int] = None,
@@ -130,6 +131,7 @@ def publish(
         revision: Branch, made if there is none; the main one if None.
         dry_run: Write the folder and stop.
         folder: Where to write the three files; None for `output/publish/name` in a dry run, else a temporary one.
+        overwrite: Whether files of an earlier publication in the folder may be replaced; never the checkpoint.
         use_ema: Whether to take the moving average of a training checkpoint; None takes it where there is one.
         arch: Architecture of a file, where it does not tell it or another one is meant; said if they differ.
         topk: Fine attention the accuracy was measured with, as the checkpoint has it if None.
@@ -148,6 +150,10 @@ def publish(
     """
     _check_name(repo_id)
     _check_license(license)
+    if folder is None and dry_run:
+        folder = Path('output', 'publish', repo_id.split('/')[1])
+    if folder is not None:
+        _check_folder(Path(folder), Path(checkpoint), overwrite)
     source = open_checkpoint(checkpoint, arch, use_ema)
     check_finite(source)
     model = build_model(source)
@@ -166,8 +172,6 @@ def publish(
     upload = None if dry_run else Upload(repo_id, private, revision, token, attempts)
     if upload is not None:
         upload.check_access(source.arch)
-    if folder is None and dry_run:
-        folder = Path('output', 'publish', repo_id.split('/')[1])
     with _kept_or_temporary(folder) as target:
         save_folder(model, target, class_names, _test_config(accuracy, model))
         if class_names:
@@ -199,10 +203,34 @@ def _kept_or_temporary(folder: Optional[os.PathLike]) -> Iterator[Path]:
             yield Path(temporary)
         return
     folder = Path(folder)
-    if folder.exists() and any(path.name not in FILES for path in folder.iterdir()):
-        raise PSTError(f'{folder} holds other files: name a new or empty folder.')
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise PSTError(f'Cannot write to {folder}: {e.strerror}.') from None
     yield folder
+
+
+def _check_folder(folder: Path, checkpoint: Path, overwrite: bool) -> None:
+    """Make sure, before the work, that a folder can take the files, and that nobody loses others by it."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise PSTError(f'Cannot write to {folder}: it is not a folder. Name a new one.')
+    source = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    if source.is_dir() and os.path.samefile(folder, source):
+        raise PSTError(f'{folder} is where the checkpoint is read from: name another folder.')
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as e:
+        raise PSTError(f'{folder} cannot be read ({e.strerror}).') from None
+    foreign = [name for name in names if name not in FILES]
+    if foreign:
+        raise PSTError(f'{folder} holds other files, such as {foreign[0]}: name a new or empty folder.')
+    if names and not overwrite:
+        raise PSTError(f'{folder} holds {", ".join(names)} already: name another folder, or add --overwrite to replace '
+                       f'what is there.')
+    for name in FILES:
+        check_output(folder / name, overwrite)
 
 
 # what was measured
