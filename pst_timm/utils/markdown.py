@@ -6,7 +6,7 @@ __all__ = ['fence', 'plain', 'prose']
 
 MOST = 100  # characters of a name
 HIDDEN = ('Cc', 'Cf', 'Cs', 'Co', 'Cn', 'Zl', 'Zp')  # controls, marks of direction, separators of lines
-ENTITIES = {c: f'&#{ord(c)};' for c in '<>&$@'}
+ENTITIES = {c: f'&#{ord(c)};' for c in '<&$@'}
 
 
 def plain(text: object, most: int = MOST) -> str:
@@ -30,7 +30,7 @@ def prose(text: object, most: int = MOST) -> str:
         most: Most characters, before those that keep the others from being read as Markdown.
     """
     words = re.sub(r'([\\`*\[\]|~#!]|(?<!\w)_|_(?!\w))', r'\\\1', plain(text, most))
-    words = re.sub(r'[<>$@]|&', lambda match: ENTITIES[match[0]], words)
+    words = re.sub(r'[<&$@]', lambda match: ENTITIES[match[0]], words)
     # what readers turn into links by themselves
     return re.sub(r'(?i)\b(www)\.', r'\1&#46;', words.replace('://', '&#58;//'))
 
