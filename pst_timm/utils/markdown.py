@@ -30,7 +30,7 @@ def prose(text: object, most: int = MOST) -> str:
         most: Most characters, before those that keep the others from being read as Markdown.
     """
     words = re.sub(r'([\\`*\[\]|~#!]|(?<!\w)_|_(?!\w))', r'\\\1', plain(text, most))
-    words = re.sub(r'[<&$@]', lambda match: ENTITIES[match[0]], words)
+    words = re.sub(r'<(?=[A-Za-z/!?])|[&$@]', lambda match: ENTITIES[match[0]], words)
     # what readers turn into links by themselves
     return re.sub(r'(?i)\b(www)\.', r'\1&#46;', words.replace('://', '&#58;//'))
 

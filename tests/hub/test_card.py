@@ -79,7 +79,7 @@ def test_foreign_text_changes_no_more_than_the_text(model, text):
     front, outside, blocks = parts(card)
     assert shape(card) == shape(card_of(model, 'name')[0])
     text_alone = '\n'.join(outside)
-    assert '<' not in text_alone and '\u202e' not in card
+    assert not re.search('<[A-Za-z/!?]', text_alone) and '\u202e' not in card
     head = yaml.safe_load(front)
     assert head['license'] == 'apache-2.0' and head['tags'][0] == 'image-classification'
     code = {language: '\n'.join(lines) for language, lines in blocks}
