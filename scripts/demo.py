@@ -149,7 +149,7 @@ def run_demo(extra: Sequence[str] = ()) -> float:
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     image = sorted(data.glob('validation/7/*.png'))[0]
     label, probability = classify(model, image)
-    [picture] = visualize(image, model, output / 'attention.png', topk=TOPK)
+    [picture] = visualize(image, model, output / 'attention.png', overwrite=True, topk=TOPK)
 
     print(f'\n{image} is a {label} (probability {probability:.3f}).\n')
     decimals = dict(top1=2, top5=2, loss=3)

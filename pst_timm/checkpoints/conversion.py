@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from pst_timm.metrics.agreement import compare_logits
 from pst_timm.utils.errors import PSTError
-from pst_timm.utils.files import write_whole
+from pst_timm.utils.files import check_output, write_whole
 
 from .building import build_model, open_checkpoint
 from .reading import FACTS_KEY, HEADER_KEY, SAFETENSORS, Checkpoint, has_weights_ending
@@ -65,6 +65,7 @@ def convert(
         dtype: str = 'float32',
         use_ema: Optional[bool] = None,
         arch: Optional[str] = None,
+        overwrite: bool = False,
 ) -> Conversion:
     """Write the weights of a checkpoint in the other format, or in another precision.
 
@@ -77,6 +78,7 @@ def convert(
         dtype: 'float32', 'float16' or 'bfloat16', for all floating-point tensors.
         use_ema: See `read_checkpoint`.
         arch: Architecture of a file, where it does not tell it or another one is meant; said if they differ.
+        overwrite: Whether a target that is there may be replaced; never the source.
 
     Returns:
         What was written, and how far its logits are from those of the source, for random images, 16 of a usual size.
@@ -90,7 +92,9 @@ def convert(
         raise PSTError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}.')
     if not has_weights_ending(target):
         raise PSTError(f'The target {target} must end with .safetensors, or with .pth.tar or .pth.')
+    check_output(target, overwrite, [source])
     checkpoint = open_checkpoint(source, arch, use_ema)
+    check_output(target, overwrite, [checkpoint.path])  # that of a folder
     model = build_model(checkpoint)
     kind = getattr(torch, dtype)
     weights = {k: v.to(kind) if v.is_floating_point() else v for k, v in checkpoint.weights.items()}

@@ -1,11 +1,12 @@
 """What the commands share: how they parse, how they end, and the flags that mean the same in all of them."""
 import argparse
 import os
+import re
 import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Any, Callable, NoReturn, Optional, Sequence
+from typing import Any, Callable, List, NoReturn, Optional, Sequence
 
 from pst_timm.utils.errors import PSTError, did_you_mean
 
@@ -19,9 +20,11 @@ __all__ = [
     'add_attention_flags',
     'add_ema_flag',
     'add_output',
+    'add_overwrite',
     'add_source',
     'at_least',
     'fail',
+    'files_of',
     'run',
 ]
 
@@ -116,7 +119,9 @@ def _unexpected(prog: str, error: Exception) -> int:
 
 def fail(prog: str, error: Exception) -> int:
     """Print an error; returns the exit code."""
-    print(f'{prog}: error: {error}', file=sys.stderr)
+    # a name in a file must not move the cursor
+    told = re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]', '?', str(error))
+    print(f'{prog}: error: {told}', file=sys.stderr)
     return getattr(error, 'exit_code', 1)
 
 
@@ -179,3 +184,17 @@ def add_attention_flags(
 def add_output(parser: argparse.ArgumentParser, what: str = 'file to write', **kwargs: Any) -> None:
     """Add --output, a path."""
     parser.add_argument('--output', type=Path, help=what, **kwargs)
+
+
+def add_overwrite(parser: argparse.ArgumentParser, what: str = 'a file') -> None:
+    """Add --overwrite."""
+    parser.add_argument(
+        '--overwrite', action='store_true', help=f'replace {what} that is there already (default: refuse to)')
+
+
+def files_of(source: str) -> List[Path]:
+    """The files that a source of a model may be read from: what must not be written over."""
+    from pst_timm.checkpoints.reading import PREFERRED
+
+    path = Path(source.removeprefix('local-dir:'))
+    return [path, *(path / name for name in (*PREFERRED, 'model.safetensors', 'config.json'))]

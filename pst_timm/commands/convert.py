@@ -3,7 +3,7 @@ import argparse
 import logging
 from typing import Optional, Sequence
 
-from .common import DTYPES, ArgumentParser, add_ema_flag, add_source, run
+from .common import DTYPES, ArgumentParser, add_ema_flag, add_overwrite, add_source, run
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -16,6 +16,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--dtype', choices=DTYPES, default='float32', help='precision (default: %(default)s)')
     parser.add_argument('--model', help='architecture of a file that does not tell it')
     add_ema_flag(parser)
+    add_overwrite(parser)
     return run(parser.prog, _convert, parser.parse_args(argv))
 
 
@@ -25,7 +26,7 @@ def _convert(args: argparse.Namespace) -> None:
     from pst_timm.checkpoints import convert
 
     setup_default_logging(logging.WARNING)
-    done = convert(args.source, args.target, args.dtype, args.use_ema, args.model)
+    done = convert(args.source, args.target, args.dtype, args.use_ema, args.model, args.overwrite)
     print(f'Written: {done.path} ({done.path.stat().st_size / 2 ** 20:.1f} MiB, {args.dtype}, '
           f'{"moving average (EMA)" if done.ema else "no EMA"}).')
     print(f'Logits differ from the source by {done.difference:.1e} of the largest one, top-1 agrees for '

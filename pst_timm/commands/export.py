@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from pst_timm.utils.errors import PSTError
-from pst_timm.utils.files import read_class_names
+from pst_timm.utils.files import check_output, read_class_names
 
 from .common import (
     DTYPES,
@@ -13,8 +13,10 @@ from .common import (
     add_attention_flags,
     add_ema_flag,
     add_output,
+    add_overwrite,
     add_source,
     at_least,
+    files_of,
     run,
 )
 
@@ -42,6 +44,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--check', action='store_true', help='run the result beside the eager model')
     parser.add_argument('--images', nargs='+', default=[], type=Path, help='photographs to check with (default: noise)')
     add_ema_flag(parser)
+    add_overwrite(parser)
     args = parser.parse_args(argv)
     missing = [p for p in args.images if not p.is_file()]
     if missing:
@@ -67,6 +70,7 @@ def _export_and_check(args: argparse.Namespace) -> int:
 
     setup_default_logging(logging.WARNING)
     path = args.output or Path(Path(args.source.split(':')[-1]).name.split('.')[0] + FORMATS[args.format])
+    check_output(path, args.overwrite, [*files_of(args.source), *args.images, *filter(None, [args.class_names])])
     dtype = getattr(torch, args.dtype)
     names = read_class_names(args.class_names)
     model = load_model(
@@ -77,7 +81,7 @@ def _export_and_check(args: argparse.Namespace) -> int:
             raise PSTError(f'{args.source} has no sparse attention to set --topk or --fine-fusion on.')
         model.set_topk(attention_settings(model)['topk'] if args.topk is None else args.topk, args.fine_fusion)
     exported = export(
-        model, path, args.format, args.dynamic, dtype, args.img_size, args.reparam, names)
+        model, path, args.format, args.dynamic, dtype, args.img_size, args.reparam, names, args.overwrite)
     print(f'Written: {path} ({path.stat().st_size / 2 ** 20:.1f} MiB)')
     if not args.check:
         return 0

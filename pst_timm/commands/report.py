@@ -82,12 +82,13 @@ def fill_page(path: Path, root: Path, studies: Mapping[str, 'StudyData']) -> str
 def performance_block(folder: Path, name: str) -> str:
     """How something was measured, and the table of it, numbers with a decimal point cut to three places."""
     from pst_timm.utils.files import read_csv
+    from pst_timm.utils.markdown import prose
     from pst_timm.utils.tables import markdown_table
 
     def cell(value: str) -> str:
-        return f'{float(value):.3f}' if re.fullmatch(r'-?\d+\.\d+(e-?\d+)?', value) else value
+        return f'{float(value):.3f}' if re.fullmatch(r'-?\d+\.\d+(e-?\d+)?', value) else prose(value)
 
-    rows = [{key: cell(value) for key, value in row.items()} for row in read_csv(folder / f'{name}.csv')]
+    rows = [{prose(key): cell(value) for key, value in row.items()} for row in read_csv(folder / f'{name}.csv')]
     path = folder / f'{name}.json'
     try:
         setting = json.loads(path.read_text(encoding='utf-8'))['setting']

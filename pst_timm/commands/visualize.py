@@ -6,7 +6,17 @@ from typing import Optional, Sequence
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import read_class_names
 
-from .common import ArgumentParser, add_attention_flags, add_ema_flag, add_output, add_source, at_least, run
+from .common import (
+    ArgumentParser,
+    add_attention_flags,
+    add_ema_flag,
+    add_output,
+    add_overwrite,
+    add_source,
+    at_least,
+    files_of,
+    run,
+)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -26,6 +36,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument(
         '--limit', type=at_least(1), default=12, help='most images of a folder, evenly spaced (default: 12)')
     parser.add_argument('--each', action='store_true', help='of a folder, also the figure of each image')
+    add_overwrite(parser)
     args = parser.parse_args(argv)
     if args.topk is not None and args.topk < 1:
         parser.error(f'--topk must be at least 1, got {args.topk}')
@@ -39,13 +50,14 @@ def _visualize(args: argparse.Namespace) -> None:
 
     from pst_timm.checkpoints import attention_settings, load_model, preprocessing
     from pst_timm.data.images import find_images
-    from pst_timm.visualize.view import check_output, visualize
+    from pst_timm.visualize.view import check_outputs, visualize
 
     setup_default_logging()
     if not args.source.exists():
         raise PSTError(f'There is no image or folder {args.source}.')
     output = args.output or Path(f'{args.source.resolve().stem}-pst.png')
-    check_output(output, args.source)
+    read = [*files_of(str(args.checkpoint or args.model)), *filter(None, [args.class_names])]
+    check_outputs(output, args.source, args.limit, args.each, args.overwrite, read)
     names = read_class_names(args.class_names)
     model = load_model(
         args.checkpoint or args.model, arch=args.model if args.checkpoint else None, num_classes=args.num_classes,
@@ -57,7 +69,7 @@ def _visualize(args: argparse.Namespace) -> None:
         topk = max(1, min(topk, model.tokens(args.img_size or model.pretrained_cfg['input_size'][-2:]) // 2))
     try:
         written = visualize(
-            args.source, model, output, args.limit, args.each, topk=topk, fusion=args.fine_fusion,
+            args.source, model, output, args.limit, args.each, args.overwrite, topk=topk, fusion=args.fine_fusion,
             img_size=args.img_size, class_names=names, block=args.block)
     except (ValueError, RuntimeError, OSError) as e:  # the layers' and torch's own
         raise PSTError(' '.join(str(e).split())) from e

@@ -14,7 +14,7 @@ from pst_timm.data.images import open_image
 from pst_timm.metrics.agreement import compare_logits
 from pst_timm.models import reparameterize
 from pst_timm.utils.errors import PSTError
-from pst_timm.utils.files import write_whole
+from pst_timm.utils.files import check_output, write_whole
 
 from .loading import METADATA, load_exported
 
@@ -55,6 +55,7 @@ def export(
         img_size: Optional[int] = None,
         reparam: bool = True,
         class_names: Optional[Sequence[str]] = None,
+        overwrite: bool = False,
 ) -> nn.Module:
     """Write a model for deployment, with its preprocessing constants and class names as metadata.
 
@@ -67,13 +68,16 @@ def export(
         img_size: Height and width of the example, the model's own if None; fixed unless `dynamic`.
         reparam: Fold the model first.
         class_names: Names of the classes, in order.
+        overwrite: Whether a file that is there may be replaced.
 
     Returns:
         The model as it was exported, folded and cast, to compare with.
 
     Raises:
+        PSTError: If the file cannot be written, or must not be; what was there before is untouched.
         ValueError: If the format is unknown, or the class names do not fit the classifier.
     """
+    check_output(path, overwrite)
     if format not in FORMATS:
         raise ValueError(f'format must be one of {tuple(FORMATS)}, got {format!r}.')
     if class_names and len(class_names) != model.num_classes:

@@ -1,5 +1,6 @@
 """The model card: what a person wants to know before using a model. Every number is measured or from the checkpoint."""
 import re
+import shlex
 from typing import Any, List, Mapping, NamedTuple, Optional, Sequence
 
 import torch.nn as nn
@@ -9,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from pst_timm.checkpoints import attention_settings, label_names
 from pst_timm.checkpoints.reading import Checkpoint
 from pst_timm.utils.cost import count_gmacs
+from pst_timm.utils.markdown import fence, plain, prose
 
 __all__ = ['CITATION', 'Accuracy', 'count_gmacs', 'model_card']
 
@@ -21,6 +23,8 @@ CITATION = """@article{hu2025pyramid,
 
 TASK = 'image-classification'
 SHOWN_NAMES = 10
+HUB_NAME = re.compile(r'[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}', re.ASCII)
+MOST_RECIPE = 20_000  # characters
 
 
 class Accuracy(NamedTuple):
@@ -36,9 +40,10 @@ class Accuracy(NamedTuple):
 
 def _head(name: str, accuracy: Optional[Accuracy], license: str, data_set: Optional[str]) -> ModelCardData:
     """What the Hub reads of a card: tags, licence, data set, and the accuracy as a model index."""
+    shown = plain(data_set or 'unnamed')
     results = [
         EvalResult(
-            task_type=TASK, dataset_type=data_set or 'unnamed', dataset_name=data_set or 'unnamed',
+            task_type=TASK, dataset_type=shown, dataset_name=shown,
             metric_type='accuracy', metric_name=metric, metric_value=value)
         for metric, value in (('top-1 (%)', accuracy.top1), ('top-5 (%)', accuracy.top5)) if value is not None
     ] if accuracy else None
@@ -49,7 +54,7 @@ def _head(name: str, accuracy: Optional[Accuracy], license: str, data_set: Optio
         library_name='timm',
         license=license,
         # the name of a repository of data on the Hub
-        datasets=[data_set] if data_set and re.fullmatch(r'[\w.-]+/[\w.-]+', data_set) else None,
+        datasets=[data_set] if data_set and HUB_NAME.fullmatch(data_set) else None,
         eval_results=results,
     )
 
@@ -63,7 +68,7 @@ def _validate_command(repo_id: str, accuracy: Accuracy, settings: Mapping[str, A
     words = [
         'pst-timm validate --data-dir PATH', f'--model hf-hub:{repo_id} --pretrained',
         f'--img-size {accuracy.img_size}', f'--crop-pct {accuracy.crop_pct}',
-        f'--interpolation {accuracy.interpolation}',
+        f'--interpolation {shlex.quote(plain(accuracy.interpolation))}',
     ]
     if settings['topk']:
         words.append(f'--model-kwargs topk={settings["topk"]} fine_fusion={settings["fine_fusion"]}')
@@ -84,14 +89,12 @@ def _accuracy_section(
         '',
         '| data set | image size | crop | attention | top-1 (%) | top-5 (%) |',
         '|---|---|---|---|---|---|',
-        f'| {data_set or "unnamed"} | {accuracy.img_size} | {accuracy.crop_pct} | {_attention(settings)} '
+        f'| {prose(data_set or "unnamed")} | {accuracy.img_size} | {accuracy.crop_pct} | {_attention(settings)} '
         f'| {accuracy.top1:.2f} | {top5} |',
         '',
         f'Measured {accuracy.measured}. To measure it again:',
         '',
-        '```sh',
-        _validate_command(repo_id, accuracy, settings),
-        '```',
+        fence(_validate_command(repo_id, accuracy, settings), 'sh'),
         '',
     ]
 
@@ -101,26 +104,33 @@ def _recipe_section(checkpoint: Checkpoint) -> List[str]:
     if checkpoint.epoch is not None:
         average = ', as a moving average (EMA)' if checkpoint.ema else ''
         weights = f' The weights are those after epoch {checkpoint.epoch + 1}{average}.'
-    if not checkpoint.recipe:
+    settings = _settings(checkpoint)
+    if not settings:
         return ['## Training', '', f'How the model was trained did not come with the weights.{weights}', '']
     kind = checkpoint.args.get('dataset')
+    dataset = f' --dataset {shlex.quote(plain(kind))}' if kind else ''
     return [
         '## Training',
         '',
         'Save the settings below as `args.yaml` and run',
         '',
-        '```sh',
-        f'pst-timm train --config args.yaml --data-dir PATH{f" --dataset {kind}" if kind else ""}',
-        '```',
+        fence(f'pst-timm train --config args.yaml --data-dir PATH{dataset}', 'sh'),
         '',
         f'They are what differs from the defaults; files in them are those that the run began with. With another '
         f'number of loader workers or processes the random augmentation is another one.{weights}',
         '',
-        '```yaml',
-        yaml.safe_dump(checkpoint.recipe, sort_keys=True).rstrip(),
-        '```',
+        fence(settings, 'yaml'),
         '',
     ]
+
+
+def _settings(checkpoint: Checkpoint) -> str:
+    """The recipe as YAML, empty where there is none, or none that a person would read."""
+    try:
+        settings = yaml.safe_dump(checkpoint.recipe, sort_keys=True).rstrip() if checkpoint.recipe else ''
+    except (yaml.YAMLError, RecursionError, TypeError):
+        return ''
+    return settings if len(settings) <= MOST_RECIPE else ''
 
 
 def _usage_section(repo_id: str, channels: int, saved: str, named: bool) -> List[str]:
@@ -186,6 +196,8 @@ def model_card(
         accuracy: What was measured, None if nothing was.
         data_set: Name of the data set.
         license: Identifier of the licence of the weights.
+
+    What others chose (names, settings) is shown as text and has no other effect.
     """
     cfg = model.pretrained_cfg
     channels, *size = cfg['input_size']
@@ -193,12 +205,12 @@ def model_card(
     name, names = repo_id.split('/')[-1], label_names(model)
     classes = f'{model.num_classes}'
     if names:
-        shown = ', '.join(str(n).replace('|', '\\|') for n in names[:SHOWN_NAMES])
+        shown = ', '.join(map(prose, names[:SHOWN_NAMES]))
         classes += f': {shown}{", ... (all in config.json)" if len(names) > SHOWN_NAMES else ""}'
-    data = f' for {data_set}' if data_set else ''
+    data = f' for {prose(data_set)}' if data_set else ''
     saved = f'; saved with `topk={settings["topk"]}`, `fine_fusion={settings["fine_fusion"]!r}`'
     lines = [
-        f'# {name}: {checkpoint.arch}{f" trained on {data_set}" if data_set else ""}',
+        f'# {name}: {checkpoint.arch}{f" trained on {prose(data_set)}" if data_set else ""}',
         '',
         f'An image classifier{data}: `{checkpoint.arch}`, a ResNet whose last two stages are fused by a Pyramid Sparse '
         'Transformer, for [timm](https://github.com/huggingface/pytorch-image-models) with the package `pst_timm`.',
@@ -208,7 +220,7 @@ def model_card(
         f'| parameters | {sum(p.numel() for p in model.parameters()):,} |',
         f'| multiply-adds | {count_gmacs(model, cfg["input_size"]):.3f} G for one {size[0]} x {size[1]} image |',
         f'| classes | {classes} |',
-        f'| input | {channels} x {size[0]} x {size[1]}, {cfg["interpolation"]}, crop {cfg["crop_pct"]} |',
+        f'| input | {channels} x {size[0]} x {size[1]}, {prose(cfg["interpolation"])}, crop {prose(cfg["crop_pct"])} |',
         f'| mean, std | {_numbers(cfg["mean"])}; {_numbers(cfg["std"])} |',
         f'| attention | {_attention(settings)} |',
         '',
@@ -224,7 +236,7 @@ def model_card(
         '',
         '## Licence',
         '',
-        f'The weights: {license}. The package `pst_timm`: Apache-2.0. The data set has terms of its own.',
+        f'The weights: {prose(license)}. The package `pst_timm`: Apache-2.0. The data set has terms of its own.',
         '',
         '## Citation',
         '',

@@ -1,6 +1,7 @@
 """From a checkpoint to a repository on the Hub: weights, config.json and a model card, in one commit or not at all."""
 import json
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from pst_timm.metrics.agreement import compare_logits
 from pst_timm.models import ResNetPST
 from pst_timm.models.digest import digest_note
 from pst_timm.utils.errors import PSTError
-from pst_timm.utils.files import read_csv, write_text, write_whole
+from pst_timm.utils.files import check_output, read_csv, write_text, write_whole
 
 from .card import Accuracy, model_card
 from .upload import CARD, CONFIG, FILES, WEIGHTS, Upload
@@ -106,6 +107,7 @@ def publish(
         revision: Optional[str] = None,
         dry_run: bool = False,
         folder: Optional[os.PathLike] = None,
+        overwrite: bool = False,
         use_ema: Optional[bool] = None,
         arch: Optional[str] = None,
         topk: Optional[int] = None,
@@ -129,6 +131,7 @@ def publish(
         revision: Branch, made if there is none; the main one if None.
         dry_run: Write the folder and stop.
         folder: Where to write the three files; None for `output/publish/name` in a dry run, else a temporary one.
+        overwrite: Whether files of an earlier publication in the folder may be replaced; never the checkpoint.
         use_ema: Whether to take the moving average of a training checkpoint; None takes it where there is one.
         arch: Architecture of a file, where it does not tell it or another one is meant; said if they differ.
         topk: Fine attention the accuracy was measured with, as the checkpoint has it if None.
@@ -146,6 +149,11 @@ def publish(
         Unavailable: If the Hub cannot be reached or cannot answer.
     """
     _check_name(repo_id)
+    _check_license(license)
+    if folder is None and dry_run:
+        folder = Path('output', 'publish', repo_id.split('/')[1])
+    if folder is not None:
+        _check_folder(Path(folder), Path(checkpoint), overwrite)
     source = open_checkpoint(checkpoint, arch, use_ema)
     model = build_model(source)
     if not isinstance(model, ResNetPST):
@@ -163,8 +171,6 @@ def publish(
     upload = None if dry_run else Upload(repo_id, private, revision, token, attempts)
     if upload is not None:
         upload.check_access(source.arch)
-    if folder is None and dry_run:
-        folder = Path('output', 'publish', repo_id.split('/')[1])
     with _kept_or_temporary(folder) as target:
         save_folder(model, target, class_names, _test_config(accuracy, model))
         if class_names:
@@ -183,6 +189,12 @@ def _check_name(repo_id: str) -> None:
         raise PSTError(f"{repo_id!r} must name the owner too, as in 'org/name'.")
 
 
+def _check_license(license: str) -> None:
+    # the Hub's identifiers, and whatever else it may learn
+    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9.+-]{0,63}', license):
+        raise PSTError(f"{license!r} is no identifier of a licence, as 'apache-2.0', 'cc-by-4.0' or 'other' are.")
+
+
 @contextmanager
 def _kept_or_temporary(folder: Optional[os.PathLike]) -> Iterator[Path]:
     if folder is None:
@@ -190,10 +202,34 @@ def _kept_or_temporary(folder: Optional[os.PathLike]) -> Iterator[Path]:
             yield Path(temporary)
         return
     folder = Path(folder)
-    if folder.exists() and any(path.name not in FILES for path in folder.iterdir()):
-        raise PSTError(f'{folder} holds other files: name a new or empty folder.')
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise PSTError(f'Cannot write to {folder}: {e.strerror}.') from None
     yield folder
+
+
+def _check_folder(folder: Path, checkpoint: Path, overwrite: bool) -> None:
+    """Make sure, before the work, that a folder can take the files, and that nobody loses others by it."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise PSTError(f'Cannot write to {folder}: it is not a folder. Name a new one.')
+    source = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    if source.is_dir() and os.path.samefile(folder, source):
+        raise PSTError(f'{folder} is where the checkpoint is read from: name another folder.')
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as e:
+        raise PSTError(f'{folder} cannot be read ({e.strerror}).') from None
+    foreign = [name for name in names if name not in FILES]
+    if foreign:
+        raise PSTError(f'{folder} holds other files, such as {foreign[0]}: name a new or empty folder.')
+    if names and not overwrite:
+        raise PSTError(f'{folder} holds {", ".join(names)} already: name another folder, or add --overwrite to replace '
+                       f'what is there.')
+    for name in FILES:
+        check_output(folder / name, overwrite)
 
 
 # what was measured
@@ -209,6 +245,7 @@ def _read_results(path: os.PathLike) -> List[Dict[str, Any]]:
                 crop_pct=float(row['crop_pct']), interpolation=str(row['interpolation']))
             if row.get('topk') not in (None, ''):
                 row['topk'] = int(row['topk'])
+            _check_accuracy(row, f'{path} says')
     except PSTError:
         raise
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
@@ -216,6 +253,17 @@ def _read_results(path: os.PathLike) -> List[Dict[str, Any]]:
     if not rows:
         raise PSTError(f'{path} holds no results.')
     return rows
+
+
+def _check_accuracy(row: Dict[str, Any], who: str) -> None:
+    """Raise a PSTError unless the accuracies of a row, and the size and crop if it has them, can have been measured."""
+    # a NaN is in no interval
+    ranges = {'top1': (0., 100.), 'top5': (0., 100.), 'img_size': (1, 2 ** 16), 'crop_pct': (1e-3, 100.)}
+    for key, (low, high) in ranges.items():
+        if row.get(key) is not None and not low <= row[key] <= high:
+            raise PSTError(f'{who} {key} = {row[key]}, which cannot have been measured: expected {low:g} to {high:g}.')
+    if row.get('top5') is not None and row['top5'] < row['top1']:
+        raise PSTError(f'{who} top5 = {row["top5"]}, less than top1 = {row["top1"]}, which cannot be.')
 
 
 def _set_attention(model: nn.Module, topk: Optional[int], fine_fusion: Optional[str]) -> bool:
@@ -268,10 +316,14 @@ def _measured_in_training(source: Checkpoint, model: nn.Module) -> Optional[Accu
     summary = source.path.parent / 'summary.csv'
     if summary.is_file():
         line = next((r for r in read_csv(summary) if r.get('epoch') == str(source.epoch)), {})
-        top1 = float(line['eval_top1']) if line.get('eval_top1') else top1
-        top5 = float(line['eval_top5']) if line.get('eval_top5') else top5
+        try:
+            top1 = float(line['eval_top1']) if line.get('eval_top1') else top1
+            top5 = float(line['eval_top5']) if line.get('eval_top5') else top5
+        except ValueError as e:
+            raise PSTError(f'{summary} is garbled ({e}): mend or move it.') from None
     if top1 is None:
         return None
+    _check_accuracy({'top1': top1, 'top5': top5}, f'{source.path} or the summary.csv beside it says')
     cfg = model.pretrained_cfg
     measured = f'in training, after epoch {source.epoch + 1}'
     if source.path.name.startswith('model_best'):

@@ -72,7 +72,8 @@ class Upload:
             info = self._ask(lambda: self.api.model_info(self.repo_id, revision=self.revision))
         except (RepositoryNotFoundError, RevisionNotFoundError):
             return
-        names = {f.rfilename for f in info.siblings} - {'.gitattributes', *FILES}
+        there = {f.rfilename for f in info.siblings} - {'.gitattributes'}
+        names = there - set(FILES)
         pickles = sorted(n for n in names if n.endswith(PICKLES))
         if pickles:
             raise PSTError(
@@ -83,6 +84,12 @@ class Upload:
             raise PSTError(
                 f'{self.repo_id} holds a model of another architecture ({found}, not {arch}): name another '
                 f'repository.')
+        replaced = [name for name in FILES if name in there]
+        if replaced:
+            kept = f' {", ".join(sorted(names)[:5])} and what else is there stays as it is.' if names else ''
+            _logger.warning(
+                f'{self.repo_id} is there already: its {", ".join(replaced)} will be replaced; the versions of now '
+                f'stay in its history, as commit {str(info.sha)[:12]}.{kept}')
 
     def _architecture_there(self) -> Optional[str]:
         with tempfile.TemporaryDirectory() as cache:

@@ -5,6 +5,7 @@ from typing import Callable, Dict, Iterable, List, Mapping, Optional, Sequence
 
 from pst_timm.metrics.intervals import Difference, Interval, mean_and_sd, paired_difference
 from pst_timm.utils.errors import PSTError
+from pst_timm.utils.markdown import prose
 from pst_timm.utils.tables import markdown_table
 
 from .results import Attention, Row, StudyData
@@ -35,7 +36,7 @@ def study_block(study: StudyData, name: str) -> Optional[str]:
 def setting_block(study: StudyData) -> str:
     """What was run, with what, on what, when, and what is still missing."""
     def several(column: str) -> str:
-        return ' and '.join(dict.fromkeys(row.get(column) or 'unknown' for row in study.runs))
+        return ' and '.join(dict.fromkeys(prose(row.get(column) or 'unknown') for row in study.runs))
 
     lines = [study.setting.rstrip('.') + '.']
     if study.runs:

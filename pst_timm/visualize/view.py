@@ -1,8 +1,9 @@
 """Draw what PST looks at: coarse attention, the tokens that each head selects, and what they do to the prediction."""
+import io
 import logging
 import os
 from pathlib import Path
-from typing import Any, List, Optional, Sequence
+from typing import Any, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from timm.data import create_transform, resolve_data_config
@@ -12,11 +13,11 @@ from pst_timm.data.images import find_images, open_image
 from pst_timm.layers import PyramidSparseAttention
 from pst_timm.models import ResNetPST, inspect_tokens
 from pst_timm.utils.errors import PSTError
-from pst_timm.utils.files import write_whole
+from pst_timm.utils.files import check_output, write_whole
 
 from .drawing import View, draw_sheet, draw_view
 
-__all__ = ['DPI', 'FORMATS', 'MIN_SIDE', 'check_output', 'look', 'visualize']
+__all__ = ['DPI', 'FORMATS', 'MIN_SIDE', 'check_outputs', 'look', 'visualize']
 
 _logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ def visualize(
         output: os.PathLike,
         limit: int = 12,
         each: bool = False,
+        overwrite: bool = False,
         **kwargs: Any,
 ) -> List[Path]:
     """Draw what a model looks at in an image, or in the images of a folder.
@@ -109,6 +111,7 @@ def visualize(
         output: File to write, .png, .pdf or .svg.
         limit: Most images of a folder to draw.
         each: Of a folder, also write the figure of each image, beside the sheet.
+        overwrite: Whether files that are there may be replaced; never the images.
         kwargs: Further arguments of `look`.
 
     Returns:
@@ -118,38 +121,66 @@ def visualize(
         PSTError: If the output is no such file or cannot be written, matplotlib is missing, or as `look` does.
         ValueError: As `look` does.
     """
-    output = Path(output)
-    check_output(output, source)
-    folder = Path(source).is_dir()
-    paths = find_images(source, limit)[0] if folder else [Path(source)]
+    paths, outputs = check_outputs(output, source, limit, each, overwrite)
     views = [look(model, path, **kwargs) for path in paths]
     if views[0].selects_all:
         _logger.warning(
             f'Every head selects all {views[0].attention.size} coarse tokens, so the picture shows no choice: select '
             f'fewer with topk, or take a larger img_size.')
-    if not folder:
-        return [_save(draw_view(views[0]), output, views[0].name)]
-    written = [_save(draw_sheet(views), output, Path(source).name)]
-    for i, view in enumerate(views if each else ()):
-        # numbered, as two folders may each have an image of that name
-        path = output.with_name(f'{output.stem}-{i + 1:02d}-{Path(view.name).stem}{output.suffix}')
-        written.append(_save(draw_view(view), path, view.name))
-    return written
+    if not Path(source).is_dir():
+        return [_save(draw_view(views[0]), outputs[0], views[0].name)]
+    _save(draw_sheet(views), outputs[0], Path(source).name)
+    for path, view in zip(outputs[1:], views):
+        _save(draw_view(view), path, view.name)
+    return outputs
 
 
-def check_output(output: Path, source: os.PathLike) -> None:
-    """Raise an error, before anything is computed, if a figure cannot go there or cannot be drawn at all."""
+def check_outputs(
+        output: os.PathLike,
+        source: os.PathLike,
+        limit: int = 12,
+        each: bool = False,
+        overwrite: bool = False,
+        inputs: Iterable[os.PathLike] = (),
+) -> Tuple[List[Path], List[Path]]:
+    """Make sure, before anything is computed, that figures can be drawn, and that no file is lost by it.
+
+    Args:
+        output: See `visualize`, as for the next four.
+        source: An image, or a folder.
+        limit: Most images of a folder to draw.
+        each: Of a folder, also write the figure of each image.
+        overwrite: Whether files that are there may be replaced.
+        inputs: What is read beside the images.
+
+    Returns:
+        The images to draw, and the files to write.
+
+    Raises:
+        PSTError: If a file cannot be written, or must not be; if there is no image, or no matplotlib.
+    """
+    output, source = Path(output), Path(source)
     if output.suffix.lower() not in FORMATS:
         raise PSTError(f'The output must be a {", ".join(FORMATS)} file, got {output}.')
-    if output.exists() and output.samefile(source):
-        raise PSTError(f'The output {output} is the image itself: choose another name.')
+    paths, outputs = [source], [output]
+    if source.is_dir():
+        paths = [Path(path) for path in find_images(source, limit)[0]]
+        # numbered, as two folders may each have an image of that name
+        outputs += [output.with_name(f'{output.stem}-{i + 1:02d}-{path.stem}{output.suffix}')
+                    for i, path in enumerate(paths if each else ())]
+    for path in outputs:
+        if source.is_dir() and path.exists() and path.resolve().is_relative_to(source.resolve()):
+            raise PSTError(f'{path} is in the folder that is read: name a file elsewhere.')
+        check_output(path, overwrite, [*inputs, *paths])
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise PSTError("Figures need matplotlib: pip install matplotlib, or 'pst_timm[train]'.") from None
+    return paths, outputs
 
 
 def _save(figure: Any, path: Path, title: str) -> Path:
-    write_whole(path, lambda name: figure.savefig(
-        name, format=path.suffix[1:].lower(), dpi=DPI, metadata={'Title': title}))
+    data = io.BytesIO()  # drawn in memory, as the writer of PDF trips over a full disk
+    figure.savefig(data, format=path.suffix[1:].lower(), dpi=DPI, metadata={'Title': title})
+    write_whole(path, lambda name: Path(name).write_bytes(data.getvalue()))
     return path

@@ -85,7 +85,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr('pst_timm.checkpoints.conversion.save_file', full_disk)
     with pytest.raises(PSTError, match='No space left'):
-        convert(source, target)
+        convert(source, target, overwrite=True)
     assert target.read_bytes() == b'old'
     assert sorted(p.name for p in tmp_path.iterdir()) == ['last.pth.tar', 'out.safetensors']
 
@@ -96,5 +96,5 @@ def test_command(tmp_path, capsys):
     assert main(['convert', str(source), str(target), '--dtype', 'bfloat16']) == 0
     out = capsys.readouterr().out
     assert 'moving average (EMA)' in out and 'Logits differ from the source by' in out
-    assert main(['convert', str(source), str(target), '--no-ema']) == 0
+    assert main(['convert', str(source), str(target), '--no-ema', '--overwrite']) == 0
     assert 'no EMA' in capsys.readouterr().out

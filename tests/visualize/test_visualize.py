@@ -204,7 +204,7 @@ def test_no_choice_is_said_to_be_none(photo, tmp_path, caplog, monkeypatch):
     assert look(model, photo, 9, img_size=64).caption.endswith('over k = 4 of 4 tokens: all, so none is chosen')
     visualize(photo, model, tmp_path / 'x.png', topk=3, img_size=64)
     assert not caplog.messages
-    visualize(photo, model, tmp_path / 'x.png', topk=4, img_size=64)
+    visualize(photo, model, tmp_path / 'x.png', overwrite=True, topk=4, img_size=64)
     [message] = caplog.messages
     assert 'selects all 4 coarse tokens' in message
 
@@ -287,6 +287,7 @@ def test_a_checkpoint_brings_model_and_classes(photo, tmp_path, capsys, seen):
         'arch': 'test_resnet_pst', 'state_dict': model.state_dict(), 'state_dict_ema': averaged.state_dict()}, path)
     argv = [str(photo), '--checkpoint', str(path), '--output', str(tmp_path / 'x.png')]
     assert command.main([*argv, '--model', 'test_resnet_pst']) == 0
+    argv.append('--overwrite')
     assert command.main([*argv, '--no-use-ema']) == 0
     for loaded, expected in zip(seen, (averaged, model)):
         assert loaded.num_classes == 7 and torch.equal(loaded.fc.weight, expected.fc.weight) and not loaded.training
@@ -299,7 +300,8 @@ def test_a_checkpoint_brings_model_and_classes(photo, tmp_path, capsys, seen):
 def test_random_weights_are_said_to_be_random(photo, capsys, seen):
     assert command.main([str(photo), '--model', 'test_resnet_pst', '--topk', '1']) == 0
     assert 'random' not in capsys.readouterr().err
-    assert command.main([str(photo), '--model', 'test_resnet_pst.untrained', '--num-classes', '3', '--topk', '1']) == 0
+    words = ['--num-classes', '3', '--topk', '1', '--overwrite']
+    assert command.main([str(photo), '--model', 'test_resnet_pst.untrained', *words]) == 0
     assert 'random' in capsys.readouterr().err
     assert [model.num_classes for model in seen] == [10, 3]
 
@@ -322,8 +324,8 @@ def test_random_weights_are_said_to_be_random(photo, capsys, seen):
     ('photo.png --model test_resnet_pst --class-names none.txt', 'Cannot read the class names none.txt'),
     ('photo.png --model test_resnet_pst --block 1', 'There is no PST block 1: the model has 1'),
     ('photo.png --model test_resnet_pst --output x.jpg', 'The output must be a .png, .pdf, .svg file, got x.jpg'),
-    ('photo.png --model test_resnet_pst --output nowhere/x.png', 'Cannot write nowhere/x.png: No such file'),
-    ('photo.png --model test_resnet_pst --output photo.png', 'The output photo.png is the image itself'),
+    ('photo.png --model test_resnet_pst --output nowhere/x.png', 'nowhere/x.png: there is no folder nowhere'),
+    ('photo.png --model test_resnet_pst --output photo.png', 'photo.png is what is read: name another file'),
     ('photo.png --model test_resnet_pst --topk 0', '--topk must be at least 1, got 0'),
     ('photo.png --model test_resnet_pst --topk two', "--topk: expected a whole number of at least 0, got 'two'"),
     ('photo.png --model test_resnet_pst --img-size 31', "--img-size: expected a whole number of at least 32, got '31'"),
@@ -357,23 +359,6 @@ def test_without_matplotlib_it_says_so_before_it_computes(photo, tmp_path, capsy
     assert command.main([str(photo), '--model', 'test_resnet_pst', '--output', str(tmp_path / 'x.png')]) == 1
     assert 'pip install matplotlib' in capsys.readouterr().err
     assert not (tmp_path / 'x.png').exists()
-
-
-def test_a_full_disk_leaves_the_old_figure(photo, tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    def fail(figure, name, **kwargs):
-        with open(name, 'wb') as file:
-            file.write(b'half')
-        raise OSError(28, 'No space left on device')
-
-    output = tmp_path / 'x.png'
-    output.write_bytes(b'old')
-    monkeypatch.setattr(Figure, 'savefig', fail)
-    with pytest.raises(PSTError, match=r'Cannot write .*No space left'):
-        visualize(photo, build(), output, topk=1, img_size=64)
-    assert output.read_bytes() == b'old'
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['photo.png', 'x.png']
 
 
 def test_nothing_selected_is_nothing_to_draw(photo):
