@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from pst_timm.engine import progress
 from tests.engine.helpers import write_images
+
+PLOT_SUMMARY = progress.plot_summary
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +34,20 @@ def unlogged():
     for handler in [h for h in root.handlers if h not in before]:
         root.removeHandler(handler)
     root.setLevel(level)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def undrawn():
+    """Runs in this process draw no curve, as without matplotlib: it takes longer than their epochs. See `drawn`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, 'plot_summary', lambda *args: False)
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """For the tests of the curve, which is drawn after each epoch. Runs in processes of their own always draw it."""
+    monkeypatch.setattr(progress, 'plot_summary', PLOT_SUMMARY)
 
 
 @pytest.fixture(scope='session')

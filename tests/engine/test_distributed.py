@@ -31,30 +31,53 @@ def data(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp('ddp'), {'train': 8, 'validation': 3})
 
 
-def torchrun(args, folder, script=('train.py',), restarts=0):
-    write_yaml(args, folder / 'config.yaml')
+def torchrun(*words, restarts=0):
     return subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-         f'--max-restarts={restarts}', str(ROOT / script[0]), *script[1:], '--config', str(folder / 'config.yaml')],
+         f'--max-restarts={restarts}', *map(str, words)],
         # torch's shared store keeps the addresses of the dead across a restart
         env=script_env(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1'), stdin=subprocess.DEVNULL, capture_output=True,
-        text=True, timeout=120)
+        text=True, timeout=240)
 
 
-@pytest.mark.parametrize('norm, model_kwargs', [
-    (ALONE, {}),
-    (FROZEN, {}),
-    (ALONE, dict(train_topk=2, train_fine_prob=0.5)),
-], ids=['coarse', 'coarse-frozen', 'train_topk'])
-def test_two_processes_equal_one(data, tmp_path, norm, model_kwargs):
-    values = dict(
+def train_on_two(args, folder, script=('train.py',), restarts=0):
+    write_yaml(args, folder / 'config.yaml')
+    return torchrun(ROOT / script[0], *script[1:], '--config', folder / 'config.yaml', restarts=restarts)
+
+
+CASES = {
+    'coarse': (ALONE, {}),
+    'coarse-frozen': (FROZEN, {}),
+    'train_topk': (ALONE, dict(train_topk=2, train_fine_prob=0.5)),
+}
+
+
+def settings(case):
+    norm, model_kwargs = CASES[case]
+    return dict(
         epochs=4, sched='none', lr=0.02, no_aug=True, model_ema=True, model_ema_decay=0.5,
         model_kwargs=dict(norm, **model_kwargs), freeze=batch_norms() if norm is FROZEN else None)
-    (tmp_path / 'two').mkdir()
-    done = torchrun(tiny_train_args(data, tmp_path / 'two', batch_size=12, **values), tmp_path / 'two')
-    assert done.returncode == 0, done.stderr
-    one = train(tiny_train_args(data, tmp_path / 'one', batch_size=24, **values))
-    two = load_weights(tmp_path / 'two' / 'run' / 'last.pth.tar')
+
+
+@pytest.fixture(scope='module')
+def on_two(data, tmp_path_factory):
+    """Folders of what two processes trained, and wrote to standard error, by case."""
+    folders = {case: tmp_path_factory.mktemp(case) for case in CASES}
+    for case, folder in folders.items():
+        write_yaml(tiny_train_args(data, folder, batch_size=12, **settings(case)), folder / 'config.yaml')
+    done = torchrun(ROOT / 'tests' / 'engine' / 'ranks.py', *folders.values())
+    said = {path: path.read_text() for folder in folders.values() for path in sorted(folder.glob('stderr*.txt'))}
+    assert done.returncode == 0, (done.stderr, said)
+    return folders
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_two_processes_equal_one(data, on_two, tmp_path, case):
+    model_kwargs = CASES[case][1]
+    folder = on_two[case]
+    said = (folder / 'stderr0.txt').read_text() + (folder / 'stderr1.txt').read_text()
+    one = train(tiny_train_args(data, tmp_path, batch_size=24, **settings(case)))
+    two = load_weights(folder / 'run' / 'last.pth.tar')
     weights = load_weights(one.output_dir / 'last.pth.tar')
     assert weights.keys() == two.keys()
     if not model_kwargs:  # the noise of the selection differs from rank to rank
@@ -63,10 +86,10 @@ def test_two_processes_equal_one(data, tmp_path, norm, model_kwargs):
     gate = 'pst.blocks.0.attn.gate.weight'
     assert bool(two[gate].any()) == bool(model_kwargs)
     # nobody had to look for unused parameters, or found any
-    assert 'unused' not in done.stderr
+    assert 'unused' not in said
     # one log, one summary, from the first process
-    assert done.stderr.count('Train: 3 [   1/1') == 1
-    rows = (tmp_path / 'two' / 'run' / 'summary.csv').read_text().splitlines()
+    assert said.count('Train: 3 [   1/1') == 1
+    rows = (folder / 'run' / 'summary.csv').read_text().splitlines()
     mine = (one.output_dir / 'summary.csv').read_text().splitlines()
     assert len(rows) == len(mine) == 5
     if not model_kwargs:
@@ -77,7 +100,7 @@ def test_two_processes_equal_one(data, tmp_path, norm, model_kwargs):
 def test_batch_norm_repeated_augmentation_and_resume(data, tmp_path):
     train(tiny_train_args(data, tmp_path, epochs=1))
     args = tiny_train_args(data, tmp_path, epochs=2, resume='auto', batch_size=4, aug_repeats=3., model_ema=True)
-    done = torchrun(args, tmp_path)
+    done = train_on_two(args, tmp_path)
     assert done.returncode == 0, done.stderr
     assert 'Train: 0' not in done.stderr and 'Train: 1' in done.stderr
 
@@ -86,9 +109,9 @@ def test_batch_norm_repeated_augmentation_and_resume(data, tmp_path):
 def test_elastic_restarts_go_on_from_the_newest_checkpoint(data, tmp_path):
     values = dict(epochs=3, batch_size=4, resume='auto')
     (tmp_path / 'calm').mkdir()
-    assert torchrun(tiny_train_args(data, tmp_path / 'calm', **values), tmp_path / 'calm').returncode == 0
+    assert train_on_two(tiny_train_args(data, tmp_path / 'calm', **values), tmp_path / 'calm').returncode == 0
     # the first process dies at every second checkpoint it writes
-    done = torchrun(
+    done = train_on_two(
         tiny_train_args(data, tmp_path, **values), tmp_path, script=('tests/engine/crash.py', 'save:2'), restarts=3)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count('Going on from') == 2

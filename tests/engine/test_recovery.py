@@ -234,7 +234,7 @@ def test_a_checkpoint_of_another_model_does_not_fit(images, tmp_path):
         validate(tiny_validate_args(images, model='test_resnet', checkpoint=str(folder / 'last.pth.tar')))
 
 
-def test_a_run_that_ends_well_leaves_what_is_of_use_with_the_modes_of_the_umask(images, tmp_path):
+def test_a_run_that_ends_well_leaves_what_is_of_use_with_the_modes_of_the_umask(images, tmp_path, drawn):
     before = os.umask(0o027)
     try:
         folder = train(tiny_train_args(images, tmp_path, epochs=1, recovery_interval=2)).output_dir

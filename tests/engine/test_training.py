@@ -203,7 +203,7 @@ def test_a_model_is_told_the_step_that_all_processes_share(images, tmp_path, mon
     assert told == [(7, 0), (7, 6), (7, 12)]
 
 
-def test_the_curve_says_of_what_it_is(images, tmp_path, monkeypatch):
+def test_the_curve_says_of_what_it_is(images, tmp_path, monkeypatch, drawn):
     figure = pytest.importorskip('matplotlib.figure')
     said = []
     title = figure.Figure.suptitle
