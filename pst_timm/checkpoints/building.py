@@ -121,7 +121,7 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
     }
     hint = 'It was made by another architecture, or with other arguments than the checkpoint tells.'
     # before anything is made that could be larger than memory
-    plan = check_size(checkpoint.path, arch, {k: v for k, v in kwargs.items() if k not in ELSEWHERE})
+    plan = check_size(checkpoint.path, arch, {k: v for k, v in kwargs.items() if k not in ELSEWHERE}, weights)
     source = f'{checkpoint.path} is not a checkpoint of {arch} ({plan.num_classes} classes)'
     if all(name.startswith(WRAPPER) for name in plan.state_dict()):  # it is its own wrapper, see `clean_names`
         weights = {f'{WRAPPER}{name}': tensor for name, tensor in weights.items()}
