@@ -59,18 +59,38 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         Unavailable: If that is so because the Hub does not answer.
     """
     check_model_name(name)
-    if kwargs.get('pretrained') and not kwargs.get('pretrained_cfg_overlay'):
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    if kwargs.get('pretrained') and not overlay:
         check_fetchable(name)
     try:
-        if ':' not in name:
-            return timm.create_model(name, **kwargs)
-        return _create_from_config(name, **kwargs)
+        if ':' in name:
+            return _create_from_config(name, **kwargs)
+        if kwargs.get('pretrained') and overlay.get('file') and not overlay.get('custom_load'):
+            _check_file(name, **kwargs)
+        return timm.create_model(name, **kwargs)
     except PSTError as e:
         if str(e).startswith(name):
             raise
         raise type(e)(f'Cannot create {name}: {e}') from e
     except REFUSED as e:
-        raise PSTError(f'Cannot create {name}: {first_line(e) if isinstance(e, OSError) else e}') from e
+        # a model that lacks all of its weights names each of them
+        reason = first_line(e) if isinstance(e, OSError) else ' '.join(str(e).split()) or type(e).__name__
+        raise PSTError(f'Cannot create {name}: {reason[:500]}') from e
+
+
+def _check_file(name: str, pretrained_cfg_overlay: Mapping[str, Any], **kwargs: Any) -> None:
+    """Make sure that weights from a file are all there but for a classifier: timm takes what fits, be it nothing."""
+    weights = read_checkpoint(pretrained_cfg_overlay['file']).weights
+    classes = _size(weights, name, 'classifier', 0) or 0
+    overlay = {**pretrained_cfg_overlay, 'num_classes': classes}
+    _create_without_memory(name, **{**kwargs, 'num_classes': classes, 'pretrained_cfg_overlay': overlay})
+
+
+def _create_without_memory(name: str, **kwargs: Any) -> None:
+    """Create a model and load its weights, all of which must fit, without a place to put them."""
+    with torch.device('meta'), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # that nothing is copied there
+        timm.create_model(name, **kwargs)
 
 
 def _create_from_config(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -83,10 +103,8 @@ def _create_from_config(name: str, pretrained: bool = False, **kwargs: Any) -> n
     if pretrained and name.startswith('local-dir:'):
         check_folder(Path(cfg['file']))
     if pretrained and kwargs.get('num_classes', cfg.get('num_classes')) != cfg.get('num_classes'):
-        # for other classes timm takes what fits, be it nothing: see that all does but the classifier
-        with torch.device('meta'), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # that nothing is copied there
-            timm.create_model(arch, pretrained=True, **told_kwargs)
+        # for other classes timm takes what fits, be it nothing
+        _create_without_memory(arch, pretrained=True, **told_kwargs)
     model = timm.create_model(arch, pretrained=pretrained, **{**told_kwargs, **kwargs})
     if pretrained:
         check_finite(Checkpoint(Path(name), model.state_dict()))
@@ -127,7 +145,7 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
     }
     hint = 'It was made by another architecture, or with other arguments than the checkpoint tells.'
     # before anything is made that could be larger than memory
-    plan = check_size(checkpoint.path, arch, {k: v for k, v in kwargs.items() if k not in ELSEWHERE})
+    plan = check_size(checkpoint.path, arch, {k: v for k, v in kwargs.items() if k not in ELSEWHERE}, weights)
     source = f'{checkpoint.path} is not a checkpoint of {arch} ({plan.num_classes} classes)'
     if all(name.startswith(WRAPPER) for name in plan.state_dict()):  # it is its own wrapper, see `clean_names`
         weights = {f'{WRAPPER}{name}': tensor for name, tensor in weights.items()}

@@ -565,19 +565,25 @@ def _rule_for(name: str, tensors: int) -> Rule:
     return rule
 
 
-def check_size(source: Union[str, PathLike], arch: str, kwargs: Mapping[str, Any]) -> torch.nn.Module:
+def check_size(
+        source: Union[str, PathLike],
+        arch: str,
+        kwargs: Mapping[str, Any],
+        weights: Optional[Mapping[str, torch.Tensor]] = None,
+) -> torch.nn.Module:
     """Make sure, without taking any memory, that a model from a stranger's arguments can be built, and how large it is.
 
     Args:
         source: Who told the arguments, for the message.
         arch: Architecture.
         kwargs: All arguments of `timm.create_model`.
+        weights: The weights it is for, if they are known: a model of their size is one that fits into memory.
 
     Returns:
         The model, of shapes and types alone (on the meta device).
 
     Raises:
-        PSTError: If it cannot be built, or is much larger than the architecture as it is.
+        PSTError: If it cannot be built, or is much larger than both its weights and the architecture as it is.
     """
     try:
         with torch.device('meta'):
@@ -589,7 +595,8 @@ def check_size(source: Union[str, PathLike], arch: str, kwargs: Mapping[str, Any
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise PSTError(f'{source}: Cannot create {arch}: {reason}') from e
     elements = sum(v.numel() for v in model.state_dict().values())
-    if elements > max(FREE_ELEMENTS, TIMES_LARGER * usual):
+    there = sum(v.numel() for v in (weights or {}).values())
+    if elements > max(FREE_ELEMENTS, TIMES_LARGER * usual, 2 * there):
         raise PSTError(
             f'{source}: its arguments make {arch} a model of {elements:,} elements, where it usually has {usual:,}. '
             f'Give them yourself (--model-kwargs, or a keyword of load_model) if that is meant.')

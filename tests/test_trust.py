@@ -1,0 +1,463 @@
+"""A file of a stranger, through every door: whatever it says, it leaves no mark on the machine that opens it.
+
+Each hostile file would write a file, make a folder, run code or call a server on the loopback address, if what it says
+were believed.
+"""
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import struct
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import pst_timm
+from pst_timm.checkpoints import load_model, load_trunk
+from pst_timm.checkpoints.trust import NEVER, check_facts, check_model_args, check_origin, check_size, parse_json
+from pst_timm.cli import main
+from pst_timm.study.cell import run_cell
+from pst_timm.study.config import Cell
+from pst_timm.utils.errors import PSTError
+from tests.checkpoints.helpers import Payload, build, run_args, save_checkpoint
+from tests.engine.helpers import TINY, tiny_image, write_images
+from tests.hub.conftest import hub, registry  # noqa: F401, fixtures
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp('data'), {'train': 2, 'validation': 1})
+
+
+@pytest.fixture(scope='module')
+def weights():
+    return build().state_dict()
+
+
+@pytest.fixture
+def place(tmp_path, hub, registry, monkeypatch, weights):  # noqa: F811
+    """A folder for the hostile file, one for what the door writes, and what would be a mark."""
+    for name in ('source', 'work', 'marks'):
+        (tmp_path / name).mkdir()
+    # the files are open by then
+    monkeypatch.setattr('pst_timm.engine.training.train_epochs', lambda run, stop, result: None)
+    monkeypatch.setenv('PST_TIMM_DEBUG', '1')
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'marks' / 'torch'))
+    monkeypatch.chdir(tmp_path / 'work')
+    place = SimpleNamespace(
+        source=tmp_path / 'source', work=tmp_path / 'work', hub=hub, marks=tmp_path / 'marks', weights=weights)
+    # arguments of timm.create_model that fetch a file, and write it anywhere
+    place.fetching = {
+        'pretrained': True, 'cache_dir': str(place.marks / 'cache'),
+        'pretrained_cfg_overlay': {'url': f'{hub.url}/evil.pth', 'source': ''}}
+    return place
+
+
+def marks(place):
+    """What was left behind: files and folders, and requests to the server."""
+    return [str(path) for path in place.marks.rglob('*')] + list(place.hub.requests)
+
+
+# hostile files
+
+def run_with(place, **args):
+    entries = {k: args.pop(k) for k in ('arch', 'facts', 'state_dict') if k in args}
+    model = SimpleNamespace(state_dict=lambda: place.weights)
+    return save_checkpoint(place.source / 'last.pth.tar', model, args=run_args(**args), **entries)
+
+
+def arguments_of_a_run(place):
+    return run_with(place, model_kwargs=place.fetching)
+
+
+def facts_of_a_run(place):
+    return run_with(place, facts={'arch': 'test_resnet_pst', 'model_args': place.fetching})
+
+
+def configuration_of_a_run(place):
+    return run_with(place, facts={
+        'arch': 'test_resnet_pst', 'model_args': {'pretrained': True},
+        'pretrained_cfg': {**place.fetching['pretrained_cfg_overlay'], 'custom_load': True, 'num_classes': 3}})
+
+
+def origin_on_the_hub(place):
+    return run_with(place, arch='hf-hub:evil/model')
+
+
+def origin_on_the_hub_among_the_facts(place):
+    return run_with(place, facts={'arch': 'hf_hub:evil/model', 'pretrained_cfg': {'num_classes': 3}})
+
+
+def header_of_safetensors(place):
+    path = place.source / 'model.safetensors'
+    save_file(place.weights, path, {
+        'pst_timm': json.dumps({'arch': 'test_resnet_pst', 'model_args': place.fetching})})
+    return path
+
+
+def config_json(place, **entries):
+    save_file(place.weights, place.source / 'model.safetensors')
+    (place.source / 'config.json').write_text(json.dumps({
+        'architecture': 'test_resnet_pst', 'num_classes': 3, 'model_args': place.fetching,
+        'pretrained_cfg': {'num_classes': 3, 'input_size': [3, 64, 64]}, **entries}))
+    return place.source
+
+
+def config_json_with_a_source(place):
+    cfg = {'num_classes': 3, 'input_size': [3, 64, 64], 'custom_load': 'hf', 'hf_hub_id': 'evil/model',
+           'hf_hub_filename': 'evil.pth', 'url': f'{place.hub.url}/evil.pth', 'source': 'hf-hub'}
+    return config_json(place, model_args={'pretrained': True}, pretrained_cfg=cfg)
+
+
+def pickle_that_runs(place):
+    return run_with(place, state_dict={'fc.weight': Payload(place.marks / 'executed')})
+
+
+def bare_pickle_that_runs(place):
+    path = place.source / 'last.pth.tar'
+    path.write_bytes(pickle.dumps(Payload(place.marks / 'executed'), protocol=2))
+    return path
+
+
+KINDS = (
+    arguments_of_a_run, facts_of_a_run, configuration_of_a_run, origin_on_the_hub, origin_on_the_hub_among_the_facts,
+    header_of_safetensors, config_json, config_json_with_a_source, pickle_that_runs, bare_pickle_that_runs)
+
+
+# doors
+
+def train(data, place, *words):
+    return main(['train', '--data-dir', str(data), '--model', 'test_resnet_pst', '--num-classes', '3', '--img-size',
+                 '48', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '4', '--workers', '0', '--device',
+                 'cpu', '--output', str(place.work / 'runs'), *map(str, words)])
+
+
+def train_resume(source, data, place):
+    return train(data, place, '--resume', source)
+
+
+def train_initial_checkpoint(source, data, place):
+    return train(data, place, '--initial-checkpoint', source)
+
+
+def train_trunk_checkpoint(source, data, place):
+    return train(data, place, '--trunk-checkpoint', source)
+
+
+def train_pretrained_path(source, data, place):
+    return train(data, place, '--pretrained', '--pretrained-path', source)
+
+
+def train_from_a_folder(source, data, place):
+    return train(data, place, '--pretrained', '--model', f'local-dir:{place.source}')
+
+
+def train_teacher(source, data, place):
+    return train(data, place, '--kd-model-name', f'local-dir:{place.source}')
+
+
+def validate(source, data, place):
+    return main(['validate', '--data-dir', str(data), '--checkpoint', str(source), '--workers', '0', '-b', '4',
+                 '--device', 'cpu'])
+
+
+def publish(source, data, place):
+    return main(['publish', str(source), '--repo-id', 'acme/tiny', '--dry-run', '--folder', str(place.work / 'out')])
+
+
+def convert(source, data, place):
+    return main(['convert', str(source), str(place.work / 'out.safetensors')])
+
+
+def export(source, data, place):
+    return main(['export', str(source), '--format', 'torchscript', '--output', str(place.work / 'out.pt')])
+
+
+def visualize(source, data, place):
+    image = place.work / 'image.png'
+    tiny_image(0, 0).save(image)
+    return main(['visualize', str(image), '--checkpoint', str(source), '--img-size', '64', '--output',
+                 str(place.work / 'out.png')])
+
+
+def benchmark(source, data, place):
+    return main(['benchmark', '--checkpoint', str(source), '-b', '1', '--repeats', '1', '--device', 'cpu'])
+
+
+def study(source, data, place):
+    flags = {k: v for k, v in TINY.items() if k not in ('num_classes', 'device')}
+    cell = Cell('cell', 0, dict(flags, epochs=1, initial_checkpoint=str(source)), ['class0', 'class1', 'class2'])
+    return run_cell(cell, str(data), place.work, 'cpu')
+
+
+def load_the_model(source, data, place):
+    return load_model(source)
+
+
+def load_a_folder(source, data, place):
+    return load_model(f'local-dir:{place.source}')
+
+
+def architecture_from_a_folder(source, data, place):
+    path = place.work / 'bare.pth'
+    torch.save(place.weights, path)
+    return load_model(path, arch=f'local-dir:{place.source}')
+
+
+def load_the_trunk(source, data, place):
+    return load_trunk(build(), source)
+
+
+def load_the_trunk_of_a_folder(source, data, place):
+    return load_trunk(build(), f'local-dir:{place.source}')
+
+
+def register_weights(source, data, place):
+    return pst_timm.register_weights('test_resnet_pst.evil', file=source)
+
+
+DOORS = (
+    train_resume, train_initial_checkpoint, train_trunk_checkpoint, train_pretrained_path, train_from_a_folder,
+    train_teacher, validate, publish, convert, export, visualize, benchmark, study, load_the_model, load_a_folder,
+    architecture_from_a_folder, load_the_trunk, load_the_trunk_of_a_folder, register_weights)
+
+
+@pytest.mark.parametrize('door', DOORS, ids=lambda door: door.__name__)
+def test_a_hostile_file_leaves_no_mark(door, data, place):
+    left = {}
+    for kind in KINDS:
+        shutil.rmtree(place.source)
+        place.source.mkdir()
+        with contextlib.suppress(PSTError):
+            door(kind(place), data, place)
+        if marks(place):
+            left[kind.__name__] = marks(place)
+            shutil.rmtree(place.marks)
+            place.marks.mkdir()
+            place.hub.requests.clear()
+    assert left == {}
+
+
+# from the Hub
+
+def publish_hostile(place, config):
+    place.hub.create('evil/model')
+    path = place.source / 'weights'
+    save_file(place.weights, path)
+    place.hub.commit('evil/model', 'main', 'first', {
+        'config.json': json.dumps(config).encode(), 'model.safetensors': path.read_bytes()})
+
+
+@pytest.mark.parametrize('config, said', [
+    ({'model_args': {'cache_dir': 'MARK', 'pretrained_cfg_overlay': {}}}, 'cache_dir'),
+    ({'model_args': {'layers': [9999, 1, 1, 1]}}, 'layers'),
+    ({'architecture': 'hf-hub:evil/second'}, 'not name an architecture'),
+    ({'pretrained_cfg': {'hf_hub_filename': 'evil.pth', 'custom_load': 'hf', 'num_classes': 3}}, ''),
+])
+@pytest.mark.parametrize('door', [
+    lambda: load_model('hf-hub:evil/model'),
+    lambda: pst_timm.register_weights('test_resnet_pst.evil', hf_hub_id='evil/model'),
+    lambda: load_trunk(build(), 'hf-hub:evil/model'),
+], ids=['load_model', 'register_weights', 'load_trunk'])
+def test_a_hostile_repository_leaves_no_mark(config, said, door, place):
+    text = json.dumps({
+        'architecture': 'test_resnet_pst', 'num_classes': 3, 'pretrained_cfg': {'num_classes': 3}, **config})
+    publish_hostile(place, json.loads(text.replace('MARK', str(place.marks / 'cache'))))
+    if said:
+        with pytest.raises(PSTError, match=said):
+            door()
+    else:
+        door()
+    assert list(place.marks.iterdir()) == []
+    assert not [r for r in place.hub.requests if 'evil.pth' in r or 'second' in r]
+
+
+# how much a file may ask for
+
+@pytest.mark.parametrize('name, value', [
+    ('pst_depth', 10 ** 6), ('pst_depth', 300), ('num_classes', 10 ** 9), ('num_classes', -3), ('in_chans', 10 ** 5),
+    ('img_size', 10 ** 6), ('img_size', [224, 10 ** 6]), ('pst_width', 10 ** 7), ('head_hidden_size', 10 ** 7),
+    ('topk', -1), ('topk', 2.5), ('topk', 'all'), ('topk', True), ('fine_fusion', 'evil'), ('drop_rate', 7),
+    ('drop_rate', float('nan')), ('train_fine_prob', float('inf')), ('layers', [10 ** 4] * 4), ('layers', [200] * 4),
+    ('global_pool', '../../x'), ('act_layer', 'torch.nn.ReLU'), ('act_layer', ['relu', {}]), ('norm_layer', {'a': {}}),
+    ('block', 'Bottleneck'), ('features_only', True), ('pretrained_strict', False), ('pruned', True),
+    ('checkpoint_path', 'x.pth'), ('cache_dir', '.'), ('pretrained', True), ('pretrained_cfg', {}),
+    ('pretrained_filter_fn', 'x'), ('device', 'meta'), ('dtype', 'float16'), ('kwargs_filter', ['x']),
+    ('no such thing', 1), ('__class__', 'x'),
+])
+def test_an_argument_out_of_bounds_is_named(name, value):
+    with pytest.raises(PSTError, match=f'file.*{name}'):
+        check_model_args('the file', 'test_resnet_pst', {name: value})
+
+
+@pytest.mark.parametrize('arch, args', [
+    ('resnet50_pst', dict(topk=8, fine_fusion='joint', pst_depth=2, pst_mlp_ratio=1.5, pst_zero_init=True)),
+    ('resnet50', dict(stem_type='deep', act_layer='silu', avg_down=True, block_args=dict(attn_layer='eca'))),
+    ('vit_tiny_patch16_224', dict(img_size=[96, 96], depth=6, init_values=1e-5, class_token=False, global_pool='avg')),
+    ('convnext_atto', dict(drop_path_rate=0.1, depths=[2, 2, 2, 2], dims=(32, 64, 64, 64))),
+    ('swin_tiny_patch4_window7_224', dict(window_size=8, img_size=256)),
+    ('efficientvit_b0', dict(num_classes=7, in_chans=1)),
+])
+def test_what_models_are_made_of_passes(arch, args):
+    checked = check_model_args('the file', arch, args)
+    assert {k: list(v) if isinstance(v, tuple) else v for k, v in checked.items()} == {
+        k: list(v) if isinstance(v, tuple) else v for k, v in args.items()}
+    check_size('the file', arch, checked)
+
+
+def test_no_argument_that_opens_or_fetches_is_allowed_by_any_class():
+    for name in ('cache_dir', 'checkpoint_path', 'pretrained_cfg', 'weights_url', 'file', 'block_cfg', 'filter_fn'):
+        assert NEVER.search(name), name
+    assert not NEVER.search('drop_path_rate'.replace('_path', '')) and not NEVER.search('profile_rate')
+
+
+def test_a_model_that_would_not_fit_into_memory_is_refused_before_it_is_made(tmp_path, weights):
+    with pytest.raises(PSTError, match='elements, where it usually has'):
+        check_size('the file', 'vit_tiny_patch16_224', dict(embed_dim=8192, num_heads=8, depth=64))
+    # as many classes as the configuration says, and no classifier among the weights
+    headless = {k: v for k, v in weights.items() if not k.startswith('fc.')}
+    for classes, said in ((10 ** 6, 'elements, where it usually has'), (10 ** 5, '2 tensors are missing')):
+        save_file(headless, tmp_path / 'headless.safetensors', {'pst_timm': json.dumps({
+            'arch': 'test_resnet_pst', 'pretrained_cfg': {'num_classes': classes}})})
+        with pytest.raises(PSTError, match=said):
+            load_model(tmp_path / 'headless.safetensors')
+
+
+@pytest.mark.parametrize('arch', [
+    'hf-hub:evil/model', 'local-dir:/tmp', 'no_such_net', '', None, 3, '../resnet50', 'a' * 999])
+def test_an_architecture_is_one_that_is_known_here(arch):
+    with pytest.raises(PSTError, match='does not name an architecture that is known here'):
+        check_origin('the file', arch, {})
+
+
+def test_an_architecture_may_have_a_tag():
+    assert check_origin('the file', 'resnet50.a1_in1k', {'num_classes': None}) == ('resnet50', {})
+
+
+# what the user types is no stranger's
+
+def test_what_the_user_gives_is_not_asked_about(tmp_path):
+    path = save_checkpoint(
+        tmp_path / 'last.pth.tar', build(), args=run_args(model_kwargs={'device': 'meta', 'topk': 'all'}))
+    with pytest.raises(PSTError, match="the argument 'device'"):
+        load_model(path)
+    assert load_model(path, device=None, topk=2).inference_settings()['topk'] == 2
+
+
+def test_a_run_of_timms_script_that_began_on_the_hub_is_read_when_the_user_names_it(place):
+    """What such a checkpoint tells of its origin is the name alone."""
+    config = {'architecture': 'test_resnet_pst', 'num_classes': 3, 'model_args': {'topk': 2}, 'pretrained_cfg': {
+        'num_classes': 3, 'input_size': [3, 64, 64], 'crop_pct': 0.9}}
+    publish_hostile(place, config)
+    path = save_checkpoint(place.source / 'last.pth.tar', build(), args=None, arch='hf-hub:evil/model')
+    with pytest.raises(PSTError, match=r'hf-hub:evil/model.*is not fetched.*--model'):
+        load_model(path)
+    assert place.hub.requests == []
+    model = load_model(path, arch='hf-hub:evil/model')
+    assert model.inference_settings()['topk'] == 2 and model.pretrained_cfg['crop_pct'] == 0.9
+    assert load_model(path, arch='test_resnet_pst').num_classes == 3
+
+
+# the schema
+
+def nested(depth, leaf=1):
+    for _ in range(depth):
+        leaf = [leaf]
+    return leaf
+
+
+def itself():
+    value = []
+    value.append(value)
+    return value
+
+
+def doubled(times):
+    value = ['x']
+    for _ in range(times):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize('facts, said', [
+    ([1], 'a mapping of names to values, not a list'),
+    ({'colour': 'red'}, 'at colour: expected one of arch'),
+    ({'epoch': 'three'}, "at epoch: expected a whole number.*got 'three'"),
+    ({'epoch': True}, 'at epoch'),
+    ({'metric': [71.5]}, 'at metric'),
+    ({'arch': 5}, 'at arch: expected a text'),
+    ({'arch': 'x' * 10 ** 6}, 'at arch: expected a text of at most'),
+    ({'ema': 1}, 'at ema: expected true or false'),
+    ({'args': ['--lr', '1']}, 'at args: expected a mapping'),
+    ({'args': {'crop_pct': 1e-9}}, 'at args.crop_pct: expected a number from 0.05'),
+    ({'args': {'crop_pct': float('nan')}}, 'at args.crop_pct'),
+    ({'args': {'img_size': 10 ** 6}}, 'at args.img_size'),
+    ({'args': {'mean': 'red'}}, 'at args.mean'),
+    ({'args': {'std': [0.]}}, r'at args.std\[0\]'),
+    ({'args': {'interpolation': 'sharp'}}, 'at args.interpolation'),
+    ({'args': {'model_kwargs': 'topk=1'}}, 'at args.model_kwargs'),
+    ({'args': {'gp': ['avg']}}, 'at args.gp'),
+    ({'args': {7: 1}}, 'short names as keys'),
+    ({'args': {'x': torch.zeros(2)}}, 'at args.x: expected plain values, not a Tensor'),
+    ({'args': {'x': 10 ** 40}}, 'at args.x'),
+    ({'model_args': [1]}, 'at model_args'),
+    ({'pretrained_cfg': {'input_size': [3, 64]}}, 'at pretrained_cfg.input_size: expected channels, height and width'),
+    ({'pretrained_cfg': {'input_size': [3, 10 ** 6, 64]}}, 'at pretrained_cfg.input_size'),
+    ({'pretrained_cfg': {'label_names': 'cat'}}, 'at pretrained_cfg.label_names'),
+    ({'pretrained_cfg': {'label_names': ['cat', None]}}, r'at pretrained_cfg.label_names\[1\]'),
+    ({'pretrained_cfg': {'first_conv': '../x'}}, 'at pretrained_cfg.first_conv'),
+    ({'pretrained_cfg': {'num_classes': 1e3}}, 'at pretrained_cfg.num_classes'),
+    ({'pretrained_cfg': {'notes': 'x'}}, 'at pretrained_cfg.notes'),
+    ({'recipe': 3}, 'at recipe'),
+    ({'recipe': {'x': nested(50)}}, 'nested at most'),
+    ({'recipe': {'x': itself()}}, 'nested at most|at most'),
+    ({'recipe': {'x': doubled(18)}}, 'at most'),
+    ({'recipe': {'x': doubled(60)}}, 'at most'),
+])
+def test_the_key_that_does_not_fit_is_named(facts, said):
+    with pytest.raises(PSTError, match=f'the file: what it tells about its weights is garbled.*{said}') as error:
+        check_facts('the file', facts)
+    assert len(str(error.value)) < 600 and str(error.value).isprintable()
+
+
+def test_what_cannot_harm_is_mended():
+    checked = check_facts('the file', {
+        'metric': float('nan'), 'epoch': None,
+        'pretrained_cfg': {'label_names': ['a\nb', 'c\x1b[31m'], 'url': 'http://x', 'custom_load': 'hf', 'tag': 'x'}})
+    replaced = '\N{REPLACEMENT CHARACTER}'
+    assert checked == {'pretrained_cfg': {'label_names': [f'a{replaced}b', f'c{replaced}[31m']}}
+
+
+@pytest.mark.parametrize('text, said', [
+    ('{"a": 1, "a": 2}', 'the key a is there twice'), ('{"a": NaN}', 'NaN'), ('[' * 10 ** 5, 'nested too deeply'),
+    ('{"a": -Infinity}', 'Infinity'), (b'{"a": "\xff"}', 'codec'), ('{', 'Expecting'), ('', 'Expecting'),
+    ('{"a": ' + '9' * 10 ** 4 + '}', 'digits'), (' ' * (2 ** 24 + 1), 'more than 16 MiB'),
+])
+def test_json_is_read_strictly(text, said):
+    with pytest.raises(PSTError, match=f'the file is not JSON as it should be.*{said}'):
+        parse_json(text, 'the file')
+
+
+# files that are none
+
+@pytest.mark.parametrize('make', [os.mkfifo, lambda path: os.symlink('/dev/zero', path)], ids=['pipe', 'device'])
+@pytest.mark.parametrize('name', ['last.pth.tar', 'model.safetensors', 'config.json'])
+def test_pipes_and_devices_are_refused_at_once(make, name, tmp_path, weights):
+    if name == 'config.json':
+        save_file(weights, tmp_path / 'model.safetensors')
+    else:
+        (tmp_path / 'config.json').write_text('{"architecture": "test_resnet_pst"}')
+    make(tmp_path / name)
+    for source in (tmp_path, *([tmp_path / name] if name != 'config.json' else []), f'local-dir:{tmp_path}'):
+        with pytest.raises(PSTError, match=r'not an ordinary file|There is no'):
+            load_model(source)
+
+
+def test_a_header_larger_than_its_file_is_refused(tmp_path):
+    path = tmp_path / 'model.safetensors'
+    path.write_bytes(struct.pack('<Q', 2 ** 62) + b'{}')
+    with pytest.raises(PSTError, match='cannot be read'):
+        load_model(path)
