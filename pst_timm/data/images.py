@@ -179,7 +179,7 @@ def scan_folder(root: os.PathLike, endings: Collection[str]) -> FoundImages:
 
 def _kind(entry: os.DirEntry) -> Tuple[bool, bool]:
     try:
-        return entry.is_file(), entry.is_dir()
+        return (True, False) if entry.is_file() else (False, entry.is_dir())
     except OSError:  # a link to itself
         return False, False
 

@@ -26,11 +26,7 @@ KEPT_SCAN = 10 * 2 ** 30  # bytes of a .tar file from which on timm keeps the li
 
 def in_order(names: Iterable[str]) -> List[str]:
     """Names in timm's natural order; those alike to it ('1' and '01', 'Cat' and 'cat') by their letters."""
-    return sorted(set(names), key=_total_key)
-
-
-def _total_key(name: str) -> Tuple[List[Any], str]:
-    return natural_key(name), name
+    return sorted(sorted(set(names)), key=natural_key)
 
 
 class FolderReader(ReaderImageFolder):
@@ -58,7 +54,7 @@ class FolderReader(ReaderImageFolder):
         self.root = os.fspath(root)
         endings = input_key.lower().split(';') if input_key else get_img_extensions()
         found = scan_folder(root, endings)
-        labels = [_label(path, self.root) for path in found.paths]
+        labels = _labels(found.paths, self.root)
         notes = found.left_out()
         if not found.paths:
             hint = ''
@@ -73,12 +69,21 @@ class FolderReader(ReaderImageFolder):
         if notes and show:
             _logger.warning(f'Left out of {root}: {"; ".join(notes)}.')
         samples = [(found.paths[i], self.class_to_idx[labels[i]]) for i in kept]
-        self.samples = sorted(samples, key=lambda sample: _total_key(sample[0]))
+        # by letters first, which the second order keeps where it has none of its own
+        self.samples = sorted(sorted(samples), key=lambda sample: natural_key(sample[0]))
 
 
-def _label(path: str, root: str) -> str:
-    folder = os.path.dirname(path)
-    return '' if folder == root.rstrip(os.path.sep) or folder == root else os.path.basename(folder)
+def _labels(paths: Sequence[str], root: str) -> List[str]:
+    """Names of the folders that images are in, '' for the root."""
+    root = root.rstrip(os.path.sep)
+    names: Dict[str, str] = {}
+    labels = []
+    for path in paths:
+        folder = path[:path.rindex(os.path.sep)]
+        if folder not in names:
+            names[folder] = '' if folder == root else os.path.basename(folder)
+        labels.append(names[folder])
+    return labels
 
 
 def _classes(
