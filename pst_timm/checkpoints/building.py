@@ -321,10 +321,8 @@ def _from_name(
     if not timm.is_model(name.split('.')[0]):
         raise PSTError(
             f'{name!r} is neither a model, a file nor a folder.{did_you_mean(name.split(".")[0], timm.list_models())}')
-    try:
-        cfg = get_pretrained_cfg(name)
-    except RuntimeError as e:  # the tag is unknown
-        raise PSTError(f'{name}: {e}') from None
+    check_model_name(name)
+    cfg = get_pretrained_cfg(name)
     published = cfg is not None and cfg.has_weights
     if pretrained is None and not published:
         _logger.warning(
