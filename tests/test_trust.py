@@ -254,7 +254,7 @@ def publish_hostile(place, config):
 @pytest.mark.parametrize('config, said', [
     ({'model_args': {'cache_dir': 'MARK', 'pretrained_cfg_overlay': {}}}, 'cache_dir'),
     ({'model_args': {'layers': [9999, 1, 1, 1]}}, 'layers'),
-    ({'architecture': 'hf-hub:evil/second'}, 'not name a known architecture'),
+    ({'architecture': 'hf-hub:evil/second'}, 'not name an architecture'),
     ({'pretrained_cfg': {'hf_hub_filename': 'evil.pth', 'custom_load': 'hf', 'num_classes': 3}}, ''),
 ])
 @pytest.mark.parametrize('door', [
@@ -329,7 +329,7 @@ def test_a_model_that_would_not_fit_into_memory_is_refused_before_it_is_made(tmp
 @pytest.mark.parametrize('arch', [
     'hf-hub:evil/model', 'local-dir:/tmp', 'no_such_net', '', None, 3, '../resnet50', 'a' * 999])
 def test_an_architecture_is_one_that_is_known_here(arch):
-    with pytest.raises(PSTError, match='does not name a known architecture'):
+    with pytest.raises(PSTError, match='does not name an architecture that is known here'):
         check_origin('the file', arch, {})
 
 

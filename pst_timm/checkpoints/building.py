@@ -63,7 +63,9 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
             _check_file(name, **kwargs)
         return timm.create_model(name, **kwargs)
     except PSTError as e:
-        raise type(e)(f'Cannot create {name}: {str(e).removeprefix(f"{name} ")}') from e
+        if str(e).startswith(name):
+            raise
+        raise type(e)(f'Cannot create {name}: {e}') from e
     except REFUSED as e:
         # a model that lacks all of its weights names each of them
         reason = first_line(e) if isinstance(e, OSError) else ' '.join(str(e).split()) or type(e).__name__

@@ -473,8 +473,9 @@ def check_origin(
     """
     if not is_local_arch(arch):
         raise PSTError(
-            f'{source} does not name a known architecture (arch: {_short(arch)!r}), and what a file names is not '
-            f'fetched. Say it with --model (or arch=), or import the package that has it with --device-modules.')
+            f'{source} does not name an architecture that is known here (arch: {_short(arch)!r}), and what a file '
+            f'names is not fetched. Say it with --model (or arch=), or import the package that has it with '
+            f'--device-modules.')
     arch = split_model_name_tag(arch)[0]
     return arch, check_model_args(source, arch, model_args, weights)
 

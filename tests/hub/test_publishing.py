@@ -13,6 +13,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from pst_timm.checkpoints import load_model
+from pst_timm.checkpoints.facts import describe
 from pst_timm.cli import main
 from pst_timm.engine import parse_train_args
 from pst_timm.engine.flags import recipe
@@ -102,11 +104,10 @@ def test_a_model_that_was_trained_further(hub, tmp_path, name):
     model = randomize(build(num_classes=5, **deep), seed=1)
     name = name.format(folder=tmp_path / 'folder')
     args = run_args(model=name, img_size=None, mean=None, std=None, crop_pct=None)
-    second = save_checkpoint(tmp_path / 'second.pth.tar', model, arch=name, args=args)
-    if ':' in name:  # what a file names is not fetched, until the user names it
-        with pytest.raises(PSTError, match='does not name a known architecture'):
-            publish(second, REPO)
-    publish(second, REPO, arch=name if ':' in name else None)
+    config = timm.data.resolve_data_config(model=load_model(name))
+    second = save_checkpoint(
+        tmp_path / 'second.pth.tar', model, arch=name, args=args, facts=describe(model, name, {}, config))
+    publish(second, REPO)
     config = json.loads(hub.read(REPO, 'config.json'))
     assert (config['architecture'], config['num_classes']) == ('test_resnet_pst', 5)
     cfg = config['pretrained_cfg']
@@ -316,7 +317,7 @@ def test_weights_that_must_not_be_published(hub, tmp_path, capsys):
             ('nan', nan, {}, 'NaN or infinite weights in 1 tensors, the first is layer1.0.conv1.weight'),
             ('other', build(pst_depth=2), {}, 'is not a checkpoint of test_resnet_pst'),
             ('plain', plain, {'arch': 'test_resnet'}, 'no architecture of this package'),
-            ('unknown', build(), {'arch': 'resnet7'}, 'does not name a known architecture'),
+            ('unknown', build(), {'arch': 'resnet7'}, 'does not name an architecture that is known here'),
             ('evil', build(), {'args': Payload(mark)}, 'could run code'),
     ):
         path = save_checkpoint(tmp_path / f'{name}.pth.tar', model, **entries)
