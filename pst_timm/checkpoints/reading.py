@@ -1,12 +1,14 @@
 """From whatever holds trained weights to the weights and what is known about them; no code in it is run."""
 import argparse
+import io
 import json
 import logging
 import os
+import pickletools
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, BinaryIO, Dict, List, Optional, Tuple, Union
 
 import torch
 from safetensors import safe_open
@@ -32,6 +34,7 @@ TRAINED = ('state_dict', 'model', 'model_state_dict')
 SAFETENSORS = '.safetensors'
 PICKLES = ('.tar', '.pth', '.pt', '.bin', '.ckpt', '.pkl')  # read as data, or refused
 WRAPPER = 'model.'  # what training scripts that keep the network in a module put before every name
+MOST_NESTED, MOST_PARTS = 20, 100_000  # tuples within tuples in a pickle; those of torch are 4 deep, and small
 PathLike = Union[str, os.PathLike]
 
 
@@ -151,7 +154,11 @@ def check_whole(path: Path) -> None:
     broken = None
     try:
         with open(path, 'rb') as file:
-            if file.read(1) == b'\x80':  # a bare pickle, of an old version
+            if file.read(1) == b'\x80':  # bare pickles, of an old version: three numbers, the content, the storages
+                file.seek(0)
+                for _ in range(5):
+                    if file.peek(1)[:1] == b'\x80':
+                        _check_pickle(file)
                 return
             with zipfile.ZipFile(file) as archive:
                 parts = archive.infolist()
@@ -160,6 +167,10 @@ def check_whole(path: Path) -> None:
                         sum(part.file_size for part in parts) > path.stat().st_size):
                     raise zipfile.BadZipFile('its parts are compressed, or overlap')
                 broken = archive.testzip()
+                for part in parts if not broken else ():
+                    if part.filename.endswith('.pkl'):
+                        with archive.open(part) as pickled:
+                            _check_pickle(io.BufferedReader(pickled))
     except PermissionError as e:
         raise PSTError(f'The checkpoint {path} cannot be read: {e.strerror}.') from e
     except Exception as e:  # whatever a damaged archive may raise
@@ -170,6 +181,45 @@ def check_whole(path: Path) -> None:
         raise PSTError(
             f'The checkpoint {path} is damaged: it is corrupt (checksum of {broken}). Use another one, such as an '
             f'earlier one.')
+
+
+def _check_pickle(file: BinaryIO) -> None:
+    """Make sure that reading a pickle comes to an end.
+
+    A tuple of the same tuple twice, which is one of another twice, and so on, needs few bytes, and years for its hash
+    where it is a key. Nothing is run here; of what would be on the stack, depth and number of parts are followed.
+
+    Raises:
+        ValueError: If tuples are nested as torch writes none, or it is no pickle.
+    """
+    plain = (0, 1)
+    stack: List[Tuple[int, int]] = []
+    marks: List[int] = []
+    memo: Dict[int, Tuple[int, int]] = {}
+    for opcode, arg, _ in pickletools.genops(file):
+        name = opcode.name
+        if name == 'MARK':
+            marks.append(len(stack))
+        elif 'PUT' in name or name == 'MEMOIZE':
+            memo[len(memo) if arg is None else arg] = stack[-1]
+        elif 'GET' in name:
+            stack.append(memo[arg])
+        elif name == 'DUP':
+            stack.append(stack[-1])
+        else:
+            before = opcode.stack_before
+            sliced = pickletools.stackslice in before
+            at = marks.pop() if sliced or name == 'POP_MARK' else len(stack)
+            taken = stack[at:]
+            del stack[at:]
+            for _ in range(len(before) - (2 if sliced else 0)):
+                taken.append(stack.pop())
+            made = plain
+            if name.startswith('TUPLE') or name in ('REDUCE', 'BUILD', 'NEWOBJ', 'NEWOBJ_EX', 'FROZENSET'):
+                made = 1 + max((depth for depth, _ in taken), default=0), 1 + sum(parts for _, parts in taken)
+            if made[0] > MOST_NESTED or made[1] > MOST_PARTS:
+                raise ValueError(f'tuples within tuples, more than {MOST_NESTED} deep or {MOST_PARTS} in all')
+            stack += [made] * len(opcode.stack_after)
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
@@ -262,13 +312,15 @@ def clean_names(weights: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
 
 def _check_dense(weights: Dict[str, torch.Tensor], path: Path) -> None:
     """Make sure that tensors are what they seem to be, numbers in memory."""
+    size = path.stat().st_size
     for name, tensor in weights.items():
         dense = tensor.layout == torch.strided and tensor.device.type == 'cpu' and not tensor.is_quantized
         if not dense or tensor.is_complex():
             raise PSTError(
                 f'{path} cannot be used: {name[:200]} is no dense tensor of real numbers ({tensor.dtype}, '
                 f'{tensor.layout}, on {tensor.device}).')
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        storage = tensor.untyped_storage().nbytes()
+        if storage > size or tensor.numel() * tensor.element_size() > storage:
             raise PSTError(f'{path} cannot be used: {name[:200]} says that it is larger than what the file holds.')
 
 

@@ -35,7 +35,7 @@ MOST_TEXT = 64 * 2 ** 20  # characters in all of these
 MOST_DEPTH = 20
 MOST_CLASSES = 1_000_000
 MOST_CHANNELS = 1024
-MOST_PIXELS = 2048  # of a side; timm's largest input is 1024
+MOST_PIXELS = 4096  # of a side; timm's largest input is 1024
 MOST_BLOCKS = 256  # of one kind, in a model that a file describes
 MOST_WIDTH = 8192
 TIMES_LARGER = 16  # than the architecture as it is: what a model may become by arguments from a file
@@ -188,7 +188,7 @@ def _size(value: Any) -> List[int]:
 def _names(value: Any) -> Any:
     if isinstance(value, dict):  # by index, as timm allows
         value = [value.get(str(i), value.get(i)) for i in range(len(value))]
-    return _each(_text())(value)
+    return _each(_text(1000))(value)
 
 
 _MODULE = _or(_text(100, r'[\w.]*'), _each(_text(100, r'[\w.]+'), 0, 16))

@@ -17,9 +17,10 @@ from timm.models import (
     split_model_name_tag,
 )
 
-from pst_timm.checkpoints.building import build_model, open_checkpoint
-from pst_timm.checkpoints.facts import look_up
-from pst_timm.checkpoints.trust import check_size
+from pst_timm.checkpoints.building import build_model
+from pst_timm.checkpoints.facts import look_up, resolve_origin
+from pst_timm.checkpoints.reading import read_checkpoint
+from pst_timm.checkpoints.trust import check_size, is_local_arch
 from pst_timm.utils.errors import PSTError, did_you_mean
 
 __all__ = ['register_weights']
@@ -71,7 +72,11 @@ def register_weights(
 
 
 def _facts_of_file(arch: str, file: os.PathLike) -> Dict[str, Any]:
-    checkpoint = open_checkpoint(file)
+    checkpoint = read_checkpoint(file)
+    if is_local_arch(checkpoint.arch):
+        resolve_origin(checkpoint)
+    elif checkpoint.arch and ':' in checkpoint.arch:
+        checkpoint.arch = None  # what a run began with is not fetched; the weights must fit the one that is named
     if checkpoint.arch not in (None, arch):
         raise PSTError(f'{checkpoint.path} holds weights of {checkpoint.arch}, not of {arch}.')
     # a tag carries no arguments: the weights must fit the architecture as it is

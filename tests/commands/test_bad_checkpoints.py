@@ -82,6 +82,14 @@ def compressed(folder):
     os.replace(folder / 'new', folder / 'bad.pth')
 
 
+def endless(folder):
+    """A mapping whose key is a tuple of the same tuple twice, which is one of another twice, and so on."""
+    pairs = b''.join(b'h%c\x86q%c' % (i, i + 1) for i in range(60))
+    with zipfile.ZipFile(folder / 'bad.pth', 'w') as archive:
+        archive.writestr('archive/data.pkl', b'\x80\x02}K\x01q\x00' + pairs + b'K\x01s.')
+        archive.writestr('archive/version', b'3\n')
+
+
 def payload(folder):
     save({'state_dict': {'fc.weight': Payload(folder / 'executed')}}, folder)
 
@@ -129,6 +137,8 @@ TABLE = [
     BadInput('a bit has changed, as a trunk', (*TRAIN, '--trunk-checkpoint', 'bad.pth'), 'checksum', whole(flipped)),
     BadInput('zeros', CONVERT, 'not a checkpoint', whole(lambda data: bytes(len(data)))),
     BadInput('compressed', CONVERT, 'compressed', compressed),
+    BadInput('a key without end', CONVERT, 'tuples within tuples', endless),
+    BadInput('a key without end, drawn', VISUALIZE, 'tuples within tuples', endless),
     BadInput('a pipe', CONVERT, 'not an ordinary file', lambda folder: os.mkfifo(folder / 'bad.pth')),
     BadInput('a pipe, validated', VALIDATE, 'not an ordinary file', lambda folder: os.mkfifo(folder / 'bad.pth')),
     BadInput('a device', PUBLISH, 'not an ordinary file', lambda folder: os.symlink('/dev/zero', folder / 'bad.pth')),
