@@ -111,7 +111,9 @@ class AtomicSaver(CheckpointSaver):
 
     def forget_metrics(self) -> None:
         """Rank what was saved so far behind all that comes: it was measured with another metric."""
-        self.checkpoint_files = [(file, None) for file, _ in self.checkpoint_files]
+        files = [file for file, _ in self.checkpoint_files]
+        newest_first = sorted(files, key=lambda file: int(re.findall('[0-9]+', Path(file).name)[0]), reverse=True)
+        self.checkpoint_files = [(file, None) for file in newest_first]
         self.best_epoch = self.best_metric = None
 
     def mend_best(self) -> None:

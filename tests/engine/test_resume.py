@@ -275,8 +275,15 @@ class TestWithoutAWord:
         assert run.start == (2, 0) and not run.optimizer.state
 
     def test_another_metric_ranks_anew(self, images, ended, tmp_path):
-        result = train(tiny_train_args(images, tmp_path, resume='auto', epochs=3, eval_metric='loss'))
-        assert result.best_epoch == 2 and result.best_metric < 10
+        content = torch.load(ended / 'last.pth.tar', weights_only=False)
+        content['args'].eval_metric = 'top5'
+        content['saver'] = dict(
+            checkpoint_files=[('checkpoint-0.pth.tar', 100.)], best_epoch=0, best_metric=100., pending=(1, 100.))
+        keep_only(ended, 'checkpoint-0.pth.tar')
+        torch.save(content, ended / 'last.pth.tar')
+        result = train(tiny_train_args(images, tmp_path, resume='auto', epochs=3, checkpoint_hist=2))
+        assert result.best_epoch == 2 and result.best_metric < 100
+        assert sorted(p.name for p in ended.glob('checkpoint*')) == ['checkpoint-1.pth.tar', 'checkpoint-2.pth.tar']
 
     def test_classes_of_other_names(self, images, ended, tmp_path):
         data = tmp_path / 'images'
