@@ -373,6 +373,7 @@ def _why(error: Exception, saved: Dict[str, Any], task: TrainingTask) -> str:
         found = misfits(own, {k: v for k, v in weights.items() if isinstance(v, torch.Tensor)})
         if found:
             arch = saved.get('arch')
-            return (f'it is of {arch}, and ' if isinstance(arch, str) else '') + f'{"; ".join(found)}.'
+            named = isinstance(arch, str) and arch.isprintable() and len(arch) < 100
+            return (f'it is of {arch}, and ' if named else '') + f'{"; ".join(found)}.'
     text = str(error).strip().split('\n')[0] or type(error).__name__
     return text if text.endswith('.') else f'{text}.'
