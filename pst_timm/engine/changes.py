@@ -80,9 +80,9 @@ def check_changes(
     changed = changed_settings(saved, args)
     if 'opt' in changed and not args.no_resume_opt:
         raise PSTError(
-            f'--opt {args.opt} cannot go on from {path}, which holds the state of {changed["opt"]}: add '
-            f'--no-resume-opt to begin with a fresh state, or take --opt {changed["opt"]}.')
-    told = [f'--{k.replace("_", "-")} {getattr(args, k)} (was {v})' for k, v in changed.items()]
+            f'--opt {args.opt} cannot go on from {path}, which holds the state of {_brief(changed["opt"])}: take that '
+            f'one, or add --no-resume-opt to begin with a fresh state.')
+    told = [f'--{k.replace("_", "-")} {getattr(args, k)} (was {_brief(v)})' for k, v in changed.items()]
     other = _other_stream(saved, stream)
     within = [f'--{k.replace("_", "-")}' for k in ORDER if k in changed] + other
     if position.step and within:
@@ -102,8 +102,14 @@ def _other_stream(saved: Dict[str, Any], stream: Stream) -> List[str]:
     # fewer batches follow from the rest, and are told only where the rest is the same
     found = [
         f'{getattr(stream, k)} {what} (were {then[k]})' for k, what in words.items()
-        if then.get(k) is not None and then[k] != getattr(stream, k)]
+        if isinstance(then.get(k), int) and then[k] != getattr(stream, k)]
     return found if len(found) < 2 else [text for text in found if words['batches'] not in text]
+
+
+def _brief(value: Any, most: int = 60) -> str:
+    """What a file says, for a message: no control characters, and not too long."""
+    text = ''.join(c if c.isprintable() else '?' for c in str(as_plain(value)))
+    return text if len(text) <= most else f'{text[:most]}...'
 
 
 def _label_names(saved: Dict[str, Any]) -> Optional[List[str]]:
@@ -122,7 +128,7 @@ def _check_names(
     if not found or not expected or list(found) == list(expected):
         return
     odd = next((i for i, (a, b) in enumerate(zip(found, expected)) if a != b), min(len(found), len(expected)))
-    here, there = (repr(n[odd]) if odd < len(n) else 'missing' for n in (found, expected))
+    here, there = (repr(_brief(n[odd])) if odd < len(n) else 'missing' for n in (found, expected))
     raise PSTError(
         f'Class {odd} is {here} in {found_in} and {there} in {expected_in}: the labels would mean other things. Give '
         f'the run the folders it began with, or a --class-map.')

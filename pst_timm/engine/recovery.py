@@ -111,7 +111,9 @@ class AtomicSaver(CheckpointSaver):
 
     def forget_metrics(self) -> None:
         """Rank what was saved so far behind all that comes: it was measured with another metric."""
-        self.checkpoint_files = [(file, None) for file, _ in self.checkpoint_files]
+        files = [file for file, _ in self.checkpoint_files]
+        newest_first = sorted(files, key=lambda file: int(re.findall('[0-9]+', Path(file).name)[0]), reverse=True)
+        self.checkpoint_files = [(file, None) for file in newest_first]
         self.best_epoch = self.best_metric = None
 
     def mend_best(self) -> None:
@@ -371,6 +373,7 @@ def _why(error: Exception, saved: Dict[str, Any], task: TrainingTask) -> str:
         found = misfits(own, {k: v for k, v in weights.items() if isinstance(v, torch.Tensor)})
         if found:
             arch = saved.get('arch')
-            return (f'it is of {arch}, and ' if isinstance(arch, str) else '') + f'{"; ".join(found)}.'
+            named = isinstance(arch, str) and arch.isprintable() and len(arch) < 100
+            return (f'it is of {arch}, and ' if named else '') + f'{"; ".join(found)}.'
     text = str(error).strip().split('\n')[0] or type(error).__name__
     return text if text.endswith('.') else f'{text}.'

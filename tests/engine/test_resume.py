@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from pst_timm.engine import train, training
 from pst_timm.engine.args import write_yaml
+from pst_timm.engine.changes import Stream, check_changes
 from pst_timm.engine.recovery import Position, find_newest
 from pst_timm.engine.training import prepare
 from pst_timm.utils.errors import Interrupted, PSTError
@@ -127,6 +129,8 @@ class TestLostWork:
         (stopped / 'notes.txt').write_text('mine')
         refused(stopped, tiny_train_args(images, tmp_path), r'holds an earlier run \(last.pth.tar\): --resume auto .*'
                                                             r'--overwrite .* another --experiment')
+        elsewhere = shutil.copy(stopped / 'last.pth.tar', tmp_path)
+        refused(stopped, tiny_train_args(images, tmp_path, resume=elsewhere), 'holds an earlier run')
         keep_only(stopped)
         refused(stopped, tiny_train_args(images, tmp_path), r'holds an earlier run \(summary.csv\)')
 
@@ -225,7 +229,7 @@ class TestLostWork:
 
     def test_a_folder_that_is_removed_while_the_run_trains(self, images, tmp_path, monkeypatch):
         at_step(monkeypatch, 8, lambda: shutil.rmtree(tmp_path / 'run'))
-        with pytest.raises(PSTError, match='The folder of the run, .*, is gone'):
+        with pytest.raises(PSTError, match=r'The folder of the run, .*, is gone'):
             train(tiny_train_args(images, tmp_path))
 
     def test_a_loader_worker_that_is_killed(self, images, tmp_path, monkeypatch):
@@ -235,7 +239,7 @@ class TestLostWork:
             worker.join()
 
         at_step(monkeypatch, 8, kill_worker)
-        with pytest.raises(PSTError, match='A process that loads images has ended .*--workers.* is intact'):
+        with pytest.raises(PSTError, match=r'A process that loads images has ended .*--workers.* is intact'):
             train(tiny_train_args(images, tmp_path, workers=1, batch_size=2))
         assert find_newest(tmp_path / 'run') is None or find_newest(tmp_path / 'run').name == 'last.pth.tar'
 
@@ -256,6 +260,24 @@ class TestWithoutAWord:
         (data / 'train' / 'class0' / '0.png').unlink()
         refused(stopped, tiny_train_args(data, tmp_path, resume='auto'), r'47 training images \(were 48\)')
 
+    def test_other_processes_in_the_middle_of_an_epoch(self, images, tmp_path, caplog):
+        args = tiny_train_args(images, tmp_path)
+        args.rank = 0
+        saved = dict(args=args, stream=dict(world_size=1, batches=6, images=48))
+        values = dict(saved=saved, path=tmp_path, args=args, stream=Stream(2, 3, 48), names=None)
+        with pytest.raises(PSTError, match=r'middle of epoch 1, .*2 processes \(were 1\)'):
+            check_changes(position=Position(1, 3), **values)
+        check_changes(position=Position(2), **values)
+        assert '2 processes (were 1)' in caplog.text
+
+    def test_what_a_checkpoint_says_of_itself_is_told_in_short(self, images, tmp_path, caplog):
+        args = tiny_train_args(images, tmp_path)
+        args.rank = 0
+        told = Namespace(**{**vars(args), 'model': 'x' * 10_000 + '\x1b[2J', 'lr': torch.ones(3)})
+        saved = dict(args=told, stream=dict(world_size=torch.ones(3), images='\x1b[2J'))
+        check_changes(saved, tmp_path, args, Position(), Stream(1, 6, 48), ['a'])
+        assert 'xxxxx' in caplog.text and len(caplog.text) < 1000 and '\x1b' not in caplog.text
+
     def test_another_recipe_from_the_end_of_an_epoch_is_done_and_said(self, images, ended, tmp_path, caplog):
         values = dict(lr=0.01, weight_decay=0.1, epochs=5, batch_size=4, model_ema=True, sched='step')
         run = prepare(tiny_train_args(images, tmp_path, resume='auto', **values))
@@ -275,8 +297,15 @@ class TestWithoutAWord:
         assert run.start == (2, 0) and not run.optimizer.state
 
     def test_another_metric_ranks_anew(self, images, ended, tmp_path):
-        result = train(tiny_train_args(images, tmp_path, resume='auto', epochs=3, eval_metric='loss'))
-        assert result.best_epoch == 2 and result.best_metric < 10
+        content = torch.load(ended / 'last.pth.tar', weights_only=False)
+        content['args'].eval_metric = 'top5'
+        content['saver'] = dict(
+            checkpoint_files=[('checkpoint-0.pth.tar', 100.)], best_epoch=0, best_metric=100., pending=(1, 100.))
+        keep_only(ended, 'checkpoint-0.pth.tar')
+        torch.save(content, ended / 'last.pth.tar')
+        result = train(tiny_train_args(images, tmp_path, resume='auto', epochs=3, checkpoint_hist=2))
+        assert result.best_epoch == 2 and result.best_metric < 100
+        assert sorted(p.name for p in ended.glob('checkpoint*')) == ['checkpoint-1.pth.tar', 'checkpoint-2.pth.tar']
 
     def test_classes_of_other_names(self, images, ended, tmp_path):
         data = tmp_path / 'images'

@@ -301,6 +301,7 @@ class TestBeforeTheFirstCell:
 
     def test_the_same_study_at_work(self, data, tmp_path, capsys):
         config = write_config(tmp_path)
+        (tmp_path / 'output' / 'toy').mkdir(parents=True)
         with locked(tmp_path / 'output' / 'toy' / 'study.lock'):
             assert 'already at work in' in self.refused(capsys, tmp_path, config, data, tmp_path)
 
