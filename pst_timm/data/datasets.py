@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from pst_timm.utils.errors import PSTError, did_you_mean
 
-from .images import MODES, UnreadableImage, as_seen, first_of, open_image, read_image
+from .images import MODES, UnreadableImage, as_seen, first_of, listed, open_image, read_image
 from .readers import FolderReader, TarReader, read_class_map
 
 __all__ = [
@@ -64,10 +64,10 @@ class BadImages:
             limit = f'the share of {self.share:g} of --max-bad-share ({count / size:.1%} of {size})'
         else:
             return
-        names = [dataset.filename(i, absolute=True) for i in self._indices()[:5]]
+        names = listed([dataset.filename(i, absolute=True) for i in self._indices()[:5]], 5)
         raise PSTError(
             f'{count} image{"s" if count > 1 else ""} could not be read, more than {limit}; the first: '
-            f'{", ".join(names)}. Mend or remove them, or raise the limit.')
+            f'{names}. Mend or remove them, or raise the limit.')
 
     def report(self, dataset: Dataset) -> None:
         """Name the broken images in the log, each of them once, and check the limits."""
@@ -134,7 +134,11 @@ class SeenStream(IterableImageDataset):
 
     def __iter__(self) -> Iterator[Tuple[Any, Any]]:
         for image, target in self.reader:
-            image = as_seen(image, self.mode)
+            try:
+                image = as_seen(image, self.mode)
+            except Exception as e:  # as timm's readers of streams do over what they cannot decode
+                _logger.warning(f'Skipped an unreadable image of a stream: {e}')
+                continue
             image = image if self.transform is None else self.transform(image)
             yield image, target if self.target_transform is None else self.target_transform(target)
 
@@ -254,9 +258,19 @@ def _open_named(
         )
     except Exception as e:  # it is read by code of others, from files of others
         _cannot_open(args, split, e)
+    if kind == 'wds':
+        _check_shards(dataset.reader)
     if hasattr(dataset, 'loader'):  # torchvision's datasets of files
         dataset.loader = partial(open_image, mode=mode)
     return SeenStream(dataset, mode) if not own_mode else dataset
+
+
+def _check_shards(reader: Any) -> None:
+    """Raise a PSTError if a shard is not there, which timm's reader would pass over."""
+    paths = [os.path.join(reader.root or '', name) for name in reader.split_info.filenames]
+    missing = [path for path in paths if ':' not in path and not os.path.isfile(path)]
+    if missing:
+        raise PSTError(f'{len(missing)} of {len(paths)} shards are not there: {listed(missing)}.')
 
 
 def _cannot_open(args: Namespace, split: str, error: Exception) -> NoReturn:
@@ -284,7 +298,7 @@ def _split_folder(root: Path, split: str) -> Path:
         return found
     others = sorted(p.name for p in root.iterdir() if p.is_dir())
     if not alike or set(others) & {*SPLITS[0], *SPLITS[1], 'test'}:
-        have = f'it has {", ".join(others[:10])}' if others else 'it has no folders'
+        have = f'it has {listed(others, 10)}' if others else 'it has no folders'
         raise PSTError(
             f'{root} has no {split!r} split; {have}. Name one of these with --train-split, --val-split or, in '
             f'validation, --split.')
@@ -331,7 +345,7 @@ def check_classes(dataset: Dataset, num_classes: int, explicit: bool, split: str
                 f'counted from 0.')
         return
     message = (
-        f'The {split!r} split has {count} classes ({", ".join(map(str, names[:3]))}, ...) and the model has '
+        f'The {split!r} split has {count} classes ({listed(names)}) and the model has '
         f'{num_classes} outputs: use --num-classes {count}')
     if count > num_classes or explicit:
         raise PSTError(f'{message}, or check that the data is complete.')
@@ -368,8 +382,8 @@ def check_class_names(
     missing = [name for name in expected if name not in set(found)]
     new = [name for name in found if name not in set(expected)]
     if missing or new:
-        parts = [f'lacks {_listed(missing)}'] if missing else []
-        parts += [f'alone has {_listed(new)}'] if new else []
+        parts = [f'lacks {listed(missing)}'] if missing else []
+        parts += [f'alone has {listed(new)}'] if new else []
         what = f'have different classes: the former {" and ".join(parts)}'
     else:
         i = next(i for i, (a, b) in enumerate(zip(found, expected)) if a != b)
@@ -378,10 +392,6 @@ def check_class_names(
     raise PSTError(
         f'{found_in[:1].upper()}{found_in[1:]} and {expected_in} {what}. Labels are positions in the list of classes. '
         f'{advice}')
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ', '.join(str(name)[:60] for name in names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 
 def check_mapped_names(dataset: Dataset, expected: Sequence[str], expected_in: str) -> None:

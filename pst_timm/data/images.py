@@ -1,11 +1,12 @@
 """Images as a person sees them, and those of a folder. Training, validation and pictures all read through here."""
 import logging
 import os
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, Collection, FrozenSet, List, Optional, Set, Tuple, Union
+from typing import Any, BinaryIO, Collection, FrozenSet, List, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -13,10 +14,14 @@ from timm.data import get_img_extensions
 
 from pst_timm.utils.errors import PSTError
 
-__all__ = ['EXTENSIONS', 'MODES', 'FoundImages', 'UnreadableImage', 'as_seen', 'find_images', 'open_image',
-           'read_image', 'scan_folder', 'warn_once']
+__all__ = [
+    'EXTENSIONS', 'MODES', 'FoundImages', 'UnreadableImage', 'as_seen', 'find_images', 'first_of', 'listed',
+    'open_image', 'read_image', 'scan_folder', 'warn_once',
+]
 
 _logger = logging.getLogger(__name__)
+# old cameras leave such notes in thousands of images; the pixels are whole
+warnings.filterwarnings('ignore', 'Corrupt EXIF data', UserWarning)
 
 EXTENSIONS = (*get_img_extensions(), '.webp', '.bmp', '.gif', '.tif', '.tiff')
 # no reader here takes these by itself, and who has such files wants to know
@@ -125,7 +130,14 @@ class FoundImages:
 
 def first_of(names: Collection[str], most: int = 3) -> str:
     """The first few names, by name."""
-    return ', '.join(sorted(names)[:most]) + (', ...' if len(names) > most else '')
+    return listed(sorted(names), most)
+
+
+def listed(names: Sequence[Any], most: int = 3) -> str:
+    """Some names that others chose: the first few, none too long, and without what would steer a terminal."""
+    shown = [str(name) if str(name).isprintable() else repr(str(name)) for name in names[:most]]
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(name if len(name) <= 300 else f'{name[:300]}...' for name in shown) + more
 
 
 def scan_folder(root: os.PathLike, endings: Collection[str]) -> FoundImages:

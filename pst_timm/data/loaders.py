@@ -24,6 +24,7 @@ from .datasets import (
     is_folder_or_tar,
     open_dataset,
 )
+from .images import listed
 from .on_device import DeviceLoader, RandomCrop, check_flags, check_memory, reading_loader, store, storing_transform
 
 __all__ = [
@@ -101,8 +102,8 @@ def open_train_splits(args: Namespace, in_chans: int) -> TrainSplits:
     names = class_names(dataset)
     if names is not None and len(names) == 1:
         raise PSTError(
-            f'The {args.train_split!r} split has one class alone ({names[0]}), where there is nothing to tell apart: '
-            f'give each class a folder of its own.')
+            f'The {args.train_split!r} split has one class alone ({listed(names)}), where there is nothing to tell '
+            f'apart: give each class a folder of its own.')
     if args.num_classes is not None:
         check_classes(dataset, args.num_classes, True, args.train_split)
     if not args.val_split:
@@ -258,12 +259,21 @@ def _move_to_device(
 
 
 def checked_batches(loader: DataLoader) -> Iterator[Any]:
-    """The batches of a loader, with the errors of its workers in plain words."""
+    """The batches of a loader, with the errors of its workers in plain words.
+
+    Raises:
+        PSTError: If there are too many unreadable images, or no batch at all.
+    """
+    empty = True
     try:
-        yield from loader
+        for batch in loader:
+            empty = False
+            yield batch
     except PSTError:
         report_bad_images(loader)  # the same complaint, without the worker's traceback
         raise
+    if empty:
+        raise PSTError('Not one batch of images could be read: check that the data, or their shards, are whole.')
 
 
 @contextmanager

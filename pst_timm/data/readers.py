@@ -211,7 +211,10 @@ def read_class_map(path: str, folder: Optional[str] = None) -> Dict[Any, int]:
     Raises:
         PSTError: If it is missing, or no such file; the message says in which line or entry.
     """
-    found = next((p for p in (Path(path), Path(folder or '') / path) if p.is_file()), None)
+    try:
+        found = next((p for p in (Path(path), Path(folder or '') / path) if p.is_file()), None)
+    except OSError as e:
+        raise PSTError(f'--class-map {path}: {e.strerror}.') from e
     if found is None:
         raise PSTError(f'--class-map {path}: there is no such file.')
     if found.suffix.lower() == '.pkl':

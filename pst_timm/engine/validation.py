@@ -24,7 +24,7 @@ from pst_timm.data.datasets import (
     class_names,
     create_eval_dataset,
 )
-from pst_timm.data.loaders import create_eval_loader, plain_worker_errors
+from pst_timm.data.loaders import bad_images, create_eval_loader, plain_worker_errors
 from pst_timm.metrics.answers import Answers
 from pst_timm.metrics.base import Metric
 from pst_timm.metrics.calibration import Calibration
@@ -342,6 +342,8 @@ def _evaluate(
         loss=round(found['loss'], 6),
         images_per_second=round(found['images_per_second'], 2),
     )
+    if (bad := bad_images(loader)) is not None and bad.count:
+        results['unreadable_images'] = bad.count  # others stand in for them
     for metric in metrics:
         results.update(metric.results())
     return results

@@ -282,7 +282,8 @@ def test_more_than_a_hundredth_unreadable_is_an_error_in_both(trained, tmp_path,
     with pytest.raises(PSTError, match=r'share of 0.01 of --max-bad-share \(8.3% of 12\)'):
         train(tiny_train_args(tmp_path / 'data', tmp_path, num_classes=4))
     caplog.clear()
-    assert validate(tiny_validate_args(tmp_path / 'data', **values, max_bad_share=0.1))
+    [results] = validate(tiny_validate_args(tmp_path / 'data', **values, max_bad_share=0.1))
+    assert results['unreadable_images'] == 1
     assert caplog.text.count(str(bad)) == 1
 
 

@@ -67,6 +67,23 @@ def test_webdataset_shards_train(tmp_path, workers):
     assert again.history == result.history
 
 
+def test_shards_that_are_missing_or_empty_are_no_epoch(tmp_path):
+    """timm's reader logs the error and goes on: to the end of an epoch without an image."""
+    pytest.importorskip('webdataset')
+    data = tmp_path / 'data'
+    data.mkdir()
+    splits = {'train': write_shards(data, 'train', 2, 12)}
+    (data / '_info.json').write_text(json.dumps(dict(splits=splits)))
+    (data / 'train-1.tar').unlink()
+    args = tiny_train_args(data, tmp_path, dataset='wds/', val_split='', epochs=1)
+    with pytest.raises(PSTError, match=r'1 of 2 shards are not there: .*train-1.tar'):
+        train(args)
+    for n in range(2):
+        (data / f'train-{n}.tar').write_bytes(b'no shard')
+    with pytest.raises(PSTError, match='Not one batch of images could be read'):
+        train(args)
+
+
 @pytest.mark.parametrize('values,message', [
     (dict(data_dir=None), r'No data given.*--data-dir'),
     (dict(data_dir='/nowhere/at/all'), r'There is no /nowhere/at/all'),

@@ -243,6 +243,13 @@ def test_a_class_map_says_what_it_leaves_out(tmp_path, caplog):
         opened(tmp_path, class_map='map.txt')
 
 
+def test_names_of_others_do_not_steer_the_terminal(tmp_path):
+    write_class(tmp_path / 'train', '\x1b[2Jcat')
+    with pytest.raises(PSTError) as e:
+        open_train_splits(train_args(data_dir=str(tmp_path), val_split=''), 3)
+    assert '\x1b' not in str(e.value) and r'\x1b[2Jcat' in str(e.value)
+
+
 def test_tar_files_in_a_tar_file_are_read(tmp_path):
     inner = write_tar(tmp_path / 'cat.tar', ['0.png', '1.png'])
     with tarfile.open(tmp_path / 'all.tar', 'w') as tar:
