@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Sequence
 
 import timm
-import yaml
 
 from pst_timm.checkpoints import create_model
 from pst_timm.engine import train_args
 from pst_timm.engine.factories import import_modules
 from pst_timm.engine.flags import keys_with_role
 from pst_timm.engine.protocols import Adjustable
+from pst_timm.utils.configs import read_config
 from pst_timm.utils.errors import PSTError, did_you_mean
 
 __all__ = ['Cell', 'Study', 'choose_classes', 'read_study']
@@ -118,12 +118,7 @@ def read_study(path: str, data_dir: str) -> Study:
     Raises:
         PSTError: If the file cannot be read, or names an unknown key, cell, class, flag or model.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    except OSError as e:
-        raise PSTError(f'Cannot read the study {path}: {e.strerror}.') from None
-    except (UnicodeDecodeError, yaml.YAMLError) as e:
-        raise PSTError(f'{path} is not valid YAML: {e}') from None
+    values = read_config(path)
     _check_keys(path, values)
     split = Path(data_dir) / values['train'].get('train_split', 'train')
     if not split.is_dir():
