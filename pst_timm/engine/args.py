@@ -7,11 +7,11 @@ import argparse
 import reprlib
 from argparse import Namespace
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 
 import yaml
 
+from pst_timm.utils.configs import read_config
 from pst_timm.utils.errors import PSTError, did_you_mean
 from pst_timm.utils.files import write_text
 
@@ -79,19 +79,7 @@ def read_yaml(path: str, groups: FlagGroups = TRAIN_FLAGS) -> Dict[str, Any]:
     Raises:
         PSTError: If the file cannot be read, or names an unknown key or an unfit value; all of them are listed.
     """
-    try:
-        text = Path(path).read_text()
-    except OSError as e:
-        raise PSTError(f'Cannot read the config {path}: {e.strerror}.') from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise PSTError(f'{path} is not valid YAML: {e}') from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise PSTError(f'{path} must hold one mapping of flags to values, such as "epochs: 10".')
-    return _check_values(values, groups, where=f'{path}: ')
+    return _check_values(read_config(path), groups, where=f'{path}: ')
 
 
 def _check_values(values: Dict[str, Any], groups: FlagGroups, where: str = '') -> Dict[str, Any]:

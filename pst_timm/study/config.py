@@ -2,17 +2,20 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr
 from typing import Any, Dict, Iterable, List, Mapping, Sequence
 
 import timm
-import yaml
 
 from pst_timm.checkpoints import create_model
 from pst_timm.engine import train_args
 from pst_timm.engine.factories import import_modules
 from pst_timm.engine.flags import keys_with_role
 from pst_timm.engine.protocols import Adjustable
+from pst_timm.utils.configs import read_config
 from pst_timm.utils.errors import PSTError, did_you_mean
+
+from .tables import QUESTIONS
 
 __all__ = ['Cell', 'Study', 'choose_classes', 'read_study']
 
@@ -22,6 +25,9 @@ STUDY_KEYS = {
     'name': str, 'title': str, 'seeds': list, 'classes': (list, dict), 'train': dict, 'cells': dict, 'sweep': dict,
     'probe': dict, 'questions': dict}
 REQUIRED = ('name', 'title', 'seeds', 'train', 'cells')
+LONGEST = 100  # letters of a name
+MOST_CELLS = 10_000
+LARGEST = 100_000  # k or image size of a sweep
 
 
 @dataclass(frozen=True)
@@ -118,14 +124,10 @@ def read_study(path: str, data_dir: str) -> Study:
     Raises:
         PSTError: If the file cannot be read, or names an unknown key, cell, class, flag or model.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    except OSError as e:
-        raise PSTError(f'Cannot read the study {path}: {e.strerror}.') from None
-    except (UnicodeDecodeError, yaml.YAMLError) as e:
-        raise PSTError(f'{path} is not valid YAML: {e}') from None
+    values = read_config(path)
     _check_keys(path, values)
-    split = Path(data_dir) / values['train'].get('train_split', 'train')
+    _check_train(path, values['train'])
+    split = Path(data_dir) / train_args(**values['train']).train_split
     if not split.is_dir():
         raise PSTError(f'There is no {split}: --data-dir must name the folder with the images of the study.')
     folders = sorted(p.name for p in split.iterdir() if p.is_dir())
@@ -161,49 +163,99 @@ def read_study(path: str, data_dir: str) -> Study:
             for seed in values['seeds']]
     _check_given(path, values, cells)
     _check_models(path, cells)
+    _raise(path, [*_wrong_questions(values)])
     return Study(values['name'], values['title'], cells, values.get('questions', {}))
 
 
-def _check_keys(path: str, values: Any) -> None:
-    if not isinstance(values, dict):
-        raise PSTError(f'{path} must hold one mapping with {", ".join(REQUIRED)}.')
+def _check_train(path: str, flags: Dict[str, Any]) -> None:
+    try:
+        train_args(**flags)
+    except PSTError as e:
+        raise PSTError(f'{path}, train: {e}') from None
+
+
+def _check_keys(path: str, values: Dict[str, Any]) -> None:
     problems = [f'unknown key {k!r}.{did_you_mean(str(k), STUDY_KEYS)}' for k in values if k not in STUDY_KEYS]
     problems += [f'{k} is missing' for k in REQUIRED if not values.get(k)]
     problems += [
-        f'{k} must be a {getattr(t, "__name__", "list or dict")}, got {values[k]!r}'
+        f'{k} must be a {getattr(t, "__name__", "list or dict")}, got {repr(values[k])}'
         for k, t in STUDY_KEYS.items() if k in values and not isinstance(values[k], t)]
     # the parts can be looked into once they are what they should be
     problems = problems or [*_wrong_cells(values), *_wrong_lists(values)]
+    _raise(path, problems)
+
+
+def _raise(path: str, problems: Sequence[str]) -> None:
     if problems:
         raise PSTError('\n'.join(f'{path}: {p}' for p in problems))
 
 
 def _wrong_cells(values: Dict[str, Any]) -> Iterable[str]:
+    if '\n' in values['title'].strip():
+        yield f'title must be one line of text, got {repr(values["title"])}'
+    names: Dict[str, str] = {}
     for name in (values['name'], *values['cells']):
         if not isinstance(name, str) or not re.fullmatch(r'\w[\w.-]*', name):
             yield f'{name!r} is no name for a folder: use letters, digits, "_", "." and "-"'
+        elif len(name) > LONGEST:
+            yield f'{name[:20]}... has {len(name)} letters, and a folder gets at most {LONGEST}'
+    for name in map(str, values['cells']):
+        if name.lower() in names:
+            yield f'cells {names[name.lower()]} and {name} are one folder where upper and lower case do not count'
+        names[name.lower()] = name
     for name, own in values['cells'].items():
         if not isinstance(own, dict) or not {**values['train'], **own}.get('model'):
             yield f'cell {name!r} needs a mapping with its model'
+    for where, flags in (('train', values['train']), *((f'cell {k!r}', v) for k, v in values['cells'].items())):
+        for key in flags if isinstance(flags, dict) else ():
+            if not isinstance(key, str):
+                yield f'{where}: {key!r} is no flag'
+    count = len(values['cells']) * len(values['seeds'])
+    if count > MOST_CELLS:
+        yield (
+            f'{len(values["cells"])} cells with {len(values["seeds"])} seeds are {count:,} runs, more than '
+            f'{MOST_CELLS:,}')
 
 
 def _wrong_lists(values: Dict[str, Any]) -> Iterable[str]:
     if not _whole_numbers(values['seeds'], 0) or len(set(values['seeds'])) < len(values['seeds']):
-        yield f'seeds must be different whole numbers, got {values["seeds"]}'
+        yield f'seeds must be different whole numbers, got {repr(values["seeds"])}'
     for part, keys in (('sweep', {'cells', 'topk', 'img_size'}), ('probe', {'cells', 'classes'})):
         found = values.get(part)
         if found and set(found) != keys:
             yield f'{part} needs {", ".join(sorted(keys))}, got {", ".join(map(str, found))}'
-        elif found and not isinstance(found['cells'], list):
-            yield f'{part}: cells must be a list, got {found["cells"]!r}'
+        elif found and not (isinstance(found['cells'], list) and all(isinstance(c, str) for c in found['cells'])):
+            yield f'{part}: cells must be a list of names, got {repr(found["cells"])}'
+        elif found and not found['cells']:
+            yield f'{part}: cells are none: name some, or leave {part} out'
         elif found and part == 'sweep':
             for key, least in (('topk', 0), ('img_size', 1)):
-                if not _whole_numbers(found[key], least):
-                    yield f'sweep: {key} must be a list of whole numbers from {least} on, got {found[key]!r}'
+                if not found[key] or not _whole_numbers(found[key], least):
+                    yield f'sweep: {key} must be a list of whole numbers from {least} on, got {repr(found[key])}'
+                elif len(set(found[key])) < len(found[key]) or max(found[key]) > LARGEST:
+                    yield f'sweep: {key} must be different numbers up to {LARGEST:,}, got {repr(found[key])}'
+
+
+def _wrong_questions(values: Dict[str, Any]) -> Iterable[str]:
+    for number, question in values.get('questions', {}).items():
+        if not isinstance(question, dict) or not isinstance(question.get('title'), str):
+            yield f'question {number} needs a mapping with its title'
+            continue
+        if question.get('kind') not in QUESTIONS:
+            yield f'question {number}: kind must be one of {", ".join(QUESTIONS)}, got {question.get("kind")!r}'
+            continue
+        of, against = question.get('of'), question.get('against')
+        cells = question.get('cells') if of is None else [of, *against] if isinstance(against, list) else None
+        if not cells or not isinstance(cells, list):
+            yield f"question {number} needs 'of' with a list 'against', or a list 'cells'"
+            continue
+        yield from (
+            f'question {number} is about an unknown cell {c!r}.{did_you_mean(str(c), values["cells"])}'
+            for c in cells if c not in list(values['cells']))
 
 
 def _whole_numbers(values: Any, least: int) -> bool:
-    return isinstance(values, list) and all(type(v) is int and v >= least for v in values)
+    return isinstance(values, list) and all(type(v) is int and least <= v <= 4_000_000_000 for v in values)
 
 
 def _check_given(path: str, values: Dict[str, Any], cells: Iterable[Cell]) -> None:

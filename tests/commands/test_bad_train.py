@@ -1,4 +1,5 @@
 """What `pst-timm train` refuses, in one sentence that names the culprit and before any work."""
+import os
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def bad(name, flags, culprit, make=None, code=1):
 
 def write(name, text):
     def make(folder: Path):
-        (folder / name).write_text(text)
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     return make
 
 
@@ -31,6 +32,16 @@ def weights(change):
         state = timm.create_model('test_resnet_pst', num_classes=3).state_dict()
         torch.save(change(state), folder / 'start.pth')
     return make
+
+
+def config(name, content, culprit):
+    """A row: a YAML file."""
+    make = write('bad.yaml', content)
+    return BadInput(f'config-{name}', [*WORDS, '--config', 'bad.yaml'], culprit, make)
+
+
+def a_pipe(folder: Path):
+    os.mkfifo(folder / 'bad.yaml')
 
 
 EMPTY = weights(lambda state: {})
@@ -143,6 +154,25 @@ TABLE = [
     bad('teacher-unknown', '--kd-model-name resnet181', 'resnet18'),
     bad('teacher-tag', '--kd-model-name resnet18.a1_in2k', 'resnet18.a1_in1k'),
     bad('teacher-of-other-classes', '--kd-model-name test_resnet_pst', 'knows 10 classes'),
+    # YAML
+    config('latin-1', 'experiment: Größe'.encode('latin-1'), 'bad.yaml, line 1 is not text in UTF-8'),
+    config('key-twice', 'epochs: 1\nlr: 0.1\nepochs: 2', "line 3: 'epochs' is there twice"),
+    config('base-8', 'seed: 010', 'bad.yaml, line 1: seed: 010'),
+    config('base-60', 'lr: 1:30', 'bad.yaml, line 1: lr: 1:30'),
+    config('date', 'experiment: 2020-01-01', 'experiment: 2020-01-01 is a date'),
+    config('code', 'experiment: !!python/object/apply:os.system [ls]', 'python/object'),
+    config('bomb', 'a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n' + ''.join(
+        f'{chr(98 + i)}: &{chr(98 + i)} [{", ".join([f"*{chr(97 + i)}"] * 10)}]\n' for i in range(9)), 'aliases'),
+    config('deep', 'a: ' + '[' * 5000, 'too deeply'),
+    config('tab', 'epochs: 1\n\tlr: 0.1', 'bad.yaml, line 2 is not valid YAML'),
+    config('two-documents', 'epochs: 1\n---\nlr: 0.1', 'bad.yaml, line 2 is not valid YAML'),
+    config('key-of-a-number', '5: 1', 'unknown key 5'),
+    config('switch-for-a-text', 'experiment: no', 'experiment must be a text'),
+    config('names-of-arguments', 'model_kwargs: {1: 2}', 'model_kwargs must be key=value pairs'),
+    config('value-of-a-flag', 'aa: rand-x9', 'bad.yaml: aa'),
+    config('value-endless', f'scale: {list(range(999))}', 'scale'),
+    BadInput('config-a-folder', [*WORDS, '--config', 'images'], 'images is a folder'),
+    BadInput('config-a-pipe', [*WORDS, '--config', 'bad.yaml'], 'bad.yaml is a folder, or no ordinary file', a_pipe),
     # the run
     bad('data-twice', 'images2', "'images2'"),
     bad('eval-metric', '--eval-metric f1', '--eval-metric'),

@@ -256,6 +256,34 @@ def test_a_cell_that_fails_does_not_stop_the_others(data, tmp_path):
     (dict(sweep=dict(cells=['plain'], topk=[1], img_size=[32])), 'test_resnet of plain has none'),
     (dict(sweep=dict(cells=['pst'], topk=[1], img_size=96)), 'img_size must be a list of whole numbers from 1 on'),
     (dict(sweep=dict(cells='pst', topk=[1], img_size=[96])), 'sweep: cells must be a list'),
+    (dict(sweep=dict(cells=[['pst']], topk=[1], img_size=[96])), 'sweep: cells must be a list of names'),
+    (dict(sweep=dict(cells=[], topk=[1], img_size=[96])), 'sweep: cells are none'),
+    (dict(sweep=dict(cells=['pst'], topk=[], img_size=[96])), 'sweep: topk must be a list'),
+    (dict(sweep=dict(cells=['pst'], topk=[1, 1], img_size=[96])), 'sweep: topk must be different numbers'),
+    (dict(sweep=dict(cells=['pst'], topk=[1], img_size=[10 ** 9])), 'sweep: img_size must be different numbers up to'),
+    (dict(seeds=[True]), 'seeds must be different whole numbers'),
+    (dict(seeds=[10 ** 12]), 'seeds must be different whole numbers'),
+    (dict(seeds=list(range(9999))), '2 cells with 9999 seeds are 19,998 runs'),
+    (dict(seeds=[]), 'seeds is missing'),
+    (dict(cells={}), 'cells is missing'),
+    (dict(name=7), 'name must be a str, got 7'),
+    (dict(name='x' * 300), 'has 300 letters'),
+    (dict(title='a\nb'), 'title must be one line of text'),
+    (dict(cells={'..': dict(model='resnet18')}), "'..' is no name for a folder"),
+    (dict(cells={'a': dict(model='resnet18'), 'A': dict(model='resnet18')}), 'A and a are one folder'),
+    (dict(cells={5: dict(model='resnet18')}), '5 is no name for a folder'),
+    (dict(cells=dict(a=None)), "cell 'a' needs a mapping with its model"),
+    (dict(cells=dict(a=dict(model=5)), sweep={}, probe={}, questions={}), 'cell a: model must be a text'),
+    (dict(cells=dict(a={'model': 'resnet18', 7: 1}), sweep={}, probe={}), "cell 'a': 7 is no flag"),
+    (dict(train=dict(SHARED, train_split=5)), 'train: train_split must be a text'),
+    (dict(train={**SHARED, 1: 2}), 'train: 1 is no flag'),
+    (dict(questions={1: 'why'}), 'question 1 needs a mapping with its title'),
+    (dict(questions={1: dict(title='?', kind='guess')}), "question 1: kind must be one of compare"),
+    (dict(questions={1: dict(title='?', kind='compare', of='pst', against='plain')}), "with a list 'against'"),
+    (dict(questions={1: dict(title='?', kind='compare', of='pst', against=['plane'])}), 'Did you mean plain'),
+    (dict(questions=None), 'questions must be a dict'),
+    (dict(classes=[['class0']]), 'The data has no class'),
+    (dict(probe=dict(cells=['pst'])), 'probe needs cells, classes'),
 ])
 def test_mistakes_in_the_configuration(data, tmp_path, capsys, changes, message):
     assert main(words(write_config(tmp_path, **changes), data, tmp_path)) == 1
@@ -269,7 +297,7 @@ def test_missing_data_and_configuration(data, tmp_path, capsys):
     assert main(words(config, tmp_path / 'nowhere', tmp_path)) == 1
     assert '--data-dir must name the folder' in capsys.readouterr().err
     assert main(words(tmp_path / 'no.yaml', data, tmp_path)) == 1
-    assert 'Cannot read the study' in capsys.readouterr().err
+    assert 'Cannot read the config' in capsys.readouterr().err
     config.write_text('name: [')
     assert main(words(config, data, tmp_path)) == 1
     assert 'not valid YAML' in capsys.readouterr().err
