@@ -86,7 +86,7 @@ class Upload:
                 f'repository.')
         replaced = [name for name in FILES if name in there]
         if replaced:
-            kept = f' {", ".join(sorted(names)[:5])} and what else is there stays as it is.' if names else ''
+            kept = f' What else is there ({", ".join(sorted(names)[:5])}) stays as it is.' if names else ''
             _logger.warning(
                 f'{self.repo_id} is there already: its {", ".join(replaced)} will be replaced; the versions of now '
                 f'stay in its history, as commit {str(info.sha)[:12]}.{kept}')
