@@ -13,11 +13,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from pst_timm.checkpoints.fetching import check_fetchable
 from pst_timm.cli import main
 from pst_timm.engine import parse_train_args
 from pst_timm.engine.flags import recipe
 from pst_timm.hub.publishing import publish, save_folder
-from pst_timm.utils.errors import PSTError
+from pst_timm.utils.errors import PSTError, Unavailable
 from tests.checkpoints.helpers import Payload, build, images, logits, run_args, save_checkpoint
 from tests.helpers import randomize
 
@@ -466,6 +467,22 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub, checkpoint):
     done = publish(checkpoint, REPO)
     assert hub.names(REPO) == FILES and len(hub.repositories[REPO].commits) == 2
     assert done.url.endswith(hub.repositories[REPO].branches['main'])
+
+
+@pytest.mark.parametrize('request_', ['GET /api/whoami', 'POST /api/repos/create', 'PUT /lfs/', 'POST .*/commit/'])
+def test_a_server_that_never_answers_is_waited_for_so_long(request_, hub, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr('pst_timm.hub.upload.SLOWEST', 1e12)
+    hub.fail(request_, 'stall')
+    code, message = fails(capsys, checkpoint, words=['--timeout', '1'])
+    assert code == 75 and 'did not answer within 1 s' in message and '--timeout' in message
+    assert not hub.names(REPO) and hub.count(request_) == 1
+
+
+def test_reading_waits_as_long_as_the_client_is_told(hub):
+    hub.create(REPO)
+    hub.fail('GET /api/models/', 'stall')
+    with pytest.raises(Unavailable, match=r'no answer within 0\.2 s; HF_HUB_ETAG_TIMEOUT'):
+        check_fetchable(f'hf-hub:{REPO}', timeout=0.2)
 
 
 def test_the_network_is_down(hub, checkpoint, capsys, monkeypatch):
