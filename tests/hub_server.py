@@ -36,7 +36,8 @@ class Failure:
     """Regular expression for method and path, such as 'PUT /lfs/'."""
     kind: Any
     """HTTP status; 'drop': the connection breaks in the middle of the body; 'corrupt': a byte of the body is wrong;
-    'truncate': the download ends early and says so; 'lost': the commit is made, but its answer does not arrive."""
+    'truncate': the download ends early and says so; 'lost': the commit is made, but its answer does not arrive;
+    'stall': there is no answer at all."""
     times: int = 10 ** 9
     seen: int = 0
 
@@ -65,6 +66,7 @@ class HubServer:
         self.failures: List[Failure] = []
         self.requests: List[str] = []
         self.lock = threading.RLock()
+        self.closing = threading.Event()
         self._server = ThreadingHTTPServer(('127.0.0.1', 0), _Handler)
         self._server.daemon_threads = True
         self._server.hub = self
@@ -79,6 +81,7 @@ class HubServer:
         return self
 
     def __exit__(self, *exc: Any) -> None:
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -207,6 +210,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.kind = self.hub.failure_for(request)
         self.length = int(self.headers.get('Content-Length') or 0)
         with contextlib.suppress(ConnectionError):
+            if self.kind == 'stall':
+                self.hub.closing.wait()
+                self.break_connection()
+                return
             if self.kind == 'drop' and self.command in ('PUT', 'POST'):
                 self.rfile.read(self.length // 2)
                 self.break_connection()

@@ -4,7 +4,12 @@ from typing import Tuple
 
 import timm
 from huggingface_hub import model_info, try_to_load_from_cache
-from huggingface_hub.constants import HF_HUB_OFFLINE, PYTORCH_WEIGHTS_NAME, SAFETENSORS_SINGLE_FILE
+from huggingface_hub.constants import (
+    HF_HUB_ETAG_TIMEOUT,
+    HF_HUB_OFFLINE,
+    PYTORCH_WEIGHTS_NAME,
+    SAFETENSORS_SINGLE_FILE,
+)
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from pst_timm.utils.errors import Unavailable
@@ -17,12 +22,12 @@ def is_published(source: str) -> bool:
     return not os.path.exists(source) and (source.startswith(('hf-hub:', 'hf_hub:')) or timm.is_model(source))
 
 
-def check_fetchable(source: str, timeout: float = 10.) -> None:
+def check_fetchable(source: str, timeout: float = HF_HUB_ETAG_TIMEOUT) -> None:
     """Make sure that the weights behind a name of timm are here, or that the Hub answers.
 
     Args:
         source: Name of a model, or what else names weights; only names are looked at.
-        timeout: Seconds to wait for the Hub.
+        timeout: Seconds to wait for the Hub: 10, or what the variable HF_HUB_ETAG_TIMEOUT says.
 
     Raises:
         Unavailable: If the weights are not in the cache and the Hub cannot be reached.
@@ -42,6 +47,8 @@ def check_fetchable(source: str, timeout: float = 10.) -> None:
             return  # it answers; what it has to say, it says again when the weights are fetched
         except (HTTPError, OSError) as e:
             reason = str(e) or type(e).__name__
+            if 'timed out' in reason or 'Timeout' in type(e).__name__:
+                reason = f'no answer within {timeout:g} s; HF_HUB_ETAG_TIMEOUT=SECONDS waits longer'
     raise Unavailable(
         f'The weights of {source} are not in the cache, and the Hub cannot be reached ({reason}). Go online for the '
         f'first time, or name a file.')

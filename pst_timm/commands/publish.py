@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Optional, Sequence
 
-from .common import ArgumentParser, add_attention_flags, add_ema_flag, add_overwrite, add_source, run
+from .common import ArgumentParser, add_attention_flags, add_ema_flag, add_overwrite, add_source, at_least, run
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -25,6 +25,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                         help='text file, one name a line (default: the names in the checkpoint)')
     parser.add_argument('--license', default='apache-2.0', help='licence of the weights (default: %(default)s)')
     parser.add_argument('--model', dest='arch', help='architecture of a file that does not tell it')
+    parser.add_argument(
+        '--timeout', type=at_least(1), default=60, metavar='SECONDS',
+        help='how long to wait for an answer of the Hub (default: %(default)s)')
     add_ema_flag(parser)
     add_overwrite(parser, 'the files of an earlier publication in --folder')
     return run(parser.prog, _publish, parser.parse_args(argv))

@@ -26,7 +26,7 @@ from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import check_output, read_csv, write_text, write_whole
 
 from .card import Accuracy, model_card
-from .upload import CARD, CONFIG, FILES, WEIGHTS, Upload
+from .upload import CARD, CONFIG, FILES, TIMEOUT, WEIGHTS, Upload
 
 __all__ = ['Publication', 'publish', 'save_folder']
 
@@ -118,6 +118,7 @@ def publish(
         license: str = 'apache-2.0',
         token: Optional[str] = None,
         attempts: int = 3,
+        timeout: float = TIMEOUT,
 ) -> Publication:
     """Publish a checkpoint on the Hub as weights, config.json and model card.
 
@@ -143,6 +144,7 @@ def publish(
         license: Identifier of the licence of the weights.
         token: Access token, the one of `hf auth login` or `HF_TOKEN` if None.
         attempts: How often an upload is tried.
+        timeout: Seconds to wait for an answer of the Hub.
 
     Raises:
         PSTError: If anything is wrong that the user can mend.
@@ -168,7 +170,7 @@ def publish(
         accuracy = None if changed else _measured_in_training(source, model)
     data_set = data_set or source.args.get('dataset') or Path(source.args.get('data_dir') or '').name or None
 
-    upload = None if dry_run else Upload(repo_id, private, revision, token, attempts)
+    upload = None if dry_run else Upload(repo_id, private, revision, token, attempts, timeout)
     if upload is not None:
         upload.check_access(source.arch)
     with _kept_or_temporary(folder) as target:

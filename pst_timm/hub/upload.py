@@ -1,7 +1,9 @@
 """The way to a repository on the Hub, and what may go wrong on it, in words."""
 import json
 import logging
+import queue
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -23,7 +25,13 @@ __all__ = ['CARD', 'CONFIG', 'FILES', 'WEIGHTS', 'Upload']
 
 _logger = logging.getLogger(__name__)
 
+TIMEOUT = 60  # seconds
+SLOWEST = 2 ** 17  # bytes per second of an upload that is waited for
 WEIGHTS, CONFIG, CARD = FILES = ('model.safetensors', 'config.json', 'README.md')
+
+
+class _Silent(Unavailable):
+    """The Hub did not answer in time; it is not asked again."""
 
 
 class Upload:
@@ -36,6 +44,7 @@ class Upload:
             revision: Optional[str] = None,
             token: Optional[str] = None,
             attempts: int = 3,
+            timeout: float = TIMEOUT,
     ):
         """
         Args:
@@ -44,6 +53,7 @@ class Upload:
             revision: Branch, the main one if None.
             token: Access token, the one of `hf auth login` or `HF_TOKEN` if None.
             attempts: How often the upload is tried.
+            timeout: Seconds to wait for an answer of the Hub; files have the time beside that they take at 128 KiB/s.
 
         Raises:
             PSTError: If there is no token.
@@ -52,6 +62,7 @@ class Upload:
         self.private = private
         self.revision = revision
         self.attempts = attempts
+        self.timeout = timeout
         self.token = token or get_token()
         if not self.token:
             raise PSTError(
@@ -86,7 +97,7 @@ class Upload:
                 f'repository.')
         replaced = [name for name in FILES if name in there]
         if replaced:
-            kept = f' {", ".join(sorted(names)[:5])} and what else is there stays as it is.' if names else ''
+            kept = f' What else is there ({", ".join(sorted(names)[:5])}) stays as it is.' if names else ''
             _logger.warning(
                 f'{self.repo_id} is there already: its {", ".join(replaced)} will be replaced; the versions of now '
                 f'stay in its history, as commit {str(info.sha)[:12]}.{kept}')
@@ -110,6 +121,8 @@ class Upload:
         for attempt in range(1, self.attempts):
             try:
                 return self._commit(folder)
+            except _Silent:
+                raise
             except Unavailable as e:
                 wait = 2 ** attempt
                 _logger.warning(f'{e} Trying again in {wait} s.')
@@ -123,14 +136,47 @@ class Upload:
 
     def _commit(self, folder: Path) -> str:
         # anew each time: the Hub then tells what has arrived, and whether the commit itself was made
+        size = sum((folder / name).stat().st_size for name in FILES)
         operations = [CommitOperationAdd(name, str(folder / name)) for name in FILES]
         return str(self._ask(lambda: self.api.create_commit(
-            self.repo_id, operations, commit_message='Publish model', revision=self.revision)).commit_url)
+            self.repo_id, operations, commit_message='Publish model', revision=self.revision), size).commit_url)
 
-    def _ask(self, call: Callable[[], Any]) -> Any:
-        """Ask the Hub; answers that the caller may expect pass, all others become words for the user."""
+    def _in_time(self, call: Callable[[], Any], seconds: float) -> Any:
+        """What a call returns or raises, unless it takes too long.
+
+        The client waits without end in some places and tries again in others, so what is measured is the call as a
+        whole, in a thread that is left behind.
+        """
+        answers: queue.SimpleQueue = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                answers.put((call(), None))
+            except BaseException as e:
+                answers.put((None, e))
+
+        threading.Thread(target=work, daemon=True).start()
         try:
-            return call()
+            answer, error = answers.get(timeout=seconds)
+        except queue.Empty:
+            raise _Silent(
+                f'The Hub at {self.api.endpoint} did not answer within {seconds:.0f} s: try again later, or wait '
+                f'longer with --timeout.') from None
+        if error is not None:
+            raise error
+        return answer
+
+    def _ask(self, call: Callable[[], Any], size: int = 0) -> Any:
+        """Ask the Hub; answers that the caller may expect pass, all others become words for the user.
+
+        Args:
+            call: What asks.
+            size: Bytes that are sent.
+        """
+        try:
+            return self._in_time(call, self.timeout + size / SLOWEST)
+        except _Silent:
+            raise
         except OfflineModeIsEnabled as e:
             raise Unavailable('The Hub is not asked in offline mode: unset HF_HUB_OFFLINE.') from e
         except (HTTPError, OSError, RuntimeError) as e:

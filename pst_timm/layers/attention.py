@@ -210,6 +210,8 @@ class PyramidSparseAttention(nn.Module):
     def set_topk(self, topk: int, fusion: Optional[str] = None) -> None:
         """Change the fine attention used at inference; parameters and training are not touched.
 
+        Not while another thread runs the layer, which reads it as it goes.
+
         Args:
             topk: Coarse tokens selected per image and head, 0 for coarse attention alone.
             fusion: 'gate' or 'joint', unchanged if None.

@@ -1,11 +1,12 @@
 """What a model with PST looks at: the tokens it attends to and selects, and what that does to its answer."""
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
 
-from pst_timm.layers import PyramidSparseAttention, SparseTokens, attention_set
+from pst_timm.layers import PyramidSparseAttention, SparseTokens
 
 __all__ = ['Inspection', 'inspect_tokens']
 
@@ -29,7 +30,8 @@ def inspect_tokens(
 ) -> Inspection:
     """Look at the tokens that a model attends to and selects.
 
-    Every number comes from the layers themselves, which run as they always do; their settings are as before afterwards.
+    Every number comes from the layers themselves, which run as they always do. The model is not touched: what is set
+    and hooked is a twin of it that shares its weights, so that other threads may run the model meanwhile.
 
     Args:
         model: A model with PST in eval mode, folded or not; also one that holds it as a part.
@@ -54,11 +56,33 @@ def inspect_tokens(
         raise ValueError('The model is in training mode, in which it selects at random or not at all: call eval().')
     if x.ndim != 4:
         raise ValueError(f'x has shape {tuple(x.shape)}, expected a batch of images (B, in_chans, H, W).')
-    with attention_set(layers, 0):
-        coarse = model(x)
-    with attention_set(layers, topk, fusion), _recorded(layers) as blocks:
-        fine = model(x)
+    twin = _twin(model, {})
+    layers = [m for m in twin.modules() if isinstance(m, PyramidSparseAttention)]
+    settings = [(layer.topk if topk is None else topk, fusion) for layer in layers]
+    for layer in layers:
+        layer.set_topk(0)
+    coarse = twin(x)
+    for layer, setting in zip(layers, settings):
+        layer.set_topk(*setting)
+    with _recorded(layers) as blocks:
+        fine = twin(x)
     return Inspection(coarse, fine, blocks)
+
+
+def _twin(module: nn.Module, made: Dict[nn.Module, nn.Module]) -> nn.Module:
+    """A module of the same weights, whose settings and hooks are its own, as are those of the modules in it.
+
+    Args:
+        module: The module.
+        made: The twins made so far, as a module may be in two places.
+    """
+    if module not in made:
+        twin = made[module] = object.__new__(type(module))
+        own = {name: copy(value) for name, value in vars(module).items() if 'hooks' in name}
+        # a compiled forward would run the module itself, past the hooks
+        vars(twin).update(vars(module), **own, _compiled_call_impl=None)
+        twin._modules = {name: None if child is None else _twin(child, made) for name, child in module._modules.items()}
+    return made[module]
 
 
 @contextmanager

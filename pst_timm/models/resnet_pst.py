@@ -198,7 +198,9 @@ class ResNetPST(ResNet):
     def set_topk(self, topk: int, fusion: Optional[str] = None) -> None:
         """Change the fine attention used at inference; weights are not touched.
 
-        Works on a scripted model too; one that was saved, frozen or traced keeps what it had then.
+        Works on a scripted model too; one that was saved, frozen or traced keeps what it had then. Not while other
+        threads run the model, which would see it change between its blocks: give each setting a model of its own, or
+        look with `pst_timm.inspect_tokens`, which leaves the model as it is.
 
         Args:
             topk: Coarse tokens selected per image and head, 0 for coarse attention alone; more than there are
@@ -236,6 +238,8 @@ class ResNetPST(ResNet):
     @contextmanager
     def with_settings(self, topk: Optional[int] = None, fine_fusion: Optional[str] = None) -> Iterator[None]:
         """Set the fine attention for a while; afterwards it is as it was, also after an error.
+
+        Not while other threads run the model, see `set_topk`.
 
         Args:
             topk: Coarse tokens selected per image and head, unchanged if None.

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from pst_timm.checkpoints import load_model
 from pst_timm.checkpoints.facts import describe
+from pst_timm.checkpoints.fetching import check_fetchable
 from pst_timm.cli import main
 from pst_timm.engine import parse_train_args
 from pst_timm.engine.flags import recipe
 from pst_timm.hub.publishing import publish, save_folder
-from pst_timm.utils.errors import PSTError
+from pst_timm.utils.errors import PSTError, Unavailable
 from tests.checkpoints.helpers import Payload, build, images, logits, run_args, save_checkpoint
 from tests.helpers import randomize
 
@@ -284,6 +285,34 @@ def test_results_of_other_weights_are_refused(hub, tmp_path):
     assert publish(path, REPO, results=results).accuracy.top1 == 80.5
 
 
+@pytest.mark.parametrize('change, culprit', [
+    ({'top1': 1e9}, 'top1 = 1000000000.0'), ({'top1': -1}, 'top1 = -1.0'), ({'top1': float('nan')}, 'top1 = nan'),
+    ({'top5': float('inf')}, 'top5 = inf'), ({'top5': 3}, 'top5 = 3.0, less than top1'),
+    ({'img_size': 0}, 'img_size = 0'),
+    ({'img_size': 10 ** 9}, 'img_size = 1000000000'), ({'crop_pct': float('nan')}, 'crop_pct = nan')])
+def test_results_that_cannot_be_are_not_published(change, culprit, hub, checkpoint, tmp_path, capsys):
+    row = dict(model='test_resnet_pst', top1=80.5, top5=99.25, img_size=96, crop_pct=0.875, interpolation='bicubic')
+    (tmp_path / 'results.json').write_text(json.dumps([{**row, **change}]))
+    code, message = fails(capsys, checkpoint, words=['--results', str(tmp_path / 'results.json')])
+    assert code == 1 and culprit in message and not hub.requests
+
+
+@pytest.mark.parametrize('metric', [1e9, -3., float('nan')])
+def test_a_metric_that_cannot_be_is_not_published(metric, hub, tmp_path, capsys):
+    path = save_checkpoint(tmp_path / 'last.pth.tar', build(), metric=metric)
+    code, message = fails(capsys, path)
+    assert code == 1 and 'which cannot have been measured' in message and str(path) in message and not hub.requests
+
+
+def test_what_is_replaced_is_said(hub, checkpoint, caplog):
+    publish(checkpoint, REPO)
+    assert not caplog.messages
+    hub.commit(REPO, 'main', 'more', {'notes.md': b'by hand'})
+    publish(checkpoint, REPO)
+    message = caplog.messages[0]
+    assert 'its model.safetensors, config.json, README.md will be replaced' in message and 'notes.md' in message
+
+
 def test_without_a_measurement_the_card_claims_nothing(hub, tmp_path, capsys):
     save_file(build().state_dict(), tmp_path / 'model.safetensors')
     timm.models.save_for_hf(build(), tmp_path, safe_serialization=True)
@@ -442,6 +471,22 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub, checkpoint):
     done = publish(checkpoint, REPO)
     assert hub.names(REPO) == FILES and len(hub.repositories[REPO].commits) == 2
     assert done.url.endswith(hub.repositories[REPO].branches['main'])
+
+
+@pytest.mark.parametrize('request_', ['GET /api/whoami', 'POST /api/repos/create', 'PUT /lfs/', 'POST .*/commit/'])
+def test_a_server_that_never_answers_is_waited_for_so_long(request_, hub, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr('pst_timm.hub.upload.SLOWEST', 1e12)
+    hub.fail(request_, 'stall')
+    code, message = fails(capsys, checkpoint, words=['--timeout', '1'])
+    assert code == 75 and 'did not answer within 1 s' in message and '--timeout' in message
+    assert not hub.names(REPO) and hub.count(request_) == 1
+
+
+def test_reading_waits_as_long_as_the_client_is_told(hub):
+    hub.create(REPO)
+    hub.fail('GET /api/models/', 'stall')
+    with pytest.raises(Unavailable, match=r'no answer within 0\.2 s; HF_HUB_ETAG_TIMEOUT'):
+        check_fetchable(f'hf-hub:{REPO}', timeout=0.2)
 
 
 def test_the_network_is_down(hub, checkpoint, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """What `inspect_tokens` shows is what the layers do."""
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -202,3 +203,37 @@ def test_training_mode_compiled_models_and_single_images_are_refused():
     with pytest.raises(ValueError, match='training mode'):
         pst_timm.inspect_tokens(model.train(), images(ODD_SIZE))
     assert model.training and torch.equal(model.bn1.running_mean, statistics)
+
+
+def test_other_threads_run_the_model_undisturbed():
+    model, x = build(topk=0), torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        expected = model(x)
+    alone = pst_timm.inspect_tokens(model, x, 4, 'joint')
+    seen, inspecting = [], threading.current_thread()
+
+    def meanwhile(*args):
+        if threading.current_thread() is inspecting:
+            def infer():
+                with torch.no_grad():
+                    seen.append((model(x), model.inference_settings()))
+
+            other = threading.Thread(target=infer)
+            other.start()
+            other.join()
+
+    model.layer4.register_forward_hook(meanwhile)
+    found = pst_timm.inspect_tokens(model, x, 4, 'joint')
+    assert len(seen) == 2, 'once in each pass'
+    for y, setting in seen:
+        assert torch.equal(y, expected) and setting == {'topk': 0, 'fine_fusion': 'gate'}
+    assert torch.equal(found.fine, alone.fine) and len(found.blocks) == len(alone.blocks)
+    assert not torch.equal(found.fine, expected)
+
+
+def test_a_model_compiled_in_place_is_looked_at():
+    model, x = build(topk=0), torch.randn(1, 3, 64, 64)
+    expected = pst_timm.inspect_tokens(model, x, 2)
+    model.compile(backend='eager')
+    found = pst_timm.inspect_tokens(model, x, 2)
+    assert torch.equal(found.fine, expected.fine) and len(found.blocks) == 1
