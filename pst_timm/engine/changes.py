@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
-from timm.utils import is_primary
+from timm.task import TrainingTask
+from timm.utils import NativeScaler, is_primary
 
 from pst_timm.checkpoints.facts import as_plain
 from pst_timm.checkpoints.reading import FACTS_KEY
 from pst_timm.utils.errors import PSTError
 
 from .flags import keys_with_role
-from .recovery import Position
+from .recovery import Position, position_of, resume
 
-__all__ = ['Stream', 'changed_settings', 'check_changes', 'keep_settings']
+__all__ = ['Stream', 'changed_settings', 'check_changes', 'check_resume', 'check_start', 'keep_settings', 'load_run']
 
 _logger = logging.getLogger(__name__)
 
@@ -157,3 +158,64 @@ def keep_settings(optimizer: torch.optim.Optimizer, changed: Dict[str, Any], arg
             group.update(settings)
 
     return restore
+
+
+def load_run(
+        args: Namespace,
+        checkpoint: Path,
+        saved: Dict[str, Any],
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        loss_scaler: Optional[NativeScaler],
+        stream: Stream,
+        names: Optional[List[str]],
+) -> Position:
+    """Go on from a checkpoint; what is otherwise than in the run that wrote it is done and said, or refused.
+
+    Args:
+        args: Arguments of the run, resolved.
+        checkpoint: The checkpoint.
+        saved: Its content, without the weights.
+        task: The task, before it is wrapped for several processes.
+        optimizer: The optimizer.
+        loss_scaler: The loss scaler, if there is one.
+        stream: The batches of an epoch.
+        names: Names of the classes in the order of the labels, if known.
+
+    Returns:
+        Where the checkpoint stands.
+    """
+    position = position_of(saved, checkpoint)
+    check_changes(saved, checkpoint, args, position if args.start_epoch is None else Position(), stream, names)
+    keep = not args.no_resume_opt
+    restore = keep_settings(optimizer, changed_settings(saved, args), args)
+    resume(checkpoint, saved, task, optimizer if keep else None, loss_scaler if keep else None)
+    restore()
+    _logger.info(f'Going on from {checkpoint}, epoch {position.epoch}, step {position.step}.')
+    return position
+
+
+def check_resume(args: Namespace) -> None:
+    """Make sure that the flags say which run to go on with."""
+    if args.resume == 'auto' and not args.experiment:
+        raise PSTError('--resume auto needs --experiment, to know which run to go on with.')
+    if args.resume == 'auto' and args.overwrite:
+        raise PSTError('--resume auto goes on with the run that is there, --overwrite removes it: choose one.')
+
+
+def check_start(args: Namespace, start: Position, num_epochs: int, checkpoint: Optional[Path]) -> None:
+    """Make sure that there is something to train, or that all of it was.
+
+    Raises:
+        PSTError: If the run would start behind its end.
+    """
+    if args.start_epoch is not None and start.epoch >= num_epochs:
+        raise PSTError(
+            f'--start-epoch {args.start_epoch} is behind the last of the {num_epochs} epochs, {num_epochs - 1}: '
+            f'choose an earlier one, or more --epochs.')
+    if start > (num_epochs, 0):
+        raise PSTError(
+            f'{checkpoint} has trained {start.epoch} epochs already, and --epochs asks for {num_epochs}: choose more, '
+            f'or another checkpoint.')
+    if start == (num_epochs, 0):
+        _logger.info(f'{checkpoint} is the end of a run of {num_epochs} epochs: there is nothing left to train.')

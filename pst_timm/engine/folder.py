@@ -1,23 +1,28 @@
 """The folder of a run: one run at a time works in it, and it removes nothing but what the engine wrote."""
 import logging
 import re
+from argparse import Namespace
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Iterator, List
+from typing import Iterator, List, Optional, Tuple
 
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.locks import Locked, locked
 
 from .progress import SPEED, SUMMARY
-from .recovery import STATES, Position, states, states_beyond
+from .recovery import STATES, Position, find_newest, states, states_beyond
 
-__all__ = ['check_unused', 'claimed', 'free_folder', 'remove_leftovers', 'remove_run', 'remove_states_beyond']
+__all__ = [
+    'check_unused', 'claim_folder', 'claimed', 'free_folder', 'is_in', 'remove_leftovers', 'remove_recovery',
+    'remove_run', 'remove_states_beyond',
+]
 
 _logger = logging.getLogger(__name__)
 
 # what a process that is killed while it writes leaves
 LEFTOVERS = re.compile(
-    r'(tmp|recovery_tmp)\.pth\.tar|(model_best|checkpoint-[0-9]+)\.pth\.tar\.tmp|\.(args|curve|summary|speed)\.\w+\.[0-9a-f]{8}\.\w+')
+    r'(tmp|recovery_tmp)\.pth\.tar|(model_best|checkpoint-[0-9]+)\.pth\.tar\.tmp|'
+    r'\.(args|curve|summary|speed)\.\w+\.[0-9a-f]{8}\.\w+')
 RECORDS = re.compile(rf'args\.yaml|{SUMMARY}|{SPEED}|curve\.png|train-batch-[0-9]+-[0-9]+\.jpg')
 
 
@@ -58,6 +63,39 @@ def free_folder(folder: Path) -> Path:
         number += 1
         free = folder.with_name(f'{folder.name}-{number}')
     return free
+
+
+def claim_folder(args: Namespace, hold: ExitStack, name: str) -> Tuple[Path, Optional[Path]]:
+    """Have the folder of the run, and look what is in it; for the first process alone.
+
+    Args:
+        args: Arguments of the run.
+        hold: Where the folder is held until the run ends.
+        name: Name of the run, if it was given none.
+
+    Returns:
+        The folder, and the checkpoint that --resume auto goes on from.
+
+    Raises:
+        PSTError: If another run is at work there, or has been.
+    """
+    output = Path(args.output or 'output/train')
+    folder = output / args.experiment if args.experiment else free_folder(output / name)
+    hold.enter_context(claimed(folder))
+    if args.resume == 'auto':
+        newest = find_newest(folder)
+        if newest is None:
+            check_unused(folder, rows=1)  # the first may have been written before the first checkpoint
+            _logger.info('No checkpoint to resume, starting afresh.')
+        return folder, newest
+    if not args.overwrite and not (args.resume and is_in(Path(args.resume), folder)):
+        check_unused(folder)
+    return folder, None
+
+
+def is_in(path: Path, folder: Path) -> bool:
+    """Whether a file is in a folder itself."""
+    return path.parent.resolve() == folder.resolve()
 
 
 def check_unused(folder: Path, rows: int = 0) -> None:
@@ -107,3 +145,10 @@ def remove_leftovers(folder: Path) -> None:
     for path in list(folder.iterdir()):
         if LEFTOVERS.fullmatch(path.name):
             path.unlink(missing_ok=True)
+
+
+def remove_recovery(folder: Path) -> None:
+    """Remove the recovery checkpoints of a run that has come to its end: nothing will go on from them."""
+    for path in folder.glob('recovery-*.pth.tar'):
+        path.unlink(missing_ok=True)
+    remove_leftovers(folder)

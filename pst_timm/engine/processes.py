@@ -4,6 +4,7 @@ import re
 from argparse import Namespace
 from typing import Any, Callable, List, Optional
 
+import torch
 import torch.distributed as dist
 from timm.utils import is_primary
 from torch.utils.data import Dataset
@@ -82,7 +83,7 @@ def explain(
         go_on: Optional[str],
         stopped: bool = False,
 ) -> Optional[PSTError]:
-    """What torch says when a process is missing, in plain words.
+    """What torch says when a process or memory is missing, in plain words.
 
     Args:
         error: The error.
@@ -103,6 +104,10 @@ def explain(
         return PSTError(
             f'A process that loads images has ended ({text}). The system ends them when memory runs out: try fewer '
             f'--workers or a smaller --batch-size. {safe}')
+    if isinstance(error, torch.OutOfMemoryError):
+        return PSTError(
+            f'The memory of {args.device} is not enough ({text}): try a smaller --batch-size (with --grad-accum-steps '
+            f'for the same updates), --amp or --grad-checkpointing. {safe}')
     if not getattr(args, 'distributed', False) or not LOST.search(str(error)):
         return None
     if re.search('timed ?out|timeout', str(error), re.IGNORECASE):

@@ -35,31 +35,15 @@ from pst_timm.utils.progress import progress_bar
 from . import factories
 from .args import write_yaml
 from .batches import Batches, LabelledImages
-from .changes import Stream, changed_settings, check_changes, keep_settings
+from .changes import Stream, changed_settings, check_resume, check_start, load_run
 from .dry_run import check_channels, check_input, check_recipe
 from .flags import recipe
-from .folder import (
-    check_unused,
-    claimed,
-    free_folder,
-    remove_leftovers,
-    remove_run,
-    remove_states_beyond,
-)
+from .folder import claim_folder, is_in, remove_leftovers, remove_recovery, remove_run, remove_states_beyond
 from .inference import evaluate
 from .processes import check_ranks, explain, leave_group, on_first
 from .progress import RunLog, StepTimer, format_metrics
 from .protocols import TrainStepAware
-from .recovery import (
-    AtomicSaver,
-    Position,
-    check_there,
-    find_newest,
-    position_of,
-    read_saved,
-    resume,
-    states_beyond,
-)
+from .recovery import AtomicSaver, Position, check_there, find_newest, read_saved, states_beyond
 from .seeding import seed_model, seeded_batches
 from .signals import StopSignals
 from .transfer import Frozen, apply_transfer
@@ -562,65 +546,6 @@ def move_schedule(run: Run) -> None:
         run.start.epoch * run.updates_per_epoch + run.start.step // run.args.grad_accum_steps)
 
 
-def check_resume(args: Namespace) -> None:
-    """Make sure that the flags say which run to go on with."""
-    if args.resume == 'auto' and not args.experiment:
-        raise PSTError('--resume auto needs --experiment, to know which run to go on with.')
-    if args.resume == 'auto' and args.overwrite:
-        raise PSTError('--resume auto goes on with the run that is there, --overwrite removes it: choose one.')
-
-
-def check_start(args: Namespace, start: Position, num_epochs: int, checkpoint: Optional[Path]) -> None:
-    """Make sure that there is something to train, or that all of it was.
-
-    Raises:
-        PSTError: If the run would start behind its end.
-    """
-    if args.start_epoch is not None and start.epoch >= num_epochs:
-        raise PSTError(
-            f'--start-epoch {args.start_epoch} is behind the last of the {num_epochs} epochs, {num_epochs - 1}: '
-            f'choose an earlier one, or more --epochs.')
-    if start > (num_epochs, 0):
-        raise PSTError(
-            f'{checkpoint} has trained {start.epoch} epochs already, and --epochs asks for {num_epochs}: choose more, '
-            f'or another checkpoint.')
-    if start == (num_epochs, 0):
-        _logger.info(f'{checkpoint} is the end of a run of {num_epochs} epochs: there is nothing left to train.')
-
-
-def claim_folder(args: Namespace, hold: ExitStack, name: str) -> Tuple[Path, Optional[Path]]:
-    """Have the folder of the run, and look what is in it; for the first process alone.
-
-    Args:
-        args: Arguments of the run.
-        hold: Where the folder is held until the run ends.
-        name: Name of the run, if it was given none.
-
-    Returns:
-        The folder, and the checkpoint that --resume auto goes on from.
-
-    Raises:
-        PSTError: If another run is at work there, or has been.
-    """
-    output = Path(args.output or 'output/train')
-    folder = output / args.experiment if args.experiment else free_folder(output / name)
-    hold.enter_context(claimed(folder))
-    if args.resume == 'auto':
-        newest = find_newest(folder)
-        if newest is None:
-            check_unused(folder, rows=1)  # the first may have been written before the first checkpoint
-            _logger.info('No checkpoint to resume, starting afresh.')
-        return folder, newest
-    if not args.overwrite and not (args.resume and is_in(Path(args.resume), folder)):
-        check_unused(folder)
-    return folder, None
-
-
-def is_in(path: Path, folder: Path) -> bool:
-    """Whether a file is in a folder itself."""
-    return path.parent.resolve() == folder.resolve()
-
-
 def open_folder(
         run: Run,
         given: Namespace,
@@ -670,45 +595,3 @@ def open_folder(
         if 'eval_metric' in changed_settings(saved, args):
             run.saver.forget_metrics()
         run.saver.mend_best()
-
-
-def load_run(
-        args: Namespace,
-        checkpoint: Path,
-        saved: Dict[str, Any],
-        task: TrainingTask,
-        optimizer: torch.optim.Optimizer,
-        loss_scaler: Optional[NativeScaler],
-        stream: Stream,
-        names: Optional[List[str]],
-) -> Position:
-    """Go on from a checkpoint; what is otherwise than in the run that wrote it is done and said, or refused.
-
-    Args:
-        args: Arguments of the run, resolved.
-        checkpoint: The checkpoint.
-        saved: Its content, without the weights.
-        task: The task, before it is wrapped for several processes.
-        optimizer: The optimizer.
-        loss_scaler: The loss scaler, if there is one.
-        stream: The batches of an epoch.
-        names: Names of the classes in the order of the labels, if known.
-
-    Returns:
-        Where the checkpoint stands.
-    """
-    position = position_of(saved, checkpoint)
-    check_changes(saved, checkpoint, args, position if args.start_epoch is None else Position(), stream, names)
-    keep = not args.no_resume_opt
-    restore = keep_settings(optimizer, changed_settings(saved, args), args)
-    resume(checkpoint, saved, task, optimizer if keep else None, loss_scaler if keep else None)
-    restore()
-    _logger.info(f'Going on from {checkpoint}, epoch {position.epoch}, step {position.step}.')
-    return position
-
-
-def remove_recovery(folder: Path) -> None:
-    """Remove the recovery checkpoints of a run that has come to its end: nothing will go on from them."""
-    for path in folder.glob('recovery-*.pth.tar'):
-        path.unlink(missing_ok=True)
-    remove_leftovers(folder)

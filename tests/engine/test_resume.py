@@ -244,6 +244,15 @@ class TestLostWork:
         assert find_newest(tmp_path / 'run') is None or find_newest(tmp_path / 'run').name == 'last.pth.tar'
 
 
+    def test_too_little_memory(self, images, tmp_path, monkeypatch):
+        def fill():
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB.')
+
+        at_step(monkeypatch, 8, fill)
+        with pytest.raises(PSTError, match=r'20\.00 GiB\): try a smaller --batch-size.* again with --resume auto'):
+            train(tiny_train_args(images, tmp_path))
+
+
 class TestWithoutAWord:
     """What came out wrong, and nothing was said."""
 
