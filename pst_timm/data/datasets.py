@@ -240,6 +240,8 @@ def _open_named(
         raise PSTError(f'--dataset {args.dataset} needs the package {needed}: pip install {needed}')
     if not name and kind != 'wds':
         raise PSTError(f'--dataset {args.dataset}: name the dataset too, as in {kind}/NAME.')
+    if kind == 'torch' and args.class_map:
+        raise PSTError(f'--class-map {args.class_map}: the labels of {args.dataset} are its own. Leave the map out.')
     # wds and hfids leave the images as they are where no mode is given
     own_mode = '' if kind in ('wds', 'hfids') else mode
     try:
