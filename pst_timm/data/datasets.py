@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NoReturn, Optional, Sequence, Set, Tuple
 
 import torch
-from PIL import ImageMode
+from PIL import EpsImagePlugin, ImageMode
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from torch.utils.data import Dataset
 
@@ -240,8 +240,12 @@ def _open_named(
         raise PSTError(f'--dataset {args.dataset} needs the package {needed}: pip install {needed}')
     if not name and kind != 'wds':
         raise PSTError(f'--dataset {args.dataset}: name the dataset too, as in {kind}/NAME.')
+    if kind == 'torch' and args.class_map:
+        raise PSTError(f'--class-map {args.class_map}: the labels of {args.dataset} are its own. Leave the map out.')
     # wds and hfids leave the images as they are where no mode is given
     own_mode = '' if kind in ('wds', 'hfids') else mode
+    # what decodes streams is timm's, and opens whatever Pillow can, PostScript by a program: not in this process
+    EpsImagePlugin.gs_binary = False
     try:
         dataset = create_dataset(
             args.dataset,

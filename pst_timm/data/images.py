@@ -27,6 +27,10 @@ EXTENSIONS = (*get_img_extensions(), '.webp', '.bmp', '.gif', '.tif', '.tiff')
 # no reader here takes these by itself, and who has such files wants to know
 OTHER_EXTENSIONS = (*EXTENSIONS, '.avif', '.heic', '.jfif', '.jp2', '.pgm', '.ppm')
 MODES = ('L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV')  # whole bytes in every channel
+# of the formats that Pillow knows, those that it decodes itself: for others it starts programs, such as Ghostscript
+FORMATS = (
+    'JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'JPEG2000', 'AVIF', 'HEIF', 'MPO', 'DDS', 'DIB', 'ICO', 'PCX',
+    'QOI', 'SGI', 'TGA', 'XBM', 'XPM')
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -69,10 +73,16 @@ def read_image(file: Union[os.PathLike, BinaryIO], mode: str = 'RGB') -> Image.I
         UnreadableImage: If it is damaged, too large to be honest, or no image.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=_formats()) as image:
             return as_seen(image, mode)
     except Exception as e:  # what Pillow's decoders raise over damaged bytes is no short list
         raise UnreadableImage(str(e) or type(e).__name__) from e
+
+
+@cache
+def _formats() -> List[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def as_seen(image: Image.Image, mode: str = 'RGB') -> Image.Image:

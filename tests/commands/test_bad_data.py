@@ -204,6 +204,8 @@ TABLE = [
     BadInput('unknown kind', train('--dataset', 'hdfs/beans'), 'hfds', data),
     BadInput('unknown torch dataset', train('--dataset', 'torch/beans'), 'torch/beans', data),
     BadInput('torch dataset that is not there', train('--dataset', 'torch/cifar10'), '--dataset-download', data),
+    BadInput('class map of a torch dataset', train('--dataset', 'torch/cifar10', '--class-map', 'map.txt'),
+             '--class-map map.txt', with_map('cat\n')),
     BadInput('shards without a list', train('--dataset', 'wds/'), 'wds/', data),
     BadInput('shards with a damaged list', train('--dataset', 'wds/'), 'wds/', partial(
         data_and, 'data/_info.json', '{"splits": {"train": {}}}')),

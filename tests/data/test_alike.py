@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from timm.data import resolve_data_config
 
 from pst_timm.checkpoints import read_checkpoint
@@ -163,6 +163,38 @@ def test_streams_read_alike(odd, tmp_path):
     assert found.keys() == set(names)
     for name in names:
         np.testing.assert_array_equal(found[name], seen[name], err_msg=name)
+
+
+@pytest.mark.parametrize('kind', ['folder', 'wds/'])
+def test_no_program_is_started_to_read_a_data_set(tmp_path, monkeypatch, kind):
+    """Pillow gives PostScript to Ghostscript, whatever the file is called."""
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin' / 'gs').write_text(f'#!/bin/sh\ntouch {tmp_path}/mark\n')
+    (tmp_path / 'bin' / 'gs').chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path / 'bin'), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, 'gs_binary', None)
+    data = io.BytesIO()
+    tiny_image(0, 0).save(data, 'EPS')
+    if kind == 'folder':
+        (tmp_path / 'validation' / 'cat').mkdir(parents=True)
+        (tmp_path / 'validation' / 'cat' / '0.png').write_bytes(data.getvalue())
+    else:
+        pytest.importorskip('webdataset')
+        with tarfile.open(tmp_path / 'validation-0.tar', 'w') as tar:
+            for ending, content in (('png', data.getvalue()), ('cls', b'0')):
+                info = tarfile.TarInfo(f'0.{ending}')
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        entry = dict(name='validation', num_samples=1, filenames=['validation-0.tar'], shard_lengths=[1])
+        (tmp_path / '_info.json').write_text(json.dumps(dict(splits=dict(validation=entry))))
+    dataset = create_eval_dataset(
+        validate_args(data_dir=str(tmp_path), dataset=kind.replace('folder', ''), max_bad_share=1.), 'validation', None)
+    if kind == 'folder':
+        with pytest.raises(PSTError, match='Not one of the images'):
+            dataset[0]
+    else:
+        assert not list(dataset)
+    assert not (tmp_path / 'mark').exists()
 
 
 def test_grey_models_read_alike_too(odd):

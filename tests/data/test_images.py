@@ -3,7 +3,7 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from pst_timm.data.images import find_images, open_image
 from pst_timm.utils.errors import PSTError
@@ -78,6 +78,24 @@ def test_an_image_of_dishonest_size_is_unreadable(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
     with pytest.raises(PSTError, match=r'x.png cannot be read as an image: .*decompression bomb'):
         open_image(tmp_path / 'x.png')
+
+
+def test_no_program_is_started_to_read_an_image(tmp_path, monkeypatch):
+    """Pillow gives PostScript to Ghostscript, whatever the file is called."""
+    Image.fromarray(noise((8, 8, 3))).save(tmp_path / 'x.eps')
+    (tmp_path / 'x.eps').rename(tmp_path / 'x.png')
+    asked = []
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *args, **kwargs: asked.append(args))
+    with pytest.raises(PSTError, match=r'x.png cannot be read as an image: cannot identify'):
+        open_image(tmp_path / 'x.png')
+    assert not asked
+
+
+@pytest.mark.parametrize('ending', ['jpg', 'png', 'webp', 'bmp', 'gif', 'tif', 'ppm', 'tga', 'jp2'])
+def test_formats_that_are_read(tmp_path, ending):
+    Image.new('RGB', (8, 6), (0, 0, 255)).save(tmp_path / f'x.{ending}')
+    (tmp_path / f'x.{ending}').rename(tmp_path / 'x.png')  # what counts is in the file
+    assert open_image(tmp_path / 'x.png').size == (8, 6)
 
 
 def test_what_is_no_image_is_named(tmp_path):
