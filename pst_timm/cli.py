@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from .utils.errors import did_you_mean
+from .utils.streams import flush_output
 from .version import __version__
 
 __all__ = ['COMMANDS', 'Command', 'main']
@@ -40,6 +41,13 @@ def usage() -> str:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command; returns the exit code."""
+    try:
+        return _main(argv)
+    finally:
+        flush_output()
+
+
+def _main(argv: Optional[Sequence[str]]) -> int:
     words: List[str] = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ''
     if name in ('', '-h', '--help'):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 KINDS = ('layers', 'parts', 'models', 'figures')
 ALONE = ('models',)
 TAKEN = ('models', 'parts')
+MOST_TOKENS = 1024  # of a side: the plain formula holds a quarter of its fourth power
 CHOSEN = ('models', 'parts', 'layers')
 
 
@@ -82,8 +83,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error(f'{unread[0].replace("_", "-")} has no say in the benchmark of {args.kind}')
     if args.baselines and len(args.baselines) != len(args.sources):
         parser.error(f'{len(args.sources)} models but {len(args.baselines)} --baselines: give one for each')
-    if any(s < 2 or s % 2 for s in args.sizes or ()):
-        parser.error(f'--sizes must be even and at least 2, got {" ".join(map(str, args.sizes))}')
+    if any(not 2 <= s <= MOST_TOKENS or s % 2 for s in args.sizes or ()):
+        parser.error(f'--sizes must be even and from 2 to {MOST_TOKENS}, got {" ".join(map(str, args.sizes))}')
     if args.reparam and args.train:
         parser.error('--reparam folds batch norms away, which --train needs')
     if args.fine_fusion and not args.topk and not args.layers:
@@ -122,6 +123,7 @@ def _setting(args: argparse.Namespace) -> 'Setting':
     import torch
 
     from pst_timm.benchmark import Setting
+    from pst_timm.utils.cost import check_image_memory
     from pst_timm.utils.devices import check_device
 
     device = check_device(args.device)
@@ -129,10 +131,12 @@ def _setting(args: argparse.Namespace) -> 'Setting':
     if len(set(sizes.values())) > 1:
         found = ', '.join(f'{source} {size}' for source, size in sizes.items())
         raise PSTError(f'The models are for images of different sizes ({found} px): choose one with --img-size.')
+    batch_size, img_size = args.batch_size or (2 if args.layers else 8), next(iter(sizes.values()), 0)
+    check_image_memory(img_size, batch_size)
     return Setting(
         device=device,
-        batch_size=args.batch_size or (2 if args.layers else 8),
-        img_size=next(iter(sizes.values()), 0),
+        batch_size=batch_size,
+        img_size=img_size,
         dtype=getattr(torch, args.dtype),
         reparam=args.reparam,
         compile=args.compile,

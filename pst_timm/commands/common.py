@@ -2,6 +2,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, List, NoReturn, Optional, Sequence
 
 from pst_timm.utils.errors import PSTError, did_you_mean
+from pst_timm.utils.streams import flush_output, forgive_letters
 
 __all__ = [
     'CHECKPOINT_HELP',
@@ -31,6 +33,7 @@ __all__ = [
 CHECKPOINT_HELP = 'training checkpoint, run folder, .safetensors file, or folder with config.json'
 SOURCE_HELP = f'model name, hf-hub:org/name, {CHECKPOINT_HELP}'
 INTERRUPTED = 130  # what shells say of a command that Ctrl-C ended
+PIPE_CLOSED = 141  # and of one whose reader has gone, as in `| head`
 # also in rooms that need torch, which a parser does not wait for
 DTYPES = ('float32', 'float16', 'bfloat16')
 FINE_FUSIONS = ('gate', 'joint')
@@ -82,20 +85,22 @@ def run(prog: str, work: Callable[..., Optional[int]], *args: Any) -> int:
         The exit code: that of the work, of its `PSTError`, or 130 after Ctrl-C. Either is told in one sentence, and so
         is any other exception, unless PST_TIMM_DEBUG is set: then it is left to Python.
     """
-    for stream in (sys.stdout, sys.stderr):
-        # a terminal that lacks a letter must not end a finished run
-        if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='backslashreplace')
+    forgive_letters()
     try:
         import pst_timm.models  # noqa: F401  (registers them; the help of a command does not wait for it)
 
-        return work(*args) or 0
+        code = work(*args) or 0
+        return code if flush_output() else PIPE_CLOSED
     except PSTError as e:
         return fail(prog, e)
     except KeyboardInterrupt:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process as it winds up, in silence
         print(f'\n{prog}: stopped before the end.', file=sys.stderr)
         return INTERRUPTED
     except Exception as e:
+        if isinstance(e, BrokenPipeError) and not flush_output():
+            return PIPE_CLOSED
         if os.environ.get('PST_TIMM_DEBUG'):
             raise
         return _unexpected(prog, e)

@@ -6,6 +6,7 @@ from typing import Optional, Sequence
 
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import check_output, read_class_names
+from pst_timm.utils.markdown import plain
 
 from .common import (
     DTYPES,
@@ -58,7 +59,7 @@ def _export(args: argparse.Namespace) -> int:
     except PSTError:
         raise
     except (ValueError, RuntimeError, AssertionError, OSError, ImportError) as e:  # all that exporters raise
-        raise PSTError(str(e)) from e
+        raise PSTError(plain(e, 500)) from e
 
 
 def _export_and_check(args: argparse.Namespace) -> int:
@@ -67,12 +68,15 @@ def _export_and_check(args: argparse.Namespace) -> int:
 
     from pst_timm.checkpoints import attention_settings, load_model, preprocessing
     from pst_timm.deploy.export import FORMATS, check_export, export, tolerance
+    from pst_timm.utils.cost import check_image_memory
 
     setup_default_logging(logging.WARNING)
     path = args.output or Path(Path(args.source.split(':')[-1]).name.split('.')[0] + FORMATS[args.format])
     check_output(path, args.overwrite, [*files_of(args.source), *args.images, *filter(None, [args.class_names])])
     dtype = getattr(torch, args.dtype)
     names = read_class_names(args.class_names)
+    if args.img_size:
+        check_image_memory(args.img_size)
     model = load_model(
         args.source, arch=args.model, pretrained=args.pretrained, num_classes=args.num_classes, use_ema=args.use_ema)
     preprocessing(model, args.source, {'img_size': args.img_size})  # says where they differ

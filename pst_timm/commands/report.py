@@ -76,7 +76,11 @@ def fill_page(path: Path, root: Path, studies: Mapping[str, 'StudyData']) -> str
         return found or f'Not yet run: `pst-timm study configs/study/{name}.yaml`.'
 
     told = set()  # studies of the page that have not been run: said once
-    return fill_text(path.read_text(encoding='utf-8'), {'performance': performance, 'study': study})
+    try:
+        text = path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as e:
+        raise PSTError(f'{path} cannot be read as a page ({e}).') from None
+    return fill_text(text, {'performance': performance, 'study': study})
 
 
 def performance_block(folder: Path, name: str) -> str:
@@ -88,6 +92,8 @@ def performance_block(folder: Path, name: str) -> str:
     def cell(value: str) -> str:
         return f'{float(value):.3f}' if re.fullmatch(r'-?\d+\.\d+(e-?\d+)?', value) else prose(value)
 
+    if not re.fullmatch(r'\w[\w.-]*', name):
+        raise PSTError(f'{name!r} is no name of a table in {folder}.')
     rows = [{prose(key): cell(value) for key, value in row.items()} for row in read_csv(folder / f'{name}.csv')]
     path = folder / f'{name}.json'
     try:

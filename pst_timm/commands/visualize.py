@@ -5,6 +5,7 @@ from typing import Optional, Sequence
 
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import read_class_names
+from pst_timm.utils.markdown import plain
 
 from .common import (
     ArgumentParser,
@@ -50,6 +51,7 @@ def _visualize(args: argparse.Namespace) -> None:
 
     from pst_timm.checkpoints import attention_settings, load_model, preprocessing
     from pst_timm.data.images import find_images
+    from pst_timm.utils.cost import check_image_memory
     from pst_timm.visualize.view import check_outputs, visualize
 
     setup_default_logging()
@@ -59,6 +61,8 @@ def _visualize(args: argparse.Namespace) -> None:
     read = [*files_of(str(args.checkpoint or args.model)), *filter(None, [args.class_names])]
     check_outputs(output, args.source, args.limit, args.each, args.overwrite, read)
     names = read_class_names(args.class_names)
+    if args.img_size:
+        check_image_memory(args.img_size)
     model = load_model(
         args.checkpoint or args.model, arch=args.model if args.checkpoint else None, num_classes=args.num_classes,
         use_ema=args.use_ema)
@@ -72,7 +76,7 @@ def _visualize(args: argparse.Namespace) -> None:
             args.source, model, output, args.limit, args.each, args.overwrite, topk=topk, fusion=args.fine_fusion,
             img_size=args.img_size, class_names=names, block=args.block)
     except (ValueError, RuntimeError, OSError) as e:  # the layers' and torch's own
-        raise PSTError(' '.join(str(e).split())) from e
+        raise PSTError(plain(e, 500)) from e
     if args.source.is_dir():
         shown, found = find_images(args.source, args.limit)
         print(f'{len(shown)} of {found} images drawn.')

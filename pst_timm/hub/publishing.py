@@ -250,7 +250,7 @@ def _read_results(path: os.PathLike) -> List[Dict[str, Any]]:
             _check_accuracy(row, f'{path} says')
     except PSTError:
         raise
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as e:
         raise PSTError(f'{path} is not a results file of validate.py ({e!r}).') from None
     if not rows:
         raise PSTError(f'{path} holds no results.')

@@ -107,7 +107,7 @@ class Upload:
             try:
                 path = self._ask(lambda: hf_hub_download(
                     self.repo_id, CONFIG, revision=self.revision, token=self.token, cache_dir=cache))
-                return json.loads(Path(path).read_text()).get('architecture', 'unknown')
+                return json.loads(Path(path).read_text(encoding='utf-8')).get('architecture', 'unknown')
             except EntryNotFoundError:
                 return None
             except (ValueError, AttributeError):

@@ -9,9 +9,31 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from .devices import total_memory
+from .errors import PSTError
 from .timing import Call
 
-__all__ = ['count_activations', 'count_gmacs', 'measure_activations', 'peak_memory']
+__all__ = ['check_image_memory', 'count_activations', 'count_gmacs', 'measure_activations', 'peak_memory']
+
+LEAST_BYTES = 3 * 4 + 64 // 4 * 4  # of a pixel: the image, and the first maps of a network, in single precision
+
+
+def check_image_memory(img_size: int, batch_size: int = 1) -> None:
+    """Make sure, before the work, that images of a size are not far beyond this machine.
+
+    Args:
+        img_size: Height and width.
+        batch_size: Images at a time.
+
+    Raises:
+        PSTError: If not even the images and the first maps of a network would fit.
+    """
+    least, present = batch_size * img_size ** 2 * LEAST_BYTES, total_memory(torch.device('cpu'))
+    if least > present:
+        images = f'{batch_size} images' if batch_size > 1 else 'An image'
+        raise PSTError(
+            f'{images} of {img_size} x {img_size} px would take {least / 2 ** 30:,.0f} GiB or more, and this machine '
+            f'has {present / 2 ** 30:,.0f}: choose a smaller size.')
 
 
 def count_gmacs(model: nn.Module, input_size: Sequence[int]) -> float:

@@ -262,7 +262,7 @@ def test_figures_are_measured(monkeypatch):
     (['resnet50_pst', '--baselines', 'resnet50', 'resnet18'], 'give one for each'),
     (['--parts'], 'needs the models'),
     (['resnet50_pst', '--parts', '--layers'], 'exclude each other'),
-    (['--layers', '--sizes', '15'], 'must be even and at least 2, got 15'),
+    (['--layers', '--sizes', '15'], 'must be even and from 2 to 1024, got 15'),
     (['resnet50_pst', '--reparam', '--train'], '--train needs'),
     (['resnet50_pst', '--repeats', '0'], 'at least 1'),
     (['resnet50_pst', '--img-size', '0'], 'at least 1'),
