@@ -231,7 +231,7 @@ TABLE = [
     BadInput('weights from a path that are none', (*TRAIN, '--pretrained', '--pretrained-path', 'bad.pth'),
              'no weights', run(state_dict=dict)),
     BadInput('weights from a path of another model', (*TRAIN, '--pretrained', '--pretrained-path', 'bad.pth'),
-             'Cannot create', run(state_dict=lambda: {f'net.{k}': v for k, v in weights().items()})),
+             '--pretrained-path', run(state_dict=lambda: {f'net.{k}': v for k, v in weights().items()})),
     BadInput('damaged weights from a path', (*TRAIN, '--pretrained', '--pretrained-path', 'bad.pth'), 'checksum',
              whole(flipped)),
 ]

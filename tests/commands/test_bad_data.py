@@ -169,7 +169,7 @@ TABLE = [
     BadInput('decompression bomb', train('--num-classes', '2'), 'cat/1.png', partial(
         data_and, 'data/train/cat/1.png', bomb())),
     BadInput('share out of range', train('--max-bad-share', '2'), '--max-bad-share', data),
-    BadInput('unknown image mode', train('--input-img-mode', 'RGBX'), '--input-img-mode RGBX', data),
+    BadInput('unknown image mode', train('--input-img-mode', 'RGBX'), 'RGBX', data),
     BadInput('mode of other channels', train('--input-img-mode', 'L'), '--input-img-mode', data),
     BadInput('channels no image has', train('--in-chans', '7'), '7 channel', data),
     # class maps
@@ -229,7 +229,7 @@ TABLE = [
     BadInput('validate unreadable images', validate(), 'validation/5/1.png', lambda f: (
         digits(f), (f / 'data/validation/5/1.png').write_bytes(b'no image'))),
     BadInput('validate a broken tar', validate('--data-dir', 'x.tar'), 'x.tar', file('x.tar', b'no tar' * 999)),
-    BadInput('validate beyond memory', validate('--data-on-device', '--img-size', '1000000'), 'bytes need', digits),
+    BadInput('validate beyond memory', validate('--data-on-device', '--img-size', '1000000'), '1000000', digits),
     # pictures
     BadInput('visualize nothing', visualize('photo.jpg'), 'photo.jpg'),
     BadInput('visualize a FIFO', visualize('x.png'), 'x.png', lambda f: os.mkfifo(f / 'x.png')),

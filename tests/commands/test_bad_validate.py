@@ -88,7 +88,7 @@ TABLE = [
     named('model-tag', '--model test_resnet.r160_in2k', 'test_resnet.r160_in1k'),
     named('model-without-weights', '--model resnet18_pst', 'resnet18_pst'),
     named('model-empty', '--model ,', '--model'),
-    named('models-one-unknown', '--model test_resnet_pst,bogus', 'of bogus'),
+    named('models-one-unknown', '--model test_resnet_pst,bogus', 'bogus'),
     named('average-of-a-name', '--model test_resnet_pst --use-ema', '--use-ema'),
     named('classes-of-a-name', '--model test_resnet_pst --num-classes 3', '10 classes'),
     named('size-of-a-vit', '--model test_vit', 'test_vit', 75),
