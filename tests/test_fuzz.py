@@ -113,7 +113,7 @@ def through_the_doors(source, folder):
         try:
             door()
         except PSTError as e:
-            assert str(e).isprintable() or '\n' in str(e)
+            assert str(e).isprintable()  # nothing that steers a terminal
     assert sorted(path.name for path in folder.iterdir()) in (
         ['source'], ['out', 'source'], ['out.pth', 'source'], ['out', 'out.pth', 'source'])
 
@@ -187,11 +187,10 @@ def test_nothing_but_a_pst_error_in_ten_minutes(case, weights, folder):
     strategy, check = CASES[case]
     end = time.monotonic() + SECONDS / len(CASES)
 
-    @settings(max_examples=100, **QUIET)
+    @settings(max_examples=50, **QUIET)
     @given(strategy)
     def examples(value):
-        if time.monotonic() < end:
-            check(value, weights, folder)
+        check(value, weights, folder)
 
     while time.monotonic() < end:
         examples()
