@@ -77,7 +77,11 @@ def _check_file(name: str, pretrained_cfg_overlay: Mapping[str, Any], **kwargs: 
     weights = read_checkpoint(pretrained_cfg_overlay['file']).weights
     classes = _size(weights, name, 'classifier', 0) or 0
     overlay = {**pretrained_cfg_overlay, 'num_classes': classes}
-    _create_without_memory(name, **{**kwargs, 'num_classes': classes, 'pretrained_cfg_overlay': overlay})
+    try:
+        _create_without_memory(name, **{**kwargs, 'num_classes': classes, 'pretrained_cfg_overlay': overlay})
+    except RuntimeError as e:
+        if 'Missing key' in str(e) or 'size mismatch' in str(e):  # not only a classifier by another name
+            raise
 
 
 def _create_without_memory(name: str, **kwargs: Any) -> None:
