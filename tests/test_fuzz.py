@@ -95,54 +95,56 @@ def folder(tmp_path, monkeypatch, registry):  # noqa: F811
     return tmp_path
 
 
-def through_the_doors(source, folder):
-    """Open a file or folder in every way; anything but a PSTError is a fault."""
-    doors = (
-        lambda: load_model(source, num_classes=3),
-        lambda: convert(source, folder / 'out.pth'),
-        lambda: publish(source, 'acme/tiny', dry_run=True, folder=folder / 'out'),
-        lambda: register_weights('test_resnet_pst.fuzz', file=source),
-        lambda: load_trunk(build(), source),
-        lambda: factories.load_initial_checkpoint(build(), str(source)),
-    )
+DOORS = (
+    lambda source, folder: load_model(source, num_classes=3),
+    lambda source, folder: convert(source, folder / 'out.pth'),
+    lambda source, folder: publish(source, 'acme/tiny', dry_run=True, folder=folder / 'out'),
+    lambda source, folder: register_weights('test_resnet_pst.fuzz', file=source),
+    lambda source, folder: load_trunk(build(), source),
+    lambda source, folder: factories.load_initial_checkpoint(build(), str(source)),
+)
+
+
+def through_the_doors(source, folder, doors):
+    """Open a file or folder in several ways; anything but a PSTError is a fault."""
     try:
         read_checkpoint(source)
     except PSTError:
         doors = doors[:1]  # all others begin alike
     for door in doors:
         try:
-            door()
+            door(source, folder)
         except PSTError as e:
-            assert str(e).isprintable() or '\n' in str(e)
+            assert str(e).isprintable()  # nothing that steers a terminal
     assert sorted(path.name for path in folder.iterdir()) in (
         ['source'], ['out', 'source'], ['out.pth', 'source'], ['out', 'out.pth', 'source'])
 
 
-def open_header(metadata, weights, folder):
+def open_header(metadata, weights, folder, doors):
     path = folder / 'source' / 'model.safetensors'
     save_file(weights, path, {'pst_timm': json.dumps(metadata)})
-    through_the_doors(path, folder)
+    through_the_doors(path, folder, doors)
 
 
-def open_config(config, weights, folder):
+def open_config(config, weights, folder, doors):
     save_file(weights, folder / 'source' / 'model.safetensors')
     (folder / 'source' / 'config.json').write_text(json.dumps(config))
-    through_the_doors(folder / 'source', folder)
+    through_the_doors(folder / 'source', folder, doors)
     try:
         load_model(f'local-dir:{folder / "source"}')
     except PSTError:
         pass
 
 
-def open_checkpoint(content, weights, folder):
+def open_checkpoint(content, weights, folder, doors):
     content = dict(content)
     content['state_dict'] = {**weights, **content.pop('change', {})}
     path = folder / 'source' / 'last.pth.tar'
     torch.save(content, path)
-    through_the_doors(path, folder)
+    through_the_doors(path, folder, doors)
 
 
-def open_yaml(text, folder):
+def open_yaml(text, weights, folder, doors):
     path = folder / 'source' / 'args.yaml'
     path.write_bytes(text if isinstance(text, bytes) else text.encode(errors='surrogatepass'))
     for groups, parse in ((TRAIN_FLAGS, train_args), (VALIDATE_FLAGS, validate_args)):
@@ -165,7 +167,7 @@ CASES = {
     'header': (METADATA, open_header),
     'config': (CONFIGS, open_config),
     'checkpoint': (CHECKPOINTS, open_checkpoint),
-    'yaml': (YAMLS, lambda value, weights, folder: open_yaml(value, folder)),
+    'yaml': (YAMLS, open_yaml),
 }
 
 
@@ -173,10 +175,10 @@ CASES = {
 def test_nothing_but_a_pst_error(case, weights, folder):
     strategy, check = CASES[case]
 
-    @settings(max_examples=300 if case == 'yaml' else 25, derandomize=True, **QUIET)
+    @settings(max_examples=100 if case == 'yaml' else 15, derandomize=True, **QUIET)
     @given(strategy)
     def examples(value):
-        check(value, weights, folder)
+        check(value, weights, folder, DOORS[:2])
 
     examples()
 
@@ -187,11 +189,10 @@ def test_nothing_but_a_pst_error_in_ten_minutes(case, weights, folder):
     strategy, check = CASES[case]
     end = time.monotonic() + SECONDS / len(CASES)
 
-    @settings(max_examples=100, **QUIET)
+    @settings(max_examples=50, **QUIET)
     @given(strategy)
     def examples(value):
-        if time.monotonic() < end:
-            check(value, weights, folder)
+        check(value, weights, folder, DOORS)
 
     while time.monotonic() < end:
         examples()

@@ -412,6 +412,8 @@ def doubled(times):
     ({'pretrained_cfg': {'num_classes': 1e3}}, 'at pretrained_cfg.num_classes'),
     ({'pretrained_cfg': {'notes': 'x'}}, 'at pretrained_cfg.notes'),
     ({'recipe': 3}, 'at recipe'),
+    ({'recipe': {'\x1b[2J': torch.zeros(1)}}, 'at recipe.\N{REPLACEMENT CHARACTER}'),
+    ({'\x1b[2J': 1}, 'at \N{REPLACEMENT CHARACTER}'),
     ({'recipe': {'x': nested(50)}}, 'nested at most'),
     ({'recipe': {'x': itself()}}, 'nested at most|at most'),
     ({'recipe': {'x': doubled(18)}}, 'at most'),

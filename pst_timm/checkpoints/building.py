@@ -19,7 +19,7 @@ from .facts import complete, first_line, look_up, resolve_origin
 from .fetching import check_fetchable
 from .fitting import check_fit, load_weights
 from .reading import WRAPPER, Checkpoint, PathLike, check_finite, check_folder, is_file, read_checkpoint
-from .trust import check_model_args, check_size, is_local_arch
+from .trust import check_model_args, check_size, is_local_arch, printable
 
 __all__ = [
     'build_model', 'check_model_name', 'create_model', 'label_names', 'load_model', 'open_checkpoint', 'preprocessing',
@@ -75,7 +75,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     except REFUSED as e:
         # a model that lacks all of its weights names each of them
         reason = first_line(e) if isinstance(e, OSError) else ' '.join(str(e).split()) or type(e).__name__
-        raise PSTError(f'Cannot create {name}: {reason[:500]}') from e
+        raise PSTError(f'Cannot create {name}: {printable(reason[:500])}') from e
 
 
 def _check_file(name: str, pretrained_cfg_overlay: Mapping[str, Any], **kwargs: Any) -> None:
@@ -83,7 +83,11 @@ def _check_file(name: str, pretrained_cfg_overlay: Mapping[str, Any], **kwargs: 
     weights = read_checkpoint(pretrained_cfg_overlay['file']).weights
     classes = _size(weights, name, 'classifier', 0) or 0
     overlay = {**pretrained_cfg_overlay, 'num_classes': classes}
-    _create_without_memory(name, **{**kwargs, 'num_classes': classes, 'pretrained_cfg_overlay': overlay})
+    try:
+        _create_without_memory(name, **{**kwargs, 'num_classes': classes, 'pretrained_cfg_overlay': overlay})
+    except RuntimeError as e:
+        if 'Missing key' in str(e) or 'size mismatch' in str(e):  # not only a classifier by another name
+            raise
 
 
 def _create_without_memory(name: str, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ from timm.models import clean_state_dict, is_model
 
 from pst_timm.utils.errors import PSTError
 
-from .trust import check_facts, check_ordinary, parse_json, read_config
+from .trust import check_facts, check_ordinary, parse_json, printable, read_config
 
 __all__ = [
     'FACTS_KEY', 'HEADER_KEY', 'PICKLES', 'Checkpoint', 'check_finite', 'check_folder', 'check_weights', 'check_whole',
@@ -175,12 +175,12 @@ def check_whole(path: Path) -> None:
         raise PSTError(f'The checkpoint {path} cannot be read: {e.strerror}.') from e
     except Exception as e:  # whatever a damaged archive may raise
         raise PSTError(
-            f'The checkpoint {path} cannot be read: it is truncated or not a checkpoint ({e}). Use another one, such '
-            f'as an earlier one.') from None
+            f'The checkpoint {path} cannot be read: it is truncated or not a checkpoint ({printable(str(e)[:300])}). '
+            f'Use another one, such as an earlier one.') from None
     if broken:
         raise PSTError(
-            f'The checkpoint {path} is damaged: it is corrupt (checksum of {broken}). Use another one, such as an '
-            f'earlier one.')
+            f'The checkpoint {path} is damaged: it is corrupt (checksum of {printable(broken[:300])}). Use another '
+            f'one, such as an earlier one.')
 
 
 def _check_pickle(file: BinaryIO) -> None:
@@ -228,9 +228,10 @@ def _read_safetensors(path: Path) -> Checkpoint:
             header = file.metadata() or {}
         weights = load_file(path)
     except Exception as e:  # whatever a damaged or malicious file may raise
+        reason = printable(str(e)[:300]) or type(e).__name__
         raise PSTError(
-            f'{path} cannot be read: it is truncated or not a safetensors file ({str(e) or type(e).__name__}). Fetch '
-            f'it, or write it, again.') from None
+            f'{path} cannot be read: it is truncated or not a safetensors file ({reason}). Fetch it, or write it, '
+            f'again.') from None
     facts = check_facts(path, parse_json(header.get(HEADER_KEY) or '{}', f'{path}: the entry {HEADER_KEY}'))
     checkpoint = Checkpoint(path, check_weights(weights, path), **facts)
     if checkpoint.arch is None and (path.parent / 'config.json').exists():
@@ -264,7 +265,7 @@ def _read_pickle(path: Path, use_ema: Optional[bool]) -> Checkpoint:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # whatever a damaged or malicious file may raise
-        reason = str(e).split('\n')[0]
+        reason = printable(str(e).split('\n')[0][:500])
         raise PSTError(
             f'{path} cannot be read as a checkpoint: it is damaged, or holds more than tensors and plain values, so '
             f'that loading it could run code ({reason}). Nothing in it was run. Use another file, or turn one you '
@@ -293,7 +294,8 @@ def check_weights(weights: Any, source: Any) -> Dict[str, torch.Tensor]:
         PSTError: If it is empty, or holds anything but tensors under names.
     """
     fits = isinstance(weights, dict) and weights and all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items())
+        isinstance(k, str) and k.isprintable() and len(k) < 1000 and isinstance(v, torch.Tensor)
+        for k, v in weights.items())
     if not fits:
         raise PSTError(f'{source} holds no weights: a mapping of names to tensors was expected.')
     cleaned = clean_names(weights)

@@ -26,7 +26,7 @@ from pst_timm.utils.errors import PSTError
 
 __all__ = [
     'check_facts', 'check_model_args', 'check_ordinary', 'check_origin', 'check_size', 'is_local_arch',
-    'parse_json', 'read_config',
+    'parse_json', 'printable', 'read_config',
 ]
 
 MOST_JSON = 16 * 2 ** 20  # characters; a config.json with the names of 22,000 classes has one million
@@ -42,6 +42,11 @@ TIMES_LARGER = 16  # than the architecture as it is: what a model may become by 
 FREE_ELEMENTS = 50_000_000  # that any architecture may have
 
 Rule = Callable[[Any], Any]
+
+
+def printable(text: str) -> str:
+    """A text from a file without what would steer a terminal."""
+    return text if text.isprintable() else ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in text)
 
 
 class _Unfit(Exception):
@@ -88,9 +93,7 @@ def _text(most: int = 300, pattern: str = '') -> Rule:
             raise _Unfit(f'a text of at most {most} characters')
         if pattern and not re.fullmatch(pattern, value):
             raise _Unfit('a plain name')
-        # control characters would reach terminals and cards; a folder that was a class may have had some
-        return value if value.isprintable() else ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}'
-                                                         for c in value)
+        return printable(value)  # a folder that was a class may have had other characters
     return rule
 
 
@@ -123,8 +126,9 @@ def _mapping(schema: Mapping[str, Rule], others: Optional[Rule] = None) -> Rule:
             raise _Unfit('a mapping of names to values')
         checked = {}
         for key, entry in value.items():
-            if not isinstance(key, str) or len(key) > 200:
+            if not isinstance(key, str) or len(key) > 1000:
                 raise _Unfit('short names as keys')
+            key = printable(key)
             key_rule = schema.get(key, others)
             if key_rule is not None:
                 checked[key] = entry if entry is None else _at(key, key_rule, entry)
@@ -298,7 +302,7 @@ def check_facts(source: Union[str, PathLike], facts: Any, schema: Mapping[str, R
         _check_budget(facts)
         return {k: v for k, v in _mapping(schema)(facts).items() if v is not None}
     except _Unfit as e:
-        at = '.'.join(e.path).replace('.[', '[')
+        at = printable('.'.join(e.path).replace('.[', '[')[:200])
         raise PSTError(
             f'{source}: what it tells about its weights is garbled{f" at {at}" if at else ""}: expected {e.expected}'
             f'{_shown(facts, e.path)}. Use another file.') from None
@@ -306,8 +310,7 @@ def check_facts(source: Union[str, PathLike], facts: Any, schema: Mapping[str, R
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else type(value).__name__
-    text = ''.join(c if c.isprintable() else '?' for c in text[:60])
-    return text + ('...' if isinstance(value, str) and len(value) > 60 else '')
+    return printable(text[:60]) + ('...' if len(text) > 60 else '')
 
 
 def _shown(value: Any, path: Sequence[str]) -> str:
@@ -586,13 +589,19 @@ def check_size(
         PSTError: If it cannot be built, or is much larger than both its weights and the architecture as it is.
     """
     try:
-        with torch.device('meta'):
-            model = timm.create_model(arch, **kwargs)
-        usual = _class_of(arch)[1]
+        try:
+            with torch.device('meta'):
+                model = timm.create_model(arch, **kwargs)
+            usual = _class_of(arch)[1]
+        except Exception:
+            if not set(kwargs) <= set(COMMON_ARGS):
+                raise
+            # a model of another package may not do without memory; what these arguments may ask for is bounded
+            return timm.create_model(arch, **kwargs)
     except PSTError:
         raise
     except Exception as e:  # whatever a model may raise on arguments that nobody foresaw
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        reason = printable((str(e).splitlines() or [type(e).__name__])[0][:500])
         raise PSTError(f'{source}: Cannot create {arch}: {reason}') from e
     elements = sum(v.numel() for v in model.state_dict().values())
     there = sum(v.numel() for v in (weights or {}).values())

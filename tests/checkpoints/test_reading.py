@@ -1,13 +1,14 @@
 """Weights are read from every form a run leaves them in, and nothing that is not weights gets through."""
 import pickle
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
-from pst_timm.checkpoints.building import build_model, load_model
-from pst_timm.checkpoints.reading import read_checkpoint
+from pst_timm.checkpoints.building import build_model, create_model, load_model
+from pst_timm.checkpoints.reading import is_file, read_checkpoint
 from pst_timm.utils.errors import PSTError
 from tests.checkpoints.helpers import Payload, build, images, logits, run_args, save_checkpoint
 from tests.helpers import randomize
@@ -116,3 +117,100 @@ def test_arguments_that_do_not_fit_the_weights_are_named(tmp_path):
     path = save_checkpoint(tmp_path / 'last.pth.tar', build(), args=run_args(in_chans=1))
     with pytest.raises(PSTError, match=r'arguments in .* do not fit its weights: Requested 1 input channels'):
         load_model(path)
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda state: {'state_dict': state},
+    lambda state: {'model': {'state_dict': state}},
+    lambda state: {'model_state_dict': state, 'epoch': 3},
+    lambda state: {'state_dict': {f'module.{k}': v for k, v in state.items()}},
+    lambda state: {'state_dict': {f'model.{k}': v for k, v in state.items()}, 'pytorch-lightning_version': '2'},
+    lambda state: {f'_orig_mod.module.{k}': v for k, v in state.items()},
+    lambda state: {f'module.model.{k}': v for k, v in state.items()},
+])
+def test_wrapped_and_prefixed_weights_are_the_same(wrap, tmp_path):
+    model = build()
+    torch.save(wrap(model.state_dict()), tmp_path / 'wrapped.pth')
+    loaded = load_model(tmp_path / 'wrapped.pth', arch='test_resnet_pst')
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_model_that_is_its_own_wrapper(tmp_path):
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = timm.create_model('test_resnet', num_classes=3)
+            self.num_classes, self.pretrained_cfg = 3, dict(self.model.pretrained_cfg)
+
+    @timm.models.register_model
+    def wrapped_net(pretrained=False, **kwargs):
+        return Wrapped()
+
+    try:
+        model = Wrapped()
+        torch.save({'state_dict': model.state_dict()}, tmp_path / 'wrapped.pth')
+        loaded = load_model(tmp_path / 'wrapped.pth', arch='wrapped_net')
+        assert torch.equal(loaded.model.fc.weight, model.model.fc.weight)
+    finally:
+        del timm.models._registry._model_entrypoints['wrapped_net']
+
+
+def test_a_model_that_cannot_be_planned_without_memory(tmp_path):
+    @timm.models.register_model
+    def eager_net(pretrained=False, **kwargs):
+        torch.ones(1).item()  # which the meta device does not have
+        return timm.create_model('test_resnet', **{**kwargs, 'num_classes': 3})
+
+    try:
+        torch.save({'state_dict': eager_net().state_dict()}, tmp_path / 'eager.pth')
+        assert load_model(tmp_path / 'eager.pth', arch='eager_net').num_classes == 3
+    finally:
+        del timm.models._registry._model_entrypoints['eager_net']
+
+
+def test_names_files_and_folders_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'resnet18').mkdir()
+    (tmp_path / 'notes').touch()
+    for source in ('resnet18', 'resnet18.a1_in1k', 'hf-hub:acme/weights.pt', 'local-dir:resnet18', 'resnt18'):
+        assert not is_file(source), source
+    for source in ('./resnet18', 'notes', 'nowhere.pth', tmp_path / 'nowhere', Path('resnet18')):
+        assert is_file(source), source
+
+
+@pytest.mark.parametrize('change, said', [
+    ({}, None),
+    ({'num_classes': 5}, 'know 3 classes, not 5'),
+])
+def test_a_folder_by_timms_name_has_the_classes_it_has(change, said, tmp_path):
+    timm.models.save_for_hf(build(), tmp_path / 'folder', safe_serialization=True)
+    source = f'local-dir:{tmp_path / "folder"}'
+    if said is None:
+        assert load_model(source, **change).num_classes == 3
+        assert load_model(source, num_classes=0)(images()).shape == (2, 128)
+    else:
+        with pytest.raises(PSTError, match=said):
+            load_model(source, **change)
+
+
+@pytest.mark.parametrize('spoil, said', [
+    (lambda state: {}, 'Missing key|no weights'),
+    (lambda state: {f'net.{k}': v for k, v in state.items()}, 'Missing key'),
+    (lambda state: {k: v for k, v in state.items() if not k.startswith('pst.')}, 'Missing key'),
+    (lambda state: {**state, 'bn1.weight': state['bn1.weight'] * torch.nan}, 'NaN or infinite'),
+])
+def test_other_classes_are_no_reason_to_begin_with_random_weights(spoil, said, tmp_path):
+    """timm loads what fits, be it nothing, where the classifier starts anew."""
+    model = build()
+    timm.models.save_for_hf(model, tmp_path / 'folder', safe_serialization=True)
+    source = f'local-dir:{tmp_path / "folder"}'
+    assert torch.equal(create_model(source, pretrained=True, num_classes=5).bn1.weight, model.bn1.weight)
+    spoilt = spoil(model.state_dict())
+    (tmp_path / 'folder' / 'model.safetensors').unlink()
+    save_file(spoilt, tmp_path / 'folder' / 'model.safetensors')
+    torch.save(spoilt, tmp_path / 'path.pth')
+    with pytest.raises(PSTError, match=said):
+        create_model(source, pretrained=True, num_classes=5)
+    with pytest.raises(PSTError, match=said):
+        create_model('test_resnet_pst', pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(
+            file=str(tmp_path / 'path.pth'), num_classes=-1))
