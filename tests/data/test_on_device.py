@@ -520,7 +520,7 @@ def test_unreadable_images_are_counted_named_and_limited(tmp_path, caplog, worke
     assert len(result.history) == 2 and '(2 so far)' in caplog.text
     assert all(caplog.text.count(str(name)) == 1 for name in names)
     with pytest.raises(PSTError) as e:
-        train(tiny_train_args(data, tmp_path, max_bad_images=1, max_bad_share=1., **values))
+        train(tiny_train_args(data, tmp_path / 'strict', max_bad_images=1, max_bad_share=1., **values))
     assert '2 images could not be read, more than the 1 of --max-bad-images' in str(e.value)
     assert str(names[0]) in str(e.value) and 'Traceback' not in str(e.value)
 
