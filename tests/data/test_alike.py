@@ -357,9 +357,14 @@ def test_a_killed_loader_worker_is_one_sentence(trained, tmp_path, monkeypatch):
     (dict(stored_size=1_000_000), r'48 training images of 3x1000000x1000000 bytes need 144,000.00 GB'),
     (dict(no_aug=True, img_size=1_000_000), r'48 training images of 3x1000000x1000000 bytes'),
     (dict(img_size=1_000_000), r'18 validation images of 3x1000000x1000000 bytes'),
+    # each of the two would fit
+    (dict(stored_size=1000, img_size=1000, free=220e6), r'18 validation .* need 0.05 GB beside 0.14 GB of others'),
 ])
 def test_what_cannot_fit_on_the_device_is_known_before_it_is_read(images, tmp_path, monkeypatch, values, message):
+    values = dict(values)
     monkeypatch.setattr(on_device, 'store', None)  # nothing is read
+    if free := values.pop('free', None):
+        monkeypatch.setattr(on_device, 'free_memory', lambda device: free)
     args, config = resolved(tiny_train_args(images, tmp_path, data_on_device=True, **values))
     args.num_classes = 3
     with pytest.raises(PSTError, match=f'--data-on-device: {message}'):
