@@ -109,6 +109,7 @@ class Run:
         return sum(g['lr'] for g in self.optimizer.param_groups) / len(self.optimizer.param_groups)
 
 
+@plain_worker_errors()
 def train(args: Namespace) -> TrainResult:
     """Train a model.
 
@@ -125,7 +126,7 @@ def train(args: Namespace) -> TrainResult:
         result.best_metric, result.best_epoch = run.saver.best_metric, run.saver.best_epoch
     stop = StopSignals(run.args.distributed)
     try:
-        with stop, plain_worker_errors():
+        with stop:
             train_epochs(run, stop, result)
         remove_recovery(run)
         if run.args.distributed:
