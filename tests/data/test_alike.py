@@ -14,7 +14,7 @@ import torch
 from PIL import EpsImagePlugin, Image
 from timm.data import resolve_data_config
 
-from pst_timm.checkpoints import read_checkpoint
+from pst_timm.checkpoints import load_model, read_checkpoint
 from pst_timm.data import on_device
 from pst_timm.data.datasets import CheckedImageDataset, check_class_names, class_names, create_eval_dataset
 from pst_timm.data.images import open_image
@@ -229,6 +229,9 @@ def test_checkpoints_record_the_names_in_the_order_of_the_labels(trained):
     assert read_checkpoint(checkpoint).pretrained_cfg['label_names'] == ['01', '1', 'Cat', 'cat']
     [results] = validate(tiny_validate_args(data, checkpoint=str(checkpoint), num_classes=None))
     assert 0 <= results['top1'] <= 100
+    # the same names are drawn beside the outputs
+    shown = look(load_model(checkpoint), next((data / 'validation' / 'cat').iterdir()), 2)
+    assert shown.class_names == ['01', '1', 'Cat', 'cat']
 
 
 def with_names(checkpoint, path, names):
