@@ -240,6 +240,8 @@ def _open_named(
         raise PSTError(f'--dataset {args.dataset} needs the package {needed}: pip install {needed}')
     if not name and kind != 'wds':
         raise PSTError(f'--dataset {args.dataset}: name the dataset too, as in {kind}/NAME.')
+    if not args.data_dir and kind in ('torch', 'wds'):
+        raise PSTError(f'No data given for --dataset {args.dataset}: name its folder with --data-dir.')
     if kind == 'torch' and args.class_map:
         raise PSTError(f'--class-map {args.class_map}: the labels of {args.dataset} are its own. Leave the map out.')
     # wds and hfids leave the images as they are where no mode is given
@@ -320,7 +322,8 @@ def class_names(dataset: Dataset) -> Optional[List[str]]:
     found = class_indices(dataset)
     if found is None or sorted(found.values()) != list(range(len(found))):
         return None
-    return [str(name) for name in sorted(found, key=found.get)]
+    # a file system may have names that no text file takes
+    return [str(name).encode('utf-8', 'backslashreplace').decode() for name in sorted(found, key=found.get)]
 
 
 def check_classes(dataset: Dataset, num_classes: int, explicit: bool, split: str) -> None:

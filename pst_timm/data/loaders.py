@@ -1,5 +1,6 @@
 """Loaders of training and evaluation, made by timm's factory."""
 import logging
+import math
 import warnings
 from argparse import Namespace
 from contextlib import contextmanager
@@ -195,9 +196,10 @@ def _check_memory(args: Namespace, splits: TrainSplits, data_config: Dict[str, A
         stored = size
     else:
         stored = (size[0], side, side) if side else splits.train[0][0].shape
-    check_memory(len(splits.train), stored, torch.device(args.device), 'training')
+    device, count = torch.device(args.device), len(splits.train)
+    check_memory(count, stored, device, 'training')
     if splits.evaluation is not None:
-        check_memory(len(splits.evaluation), size, torch.device(args.device), 'validation')
+        check_memory(len(splits.evaluation), size, device, 'validation', besides=count * math.prod(stored))
 
 
 def _create_mixup(args: Namespace) -> Tuple[Optional[Callable], Optional[Mixup]]:

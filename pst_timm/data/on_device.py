@@ -149,14 +149,23 @@ def _name(dataset: Dataset, index: int) -> str:
     return dataset.filename(index, absolute=True) if hasattr(dataset, 'filename') else f'number {index}'
 
 
-def check_memory(count: int, shape: Sequence[int], device: torch.device, title: str) -> None:
-    """Raise an PSTError if so many images of so many bytes each will not fit into the memory of a device."""
+def check_memory(count: int, shape: Sequence[int], device: torch.device, title: str, besides: int = 0) -> None:
+    """Raise an PSTError if so many images of so many bytes each will not fit into the memory of a device.
+
+    Args:
+        count: Number of images.
+        shape: Shape of an image, a byte in each place.
+        device: Where they are to live.
+        title: What the images are.
+        besides: Bytes of other images that will be there by then.
+    """
     need, free = count * math.prod(shape), free_memory(device)
-    if free is not None and need > MEMORY_SHARE * free:
+    if free is not None and need + besides > MEMORY_SHARE * free:
+        others = f' beside {besides / 1e9:,.2f} GB of others' if besides else ''
         raise PSTError(
             f'--data-on-device: {count:,} {title} images of {"x".join(map(str, shape))} bytes need {need / 1e9:,.2f} '
-            f'GB, and {device} has {free / 1e9:.2f} GB free, of which {MEMORY_SHARE:.0%} may be images: keep them '
-            f'smaller (--stored-size for training, --img-size for validation), or leave --data-on-device out.')
+            f'GB{others}, and {device} has {free / 1e9:.2f} GB free, of which {MEMORY_SHARE:.0%} may be images: keep '
+            f'them smaller (--stored-size for training, --img-size for validation), or leave --data-on-device out.')
 
 
 def free_memory(device: torch.device) -> Optional[int]:

@@ -26,7 +26,14 @@ KEPT_SCAN = 10 * 2 ** 30  # bytes of a .tar file from which on timm keeps the li
 
 def in_order(names: Iterable[str]) -> List[str]:
     """Names in timm's natural order; those alike to it ('1' and '01', 'Cat' and 'cat') by their letters."""
-    return sorted(sorted(set(names)), key=natural_key)
+    return sorted(sorted(set(names)), key=_natural)
+
+
+def _natural(name: str) -> List[Any]:
+    try:
+        return natural_key(name)
+    except ValueError:  # timm takes a raised 2 for a number
+        return natural_key(''.join(c if c.isascii() or not c.isdigit() else f'_{ord(c)}_' for c in name))
 
 
 class FolderReader(ReaderImageFolder):
@@ -52,7 +59,11 @@ class FolderReader(ReaderImageFolder):
             PSTError: If there are no images, no class folders, or none that the class map names.
         """
         self.root = os.fspath(root)
-        endings = input_key.lower().split(';') if input_key else get_img_extensions()
+        endings = get_img_extensions()
+        if input_key:
+            endings = [f'.{ending.strip(" .")}' for ending in input_key.lower().split(';') if ending.strip(' .')]
+            if not endings:
+                raise PSTError(f'--input-key {input_key}: expected endings of images, such as ".jpg;.webp".')
         found = scan_folder(root, endings)
         labels = _labels(found.paths, self.root)
         notes = found.left_out()
@@ -70,7 +81,7 @@ class FolderReader(ReaderImageFolder):
             _logger.warning(f'Left out of {root}: {"; ".join(notes)}.')
         samples = [(found.paths[i], self.class_to_idx[labels[i]]) for i in kept]
         # by letters first, which the second order keeps where it has none of its own
-        self.samples = sorted(sorted(samples), key=lambda sample: natural_key(sample[0]))
+        self.samples = sorted(sorted(samples), key=lambda sample: _natural(sample[0]))
 
 
 def _labels(paths: Sequence[str], root: str) -> List[str]:

@@ -203,6 +203,8 @@ TABLE = [
     BadInput('name without a kind', train('--dataset', 'cifar10'), 'torch/cifar10', data),
     BadInput('unknown kind', train('--dataset', 'hdfs/beans'), 'hfds', data),
     BadInput('unknown torch dataset', train('--dataset', 'torch/beans'), 'torch/beans', data),
+    BadInput('torch dataset without a folder', [*train()[:-2], '--dataset', 'torch/mnist'],
+             'torch/mnist: name its folder with --data-dir'),
     BadInput('torch dataset that is not there', train('--dataset', 'torch/cifar10'), '--dataset-download', data),
     BadInput('class map of a torch dataset', train('--dataset', 'torch/cifar10', '--class-map', 'map.txt'),
              '--class-map map.txt', with_map('cat\n')),

@@ -14,7 +14,7 @@ import torch
 from PIL import EpsImagePlugin, Image
 from timm.data import resolve_data_config
 
-from pst_timm.checkpoints import read_checkpoint
+from pst_timm.checkpoints import load_model, read_checkpoint
 from pst_timm.data import on_device
 from pst_timm.data.datasets import CheckedImageDataset, check_class_names, class_names, create_eval_dataset
 from pst_timm.data.images import open_image
@@ -229,6 +229,9 @@ def test_checkpoints_record_the_names_in_the_order_of_the_labels(trained):
     assert read_checkpoint(checkpoint).pretrained_cfg['label_names'] == ['01', '1', 'Cat', 'cat']
     [results] = validate(tiny_validate_args(data, checkpoint=str(checkpoint), num_classes=None))
     assert 0 <= results['top1'] <= 100
+    # the same names are drawn beside the outputs
+    shown = look(load_model(checkpoint), next((data / 'validation' / 'cat').iterdir()), 2)
+    assert shown.class_names == ['01', '1', 'Cat', 'cat']
 
 
 def with_names(checkpoint, path, names):
@@ -357,9 +360,14 @@ def test_a_killed_loader_worker_is_one_sentence(trained, tmp_path, monkeypatch):
     (dict(stored_size=1_000_000), r'48 training images of 3x1000000x1000000 bytes need 144,000.00 GB'),
     (dict(no_aug=True, img_size=1_000_000), r'48 training images of 3x1000000x1000000 bytes'),
     (dict(img_size=1_000_000), r'18 validation images of 3x1000000x1000000 bytes'),
+    # each of the two would fit
+    (dict(stored_size=1000, img_size=1000, free=220e6), r'18 validation .* need 0.05 GB beside 0.14 GB of others'),
 ])
 def test_what_cannot_fit_on_the_device_is_known_before_it_is_read(images, tmp_path, monkeypatch, values, message):
+    values = dict(values)
     monkeypatch.setattr(on_device, 'store', None)  # nothing is read
+    if free := values.pop('free', None):
+        monkeypatch.setattr(on_device, 'free_memory', lambda device: free)
     args, config = resolved(tiny_train_args(images, tmp_path, data_on_device=True, **values))
     args.num_classes = 3
     with pytest.raises(PSTError, match=f'--data-on-device: {message}'):

@@ -81,6 +81,19 @@ def test_the_order_is_timms_where_that_is_one():
     assert in_order(names) == sorted(names, key=natural_key)
 
 
+def test_names_that_timms_order_cannot_take(tmp_path):
+    for name in ('1²3', 'm²', 'a'):
+        write_class(tmp_path, name)
+    assert class_names(opened(tmp_path)) == ['1²3', 'a', 'm²']
+
+
+def test_names_that_are_no_text_are_recorded_as_one(tmp_path):
+    write_class(tmp_path, 'a')
+    (tmp_path / 'a').rename(os.fsdecode(os.fsencode(tmp_path) + b'/\xff'))
+    write_class(tmp_path, 'b')
+    assert class_names(opened(tmp_path)) == ['b', r'\udcff']
+
+
 def test_names_that_a_tar_file_tells(tmp_path):
     write_tar(tmp_path / 'x.tar', ['./b/0.png', 'a/0.png', '/abs/c/0.png', '../d/0.png'])
     assert class_names(opened(tmp_path / 'x.tar')) == ['a', 'b', 'c', 'd']
@@ -185,7 +198,9 @@ def test_formats_that_are_not_read_can_be_named(tmp_path):
     write_class(tmp_path, 'dog', 1, '.webp')
     with pytest.raises(PSTError, match=r'Found 0 images .*\(3 .webp\): to read others, .* --input-key ".webp"'):
         opened(tmp_path)
-    assert len(opened(tmp_path, input_key='.webp;.png')) == 3
+    assert len(opened(tmp_path, input_key='.webp;.png')) == len(opened(tmp_path, input_key='WebP')) == 3
+    with pytest.raises(PSTError, match=r'--input-key ;: expected endings'):
+        opened(tmp_path, input_key=';')
 
 
 def test_splits_that_are_not_there(images, tmp_path):
