@@ -292,6 +292,13 @@ def test_token_distillation_needs_a_model_with_a_token(run, teacher):
         run(kd_model_name=teacher, kd_distill_type='token')
 
 
+def test_a_teacher_that_does_not_take_the_images_is_refused(images, tmp_path, teacher, monkeypatch):
+    fixed = timm.create_model('test_vit', num_classes=3)
+    monkeypatch.setattr('timm.task.distillation.create_model', lambda model_name, **kwargs: fixed)
+    with pytest.raises(PSTError, match='test_teacher does not take images of 3x50x50'):
+        prepare(tiny_train_args(images, tmp_path, kd_model_name=teacher, img_size=50))
+
+
 def test_unknown_teachers_are_named(run):
     with pytest.raises(PSTError, match=r"Unknown model 'resnet5o'"):
         run(kd_model_name='resnet5o')
