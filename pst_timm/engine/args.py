@@ -7,13 +7,14 @@ import argparse
 import reprlib
 from argparse import Namespace
 from copy import deepcopy
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, NoReturn, Optional, Sequence
 
 import yaml
 
 from pst_timm.utils.configs import read_config
 from pst_timm.utils.errors import PSTError, did_you_mean
 from pst_timm.utils.files import write_text
+from pst_timm.utils.parsing import ArgumentParser
 
 from .flags import TRAIN_FLAGS, VALIDATE_FLAGS, Flag, FlagGroups
 
@@ -24,11 +25,12 @@ def _by_key(groups: FlagGroups) -> Dict[str, Flag]:
     return {flag.key: flag for _, flags in groups for flag in flags}
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(ArgumentParser):
     """A parser whose errors are `PSTError`s."""
 
-    def error(self, message: str) -> None:
-        raise PSTError(f'{message.rstrip(".")}. See {self.prog} --help.')
+    def error(self, message: str) -> NoReturn:
+        message = message.rstrip('.')
+        raise PSTError(f'{message}.' if message.endswith('--help') else f'{message}. See {self.prog} --help.')
 
 
 class _Refused(argparse.Action):
@@ -48,8 +50,7 @@ def _argparse_type(flag: Flag) -> Callable[[str], Any]:
 
 
 def _build_parser(groups: FlagGroups, prog: str, description: str) -> _Parser:
-    # no abbreviations: an unknown flag is a typo, as an unknown key is
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = _Parser(prog=prog, description=description)
     parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file with values for the flags below.')
     for title, flags in groups:
         group = parser.add_argument_group(title)
@@ -111,17 +112,12 @@ def write_yaml(args: Namespace, path: str) -> None:
 
 def _parse(groups: FlagGroups, prog: str, description: str, argv: Optional[Sequence[str]]) -> Namespace:
     parser = _build_parser(groups, prog, description)
-    config_parser = _Parser(prog=prog, add_help=False, allow_abbrev=False)
+    config_parser = _Parser(prog=prog, add_help=False)
     config_parser.add_argument('-c', '--config', default='')
     config, rest = config_parser.parse_known_args(argv)
     if config.config:
         parser.set_defaults(**read_yaml(config.config, groups))
-    args, unknown = parser.parse_known_args(rest)
-    if unknown:
-        wrong = next((a for a in unknown if a.startswith('-')), unknown[0])
-        names = [n for _, flags in groups for f in flags if not f.refused for n in f.names]
-        raise PSTError(
-            f'unknown argument {wrong!r}.{did_you_mean(wrong.split("=")[0], names)} See {prog} --help.')
+    args = parser.parse_args(rest)
     del args.config
     return _finish(Namespace(**deepcopy(vars(args))))
 

@@ -107,7 +107,7 @@ def check_input(
 
     Args:
         args: The arguments, with the device resolved.
-        model: A classifier, on the CPU.
+        model: A classifier.
         data_config: Preprocessing, from `timm.data.resolve_data_config`.
         batch_size: Images in a batch, where the data has so many.
         dataset: The data.
@@ -175,7 +175,8 @@ def _run_once(args: Namespace, model: nn.Module, size: Sequence[int]) -> Dict[st
     mode = model.training
     try:
         with torch.inference_mode():
-            return dict(output=model.eval()(torch.zeros(1, *size, dtype=next(model.parameters()).dtype)))
+            weight = next(model.parameters())
+            return dict(output=model.eval()(torch.zeros(1, *size, device=weight.device, dtype=weight.dtype)))
     except Exception as e:
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise PSTError(

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from timm.layers import convert_sync_batchnorm, set_fast_norm, set_fused_attn, use_fused_attn
-from timm.models import PretrainedCfg, load_pretrained
+from timm.models import load_pretrained
 from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
@@ -311,10 +311,11 @@ def create_task(args: Namespace, model: nn.Module, device: torch.device, dtype: 
         teacher = create_model(
             args.kd_model_name, pretrained=True, num_classes=args.num_classes, in_chans=args.in_chans, device=device,
             dtype=dtype)
-        check_teacher(args, teacher.pretrained_cfg)
+        if ':' in args.kd_model_name:  # what timm's registry does not tell
+            check_teacher(args, teacher.pretrained_cfg['num_classes'])
         return _distillation_task(args, model, teacher, kwargs)
-    except PSTError as e:
-        raise type(e)(f'Cannot distil from {args.kd_model_name} to {args.model}: {e}') from e
+    except PSTError:
+        raise
     except (AssertionError, AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as e:
         reason = str(e).splitlines()[0] if isinstance(e, OSError) else e
         raise PSTError(f'Cannot distil from {args.kd_model_name} to {args.model}: {reason}') from e
@@ -337,23 +338,25 @@ def _distillation_task(
         model, teacher, loss_type=args.kd_loss_type, temperature=args.kd_temperature, **kwargs)
 
 
-def check_teacher(args: Namespace, cfg: Optional[Mapping[str, Any]] = None) -> None:
+def check_teacher(args: Namespace, classes: Optional[int] = None) -> None:
     """Make sure that a teacher is known, can be had, and knows the classes: another classifier would be a random one.
 
     Args:
         args: Arguments with `num_classes` resolved.
-        cfg: Its `pretrained_cfg`; that of timm's registry, and whether its weights can be had, if None.
+        classes: How many its weights know; what timm's registry says, and whether they can be had, if None.
 
     Raises:
         PSTError: If it is not so.
         Unavailable: If the Hub does not answer.
     """
-    name = args.kd_model_name
-    if cfg is None:
+    name, known = args.kd_model_name, classes
+    if known is None:
         check_model_name(name)
         check_fetchable(name)
-        cfg = vars(timm.get_pretrained_cfg(name) or PretrainedCfg()) if ':' not in name else {}
-    known = cfg.get('num_classes')
+        cfg = None if ':' in name else timm.get_pretrained_cfg(name)
+        if cfg is not None and not cfg.has_weights:
+            raise PSTError(f'Cannot distil from {name}: there are no published weights of it.')
+        known = cfg.num_classes if cfg is not None else None
     if args.kd_distill_type != 'feature' and known not in (None, args.num_classes):
         raise PSTError(
             f'--kd-model-name {name} knows {known} classes, and the data has {args.num_classes}: its answers would be '

@@ -459,6 +459,9 @@ def _prepare(args: Namespace, hold: ExitStack) -> Run:
     if args.torchscript:
         model = factories.script(model)
     task = factories.create_task(args, model, device, dtype)
+    if args.kd_model_name:
+        teacher = Namespace(**dict(vars(args), model=args.kd_model_name))
+        check_input(teacher, task.teacher.model, data_config, args.batch_size, splits.train)
     args.lr = factories.resolve_lr(args)
     optimizer = factories.optimizer_for(args, task.get_trainable_module())
     loss_scaler = factories.loss_scaler_for(args, device)

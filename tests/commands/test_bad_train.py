@@ -153,6 +153,7 @@ TABLE = [
     # a teacher
     bad('teacher-unknown', '--kd-model-name resnet181', 'resnet18'),
     bad('teacher-tag', '--kd-model-name resnet18.a1_in2k', 'resnet18.a1_in1k'),
+    bad('teacher-without-weights', '--kd-model-name resnet18_pst', 'resnet18_pst'),
     bad('teacher-of-other-classes', '--kd-model-name test_resnet_pst', 'knows 10 classes'),
     # YAML
     config('latin-1', 'experiment: Größe'.encode('latin-1'), 'bad.yaml, line 1 is not text in UTF-8'),

@@ -297,8 +297,17 @@ def test_token_distillation_needs_a_model_with_a_token(run, teacher):
 
 def test_a_teacher_of_other_classes_is_refused(run):
     """timm gives it a classifier of random weights."""
-    with pytest.raises(PSTError, match='teacher knows 10 classes and the data has 3'):
+    with pytest.raises(PSTError, match='test_resnet_pst knows 10 classes, and the data has 3'):
         run(kd_model_name='test_resnet_pst', kd_distill_type='logit')
+
+
+def test_a_teacher_that_does_not_take_the_images_is_refused(images, tmp_path, teacher, monkeypatch):
+    fixed = timm.create_model('test_vit', num_classes=3)
+    monkeypatch.setattr(
+        factories, 'create_model',
+        lambda name, **kwargs: fixed if name == teacher else create_model(name, **kwargs))
+    with pytest.raises(PSTError, match='test_teacher does not take images of 3x50x50'):
+        prepare(tiny_train_args(images, tmp_path, kd_model_name=teacher, img_size=50))
 
 
 def test_unknown_teachers_are_named(run):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pst_timm.utils.cost import count_activations, count_gmacs, peak_memory
+from pst_timm.utils.cost import count_activations, count_gmacs, measure_activations, peak_memory
 
 CPU = torch.device('cpu')
 
@@ -30,4 +30,5 @@ def test_multiply_adds_and_activations_of_known_layers():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5))
     assert count_gmacs(net, (3, 4, 4)) * 1e9 == 16 * 8 * 27 + 8 * 16 * 5
     assert count_activations(lambda: net(torch.zeros(1, 3, 4, 4))) == 8 * 16 + 5
+    assert measure_activations(lambda: net(torch.zeros(1, 3, 4, 4))) == (8 * 16 + 5, 8 * 16)
     assert next(net.parameters()).device == CPU

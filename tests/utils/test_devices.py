@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from pst_timm.utils.devices import best_device, check_device, hardware_name
+from pst_timm.utils.devices import best_device, check_device, hardware_name, total_memory
 from pst_timm.utils.errors import PSTError
 
 
@@ -19,7 +19,7 @@ def test_the_accelerator_is_preferred(monkeypatch):
     assert best_device() == 'cpu'
 
 
-@pytest.mark.parametrize('name', ['abacus', 'cuda:99', 'cpu:cpu', 'mps:7', 'hpu'])
+@pytest.mark.parametrize('name', ['abacus', 'cuda:99', 'cpu:cpu', 'mps:7', 'hpu', 'meta'])
 def test_devices_that_are_not_there_are_named(name):
     with pytest.raises(PSTError, match=f'--device {name} cannot be used here: .* Leave the flag out.') as e:
         check_device(name)
@@ -35,3 +35,12 @@ def test_a_gpu_is_counted_and_not_touched(monkeypatch):
 
 def test_hardware_has_a_name():
     assert hardware_name(torch.device('cpu')).strip()
+
+
+def test_the_memory_of_a_machine_is_known(monkeypatch):
+    found = total_memory(torch.device('cpu'))
+    assert 2 ** 28 < found < 2 ** 50
+    monkeypatch.setattr('pst_timm.utils.devices.Path.read_text', lambda self: '1000\n')
+    assert total_memory(torch.device('cpu')) == 1000
+    monkeypatch.setattr('pst_timm.utils.devices.Path.read_text', lambda self: 'max\n')
+    assert total_memory(torch.device('cpu')) >= found
