@@ -367,6 +367,18 @@ def test_maps_that_do_not_fit_are_errors(call, shapes, message):
         getattr(build_attention().float(), call)(*(torch.zeros(shape) for shape in shapes))
 
 
+@pytest.mark.parametrize('topk', [0, 2])
+@pytest.mark.parametrize('form', [
+    torch.jit.script,
+    lambda layer: torch.compile(layer, fullgraph=True, backend='eager'),
+], ids=['scripted', 'compiled'])
+def test_maps_of_different_batches_are_errors_in_other_forms_too(form, topk):
+    layer = form(build_attention(topk=topk).float())
+    for images in ((4, 1), (1, 4)):  # which would broadcast
+        with pytest.raises(Exception, match='both must be maps of the same batch'):
+            layer(torch.zeros(images[0], 8, 4, 4), torch.zeros(images[1], 8, 2, 2))
+
+
 def test_device_and_dtype_reach_every_tensor():
     layer = PyramidSparseAttention(8, 2, device='meta', dtype=torch.bfloat16)
     tensors = [*layer.parameters(), *(b for b in layer.buffers() if b.is_floating_point())]
