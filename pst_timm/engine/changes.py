@@ -10,6 +10,7 @@ from timm.utils import NativeScaler, is_primary
 
 from pst_timm.checkpoints.facts import as_plain
 from pst_timm.checkpoints.reading import FACTS_KEY
+from pst_timm.data.datasets import check_class_names
 from pst_timm.utils.errors import PSTError
 
 from .flags import keys_with_role
@@ -77,7 +78,9 @@ def check_changes(
     Raises:
         PSTError: If the run cannot go on like this.
     """
-    _check_names(names, _label_names(saved), 'the data', f'the checkpoint {path}')
+    check_class_names(
+        names, _label_names(saved), f'the {args.train_split!r} split', f'the checkpoint {path}',
+        'Give the run the folders it began with, or a --class-map.')
     changed = changed_settings(saved, args)
     if 'opt' in changed and not args.no_resume_opt:
         raise PSTError(
@@ -118,21 +121,6 @@ def _label_names(saved: Dict[str, Any]) -> Optional[List[str]]:
     cfg = facts.get('pretrained_cfg') if isinstance(facts, dict) else None
     names = cfg.get('label_names') if isinstance(cfg, dict) else None
     return names if isinstance(names, list) else None
-
-
-def _check_names(
-        found: Optional[Sequence[str]],
-        expected: Optional[Sequence[str]],
-        found_in: str,
-        expected_in: str,
-) -> None:
-    if not found or not expected or list(found) == list(expected):
-        return
-    odd = next((i for i, (a, b) in enumerate(zip(found, expected)) if a != b), min(len(found), len(expected)))
-    here, there = (repr(_brief(n[odd])) if odd < len(n) else 'missing' for n in (found, expected))
-    raise PSTError(
-        f'Class {odd} is {here} in {found_in} and {there} in {expected_in}: the labels would mean other things. Give '
-        f'the run the folders it began with, or a --class-map.')
 
 
 def keep_settings(optimizer: torch.optim.Optimizer, changed: Dict[str, Any], args: Namespace) -> Any:

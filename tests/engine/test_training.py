@@ -6,6 +6,7 @@ import timm
 import torch
 from timm.models import load_checkpoint
 
+from pst_timm.checkpoints import create_model
 from pst_timm.data.loaders import note_workers
 from pst_timm.engine import factories, train, train_args, training, transfer
 from pst_timm.engine.progress import run_title
