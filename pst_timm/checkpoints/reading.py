@@ -71,10 +71,11 @@ def is_file(source: PathLike) -> bool:
     """Whether a source is meant as a file or folder; a model's name is no folder that happens to be called alike."""
     if not isinstance(source, str):
         return isinstance(source, os.PathLike)
-    # a source of timm's, or a name in its registry
-    if source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or (os.sep not in source and is_model(source)):
+    if source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
         return False
-    return os.path.exists(source) or has_weights_ending(source)
+    # resnet50.pth is a file, although timm takes what follows the point for a tag
+    named = os.sep not in source and is_model(source)
+    return has_weights_ending(source) or (os.path.exists(source) and not named)
 
 
 def has_weights_ending(path: PathLike) -> bool:
