@@ -1,5 +1,6 @@
 """From whatever holds trained weights to the weights and what is known about them; no code in it is run."""
 import argparse
+import errno
 import io
 import json
 import logging
@@ -20,8 +21,8 @@ from pst_timm.utils.errors import PSTError
 from .trust import check_facts, check_ordinary, parse_json, printable, read_config
 
 __all__ = [
-    'FACTS_KEY', 'HEADER_KEY', 'PICKLES', 'Checkpoint', 'check_finite', 'check_folder', 'check_weights', 'check_whole',
-    'clean_names', 'find_weights', 'has_weights_ending', 'is_file', 'read_checkpoint',
+    'FACTS_KEY', 'HEADER_KEY', 'PICKLES', 'Checkpoint', 'Damaged', 'check_finite', 'check_folder', 'check_weights',
+    'check_whole', 'clean_names', 'find_weights', 'has_weights_ending', 'is_file', 'read_checkpoint',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -137,14 +138,23 @@ def check_folder(folder: Path) -> None:
             check_whole(path)
 
 
-def check_whole(path: Path) -> None:
+class Damaged(PSTError):
+    """A file of weights that is there and can be opened, but is no use."""
+
+
+def check_whole(path: Path, sums: bool = True) -> None:
     """Make sure that a file of weights is an ordinary file, and holds what was once written to it.
 
     A training checkpoint has a checksum for each of its parts. A .safetensors file has none: there, its reader compares
     lengths. Neither has a file that torch wrote before version 1.6.
 
+    Args:
+        path: The file.
+        sums: Whether to check the sums too, which reads the whole file.
+
     Raises:
-        PSTError: If it is missing, no ordinary file, truncated or corrupt.
+        Damaged: If it is truncated, corrupt, or would keep its reader busy for ever.
+        PSTError: If it is missing, no ordinary file, or cannot be opened, which says nothing about what is in it.
     """
     path = Path(path)
     if not os.path.lexists(path):
@@ -167,21 +177,23 @@ def check_whole(path: Path) -> None:
                 if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or (
                         sum(part.file_size for part in parts) > path.stat().st_size):
                     raise zipfile.BadZipFile('its parts are compressed, or overlap')
-                broken = archive.testzip()
+                broken = archive.testzip() if sums else None
                 for part in parts if not broken else ():
                     if part.filename.endswith('.pkl'):
                         with archive.open(part) as pickled:
                             _check_pickle(io.BufferedReader(pickled))
-    except PermissionError as e:
-        raise PSTError(f'The checkpoint {path} cannot be read: {e.strerror}.') from e
     except Exception as e:  # whatever a damaged archive may raise
-        raise PSTError(
-            f'The checkpoint {path} cannot be read: it is truncated or not a checkpoint ({printable(str(e)[:300])}). '
-            f'Use another one, such as an earlier one.') from None
+        if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):  # a place before the start of a cut-off file
+            raise PSTError(
+                f'The checkpoint {path} cannot be opened ({e.strerror}), which says nothing about what is in it: mend '
+                f'that, or name another one.') from e
+        raise Damaged(
+            f'The checkpoint {path} is truncated or not a checkpoint ({printable(str(e)[:300])}). Use another one, '
+            f'such as an earlier one.') from None
     if broken:
-        raise PSTError(
-            f'The checkpoint {path} is damaged: it is corrupt (checksum of {printable(broken[:300])}). Use another '
-            f'one, such as an earlier one.')
+        raise Damaged(
+            f'The checkpoint {path} is corrupt (checksum of {printable(broken[:300])}). Use another one, such as an '
+            f'earlier one.')
 
 
 def _check_pickle(file: BinaryIO) -> None:

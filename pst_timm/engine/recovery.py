@@ -1,11 +1,9 @@
 """Checkpoints: written whole or not at all, found again after a crash, never executed."""
-import errno
 import logging
 import math
 import os
 import re
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -14,11 +12,11 @@ from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkp
 from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
 
 from pst_timm.checkpoints.fitting import misfits
-from pst_timm.checkpoints.reading import FACTS_KEY
+from pst_timm.checkpoints.reading import FACTS_KEY, Damaged, check_whole
 from pst_timm.utils.errors import PSTError
 
 __all__ = [
-    'STATES', 'AtomicSaver', 'Damaged', 'Position', 'check_checkpoint', 'check_there', 'find_newest', 'position_of',
+    'STATES', 'AtomicSaver', 'Position', 'check_checkpoint', 'check_there', 'find_newest', 'position_of',
     'read_saved', 'resume', 'states', 'states_beyond',
 ]
 
@@ -191,10 +189,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
-class Damaged(PSTError):
-    """A checkpoint that is there and can be opened, but is no use."""
-
-
 def read_saved(path: Path, whole: bool = True) -> Dict[str, Any]:
     """What a training checkpoint holds, after a check that it is whole and holds nothing but data.
 
@@ -206,24 +200,7 @@ def read_saved(path: Path, whole: bool = True) -> Dict[str, Any]:
         Damaged: If it is truncated, corrupt, or would execute code.
         PSTError: If it is missing or cannot be opened, which says nothing about what is in it.
     """
-    try:
-        if not path.is_file():
-            raise PSTError(f'There is no checkpoint {path}.')
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip() if whole else None
-    except PSTError:
-        raise
-    except OSError as e:
-        if e.errno not in (None, errno.EINVAL):  # a place before the beginning of a cut-off file
-            raise PSTError(
-                f'The checkpoint {path} cannot be opened ({e.strerror}), so nobody knows whether it is the newest: '
-                f'mend that, or name a checkpoint with --resume FILE.') from None
-        broken = f'{e}'
-    except Exception as e:  # whatever a damaged archive may raise
-        raise Damaged(
-            f'The checkpoint {path} is truncated or not a checkpoint ({e}): use an earlier one.') from None
-    if broken:
-        raise Damaged(f'The checkpoint {path} is corrupt (checksum of {broken}): use an earlier one.')
+    check_whole(path, sums=whole)
     try:
         saved = load_checkpoint_metadata(str(path))
     except RuntimeError as e:
