@@ -197,10 +197,6 @@ def check_start(args: Namespace, start: Position, num_epochs: int, checkpoint: O
     Raises:
         PSTError: If the run would start behind its end.
     """
-    if args.start_epoch is not None and start.epoch >= num_epochs:
-        raise PSTError(
-            f'--start-epoch {args.start_epoch} is behind the last of the {num_epochs} epochs, {num_epochs - 1}: '
-            f'choose an earlier one, or more --epochs.')
     if start > (num_epochs, 0):
         raise PSTError(
             f'{checkpoint} has trained {start.epoch} epochs already, and --epochs asks for {num_epochs}: choose more, '

@@ -43,7 +43,7 @@ def test_what_is_not_a_source_is_said(tmp_path):
         read_checkpoint(tmp_path / 'notes.txt')
     for name in ('junk.pth', 'junk.safetensors'):
         (tmp_path / name).write_bytes(b'junk')
-        with pytest.raises(PSTError, match='cannot be read'):
+        with pytest.raises(PSTError, match='is truncated or not a'):
             load_model(tmp_path / name)
     torch.save({'state_dict': {}}, tmp_path / 'empty.pth')
     with pytest.raises(PSTError, match='holds no weights'):

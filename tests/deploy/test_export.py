@@ -77,7 +77,7 @@ def test_command(tmp_path, capsys):
     assert 'largest difference' in capsys.readouterr().out
     _, info = load_exported(path, 'torchscript')
     assert (info['topk'], info['fine_fusion']) == (4, 'joint')
-    assert main(['resnet18', '--no-pretrained', '--topk', '4', '--output', str(path)]) == 1
+    assert main(['resnet18', '--no-pretrained', '--topk', '4', '--output', str(tmp_path / 'other.onnx')]) == 1
     assert 'no sparse attention' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(['test_resnet_pst', '--topk', '-1', '--output', str(path)])
@@ -98,6 +98,7 @@ def test_what_cannot_be_checked_is_explained(tmp_path, capsys):
     argv = ['--format', 'torchscript', '--output', str(path), '--check']
     assert main(['test_resnet_pst', *argv, '--images', str(image)]) == 1
     assert 'cannot identify image file' in capsys.readouterr().err
+    path.unlink()
     assert main(['test_vit', '--no-pretrained', *argv]) == 1  # one size only
     assert 'Input height' in capsys.readouterr().err
     with pytest.raises(SystemExit):

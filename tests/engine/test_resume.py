@@ -117,7 +117,7 @@ class TestLostWork:
     @pytest.mark.parametrize('values, match', [
         (dict(model='test_resnet'), 'it is of test_resnet_pst, and .*unknown to it'),
         (dict(opt='adamw'), '--opt adamw cannot go on'),
-        (dict(start_epoch=9), '--start-epoch 9 is behind the last'),
+        (dict(start_epoch=9), '--start-epoch 9 is beyond the end'),
         (dict(start_epoch=1), 'has come further'),
         (dict(epochs=1), 'has trained 2 epochs already'),
         (dict(overwrite=True), 'choose one'),
@@ -136,9 +136,10 @@ class TestLostWork:
 
     def test_overwriting_removes_what_the_engine_wrote_and_nothing_else(self, images, stopped, tmp_path):
         (stopped / 'notes.txt').write_text('mine')
+        (stopped / 'curve.png').write_text('that of the earlier run')
         result = train(tiny_train_args(images, tmp_path, epochs=1, val_split='', overwrite=True))
         assert sorted(path.name for path in stopped.iterdir()) == [
-            'args.yaml', 'checkpoint-0.pth.tar', 'curve.png', 'last.pth.tar', 'notes.txt', 'speed.csv', 'summary.csv']
+            'args.yaml', 'checkpoint-0.pth.tar', 'last.pth.tar', 'notes.txt', 'speed.csv', 'summary.csv']
         assert len(result.history) == 1 and 'overwrite: false' in (stopped / 'args.yaml').read_text()
 
     def test_going_back_in_a_folder_has_to_be_meant(self, images, stopped, tmp_path):
@@ -321,7 +322,7 @@ class TestWithoutAWord:
         for split in ('train', 'validation'):
             for i, name in enumerate(('cat', 'class1', 'dog')):
                 shutil.copytree(images / split / f'class{i}', data / split / name)
-        refused(ended, tiny_train_args(data, tmp_path, resume='auto', epochs=3), "'cat'.*'class0'")
+        refused(ended, tiny_train_args(data, tmp_path, resume='auto', epochs=3), 'lacks class0, class2 and alone has cat')
 
     def test_the_newest_state_is_that_of_the_run_that_took_the_place(self, images, stopped, tmp_path, monkeypatch):
         with pytest.raises(PSTError, match='--overwrite'):
