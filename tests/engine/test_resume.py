@@ -322,7 +322,8 @@ class TestWithoutAWord:
         for split in ('train', 'validation'):
             for i, name in enumerate(('cat', 'class1', 'dog')):
                 shutil.copytree(images / split / f'class{i}', data / split / name)
-        refused(ended, tiny_train_args(data, tmp_path, resume='auto', epochs=3), 'lacks class0, class2 and alone has cat')
+        args = tiny_train_args(data, tmp_path, resume='auto', epochs=3)
+        refused(ended, args, 'lacks class0, class2 and alone has cat')
 
     def test_the_newest_state_is_that_of_the_run_that_took_the_place(self, images, stopped, tmp_path, monkeypatch):
         with pytest.raises(PSTError, match='--overwrite'):
