@@ -89,6 +89,7 @@ class ResNetPST(ResNet):
             train_topk: int = 0,
             train_fine_prob: float = 1.0,
             head_hidden_size: int = 1280,
+            head_skip: bool = False,
             norm_layer: LayerType = nn.BatchNorm2d,
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
@@ -117,6 +118,7 @@ class ResNetPST(ResNet):
             train_topk: Coarse tokens selected in training, 0 for coarse-only training.
             train_fine_prob: Share of the training steps in which the fine branch runs.
             head_hidden_size: Channels of the convolution before the pooling.
+            head_skip: Let the classifier read C5 too, pooled beside them; `forward_features` then gives [F ; C5].
             norm_layer: Norm of trunk, PST, fusion and head.
             drop_rate: Dropout probability before the classifier.
             drop_path_rate: Stochastic depth, linear over the trunk; the PST blocks take the rate itself.
@@ -172,9 +174,11 @@ class ResNetPST(ResNet):
         self.last_level = 4
         self.coarse_stride = c5['reduction']
 
-        self.num_features = pst_width
+        self.head_skip = head_skip
+        skipped = c5['num_chs'] if head_skip else 0
+        self.num_features = pst_width + skipped
         self.conv_head = ConvNorm(pst_width, head_hidden_size, 1, **conv_kwargs)
-        self._set_classifier(num_classes, global_pool, head_hidden_size, **dd)
+        self._set_classifier(num_classes, global_pool, head_hidden_size + skipped, **dd)
         for module in (self.pst, self.fuse_down, self.fuse_merge, self.conv_head):
             for m in module.modules():
                 if isinstance(m, nn.Conv2d):  # as the trunk's
@@ -387,6 +391,7 @@ class ResNetPST(ResNet):
                 x = self.fuse_merge(self.merge_cat(self.fuse_down(p_c4), c5))
                 if 4 in take_indices:
                     intermediates.append(x)
+                x = self._skip(x, c5)
 
         if intermediates_only:
             return intermediates
@@ -424,10 +429,11 @@ class ResNetPST(ResNet):
         for name in drop:
             setattr(self, name, nn.Identity())
         self.last_level = max_index
-        self.num_features = self.feature_info[max_index]['num_chs']
         if prune_head or max_index < 4:
-            # the head was sized for F
+            self.num_features = self.feature_info[max_index]['num_chs']
+            # the head was sized for what `forward_features` gives
             self.conv_head = nn.Identity()
+            self.head_skip = False
             self._set_classifier(0, '', self.num_features)
         return take_indices
 
@@ -440,10 +446,13 @@ class ResNetPST(ResNet):
             return checkpoint(self.pst, c4, c5, self.pst.draw_fine())
         return self.pst(c4, c5)
 
+    def _skip(self, fused: torch.Tensor, c5: torch.Tensor) -> torch.Tensor:
+        return torch.cat([fused, c5], dim=1) if self.head_skip else fused
+
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to the fused map F (B, num_features, H / 32, W / 32).
 
-        A model pruned to a lower level gives that level.
+        With `head_skip` it is [F ; C5]. A model pruned to a lower level gives that level.
         """
         if not torch.jit.is_scripting():
             if self.last_level < 4:
@@ -458,11 +467,15 @@ class ResNetPST(ResNet):
             c4 = self.layer3(x)
             c5 = self.layer4(c4)
         p_c4 = self.pst_cat(self._pst(c4, c5), c4)
-        return self.fuse_merge(self.merge_cat(self.fuse_down(p_c4), c5))
+        return self._skip(self.fuse_merge(self.merge_cat(self.fuse_down(p_c4), c5)), c5)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Fused map F to logits (B, num_classes), or to what the classifier reads if `pre_logits`."""
-        x = self.global_pool(self.conv_head(x))
+        """Output of `forward_features` to logits (B, num_classes), or to what the classifier reads if `pre_logits`."""
+        if self.head_skip:
+            x = torch.cat([self.conv_head(x[:, :self.pst.out_chs]), x[:, self.pst.out_chs:]], dim=1)
+        else:
+            x = self.conv_head(x)
+        x = self.global_pool(x)
         if self.drop_rate:
             x = F.dropout(x, p=float(self.drop_rate), training=self.training)
         return x if pre_logits else self.fc(x)

@@ -3,13 +3,16 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import timm
 import torch
 from timm.models import group_parameters, load_checkpoint, safe_model_name
 from timm.optim import create_optimizer_v2
 
+import pst_timm
 from tests.helpers import relative_error
+from tests.layers import oracle
 from tests.models.helpers import MODELS, TINY, build, images, unused
 
 POOLS = {'avg': 1, 'max': 1, 'avgmax': 1, 'catavgmax': 2}
@@ -287,6 +290,52 @@ class TestArguments:
         assert not attn.pos_enc
         assert mlp[0].conv.out_channels == 144 and model.conv_head.conv.out_channels == 40
         assert model(images()).shape == (2, 7)
+
+    @pytest.mark.parametrize('folded', [False, True])
+    @pytest.mark.parametrize('topk', [0, 3])
+    def test_head_skip_lets_the_classifier_read_c5(self, topk, folded):
+        model = build(head_skip=True, topk=topk, num_classes=7)
+        c5 = model.feature_info[4]['num_chs'], model.layer4[-1].bn2.num_features
+        assert model.num_features == sum(c5) and model.head_hidden_size == 128 + c5[1] == model.fc.in_features
+        x = images()
+        with torch.no_grad():
+            c3 = model.layer2(model.layer1(model.maxpool(model.act1(model.bn1(model.conv1(x))))))
+            c4 = model.layer3(c3)
+            c5 = model.layer4(c4)
+            w = oracle.arrays(model.state_dict())
+            classifier = w.pop('fc.weight')
+            # the oracle's head reads the first columns, the skipped C5 the others
+            _, fused, logits = oracle.fusion_head(
+                {**w, 'fc.weight': classifier[:, :128]}, c4.double().numpy(), c5.double().numpy(),
+                model.pst.blocks[0].attn.head_dim, topk)
+            expected = logits + c5.double().numpy().mean(axis=(2, 3)) @ classifier[:, 128:].T
+            model = pst_timm.reparameterize(model) if folded else model
+            y, features = model(x), model.forward_features(x)
+            final, levels = model.forward_intermediates(x)
+        assert np.abs(y.numpy() - expected).max() < 1e-4 * np.abs(expected).max()
+        if not folded:
+            assert torch.equal(features[:, fused.shape[1]:], c5)
+        assert features.shape == final.shape == (2, model.num_features, *c5.shape[2:])
+        assert torch.equal(final, features) and levels[-1].shape[1] == fused.shape[1]
+
+    def test_head_skip_changes_the_classifier_alone(self):
+        plain, skip = build().state_dict(), build(head_skip=True).state_dict()
+        assert [k for k in plain if plain[k].shape != skip[k].shape] == ['fc.weight'] and list(plain) == list(skip)
+
+    def test_head_skip_has_every_habit(self):
+        model = build(head_skip=True)
+        assert torch.equal(torch.jit.script(model)(images()), model(images()))
+        for kwargs in (dict(num_classes=0), dict(num_classes=0, global_pool=''), dict(num_classes=5)):
+            model.reset_classifier(**kwargs)
+            assert model(images()).shape[1] == (kwargs['num_classes'] or model.head_hidden_size)
+            assert torch.equal(model.forward_head(model.forward_features(images())), model(images()))
+        assert model.prune_intermediate_layers(1, prune_head=False) == [4] and model.num_features == 64 + 96
+        assert model(images()).shape == (2, 5)
+        model.prune_intermediate_layers(1)
+        assert model.num_features == 64 == model(images()).shape[1] and not model.head_skip
+        with torch.no_grad():
+            maps = build(features_only=True, head_skip=True)(images())
+        assert [m.shape[1] for m in maps] == [m.shape[1] for m in build(features_only=True)(images())]
 
     def test_act_and_norm_layers(self):
         model = build(pst_act_layer='relu', norm_layer='groupnorm1')
