@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pst_timm.checkpoints import convert, load_model, load_trunk, read_checkpoint
-from pst_timm.checkpoints.trust import ARGS, COMMON_ARGS, FACTS, PRETRAINED_CFG
+from pst_timm.checkpoints.schema import ARGS, FACTS, PRETRAINED_CFG
+from pst_timm.checkpoints.trust import COMMON_ARGS
 from pst_timm.engine import factories
 from pst_timm.engine.args import read_yaml, train_args, validate_args
 from pst_timm.engine.flags import TRAIN_FLAGS, VALIDATE_FLAGS

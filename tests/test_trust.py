@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 import pst_timm
 from pst_timm.checkpoints import load_model, load_trunk
-from pst_timm.checkpoints.trust import NEVER, check_facts, check_model_args, check_origin, check_size, parse_json
+from pst_timm.checkpoints.schema import check_facts, parse_json
+from pst_timm.checkpoints.trust import NEVER, check_model_args, check_origin, check_size
 from pst_timm.cli import main
 from pst_timm.study.cell import run_cell
 from pst_timm.study.config import Cell

@@ -19,7 +19,8 @@ from .facts import complete, first_line, look_up, resolve_origin
 from .fetching import check_fetchable
 from .fitting import check_fit, load_weights
 from .reading import WRAPPER, Checkpoint, PathLike, check_finite, check_folder, is_file, read_checkpoint
-from .trust import check_model_args, check_size, is_local_arch, printable
+from .rules import printable
+from .trust import check_model_args, check_size, is_local_arch
 
 __all__ = [
     'build_model', 'check_model_name', 'create_model', 'label_names', 'load_model', 'open_checkpoint', 'preprocessing',

@@ -18,7 +18,9 @@ from timm.models import clean_state_dict, is_model
 
 from pst_timm.utils.errors import PSTError
 
-from .trust import check_facts, check_ordinary, parse_json, printable, read_config
+from .rules import printable
+from .schema import check_facts, parse_json
+from .trust import check_ordinary, read_config
 
 __all__ = [
     'FACTS_KEY', 'HEADER_KEY', 'PICKLES', 'Checkpoint', 'Damaged', 'check_finite', 'check_folder', 'check_weights',
