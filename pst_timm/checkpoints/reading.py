@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import logging
+import math
 import os
 import pickletools
 import zipfile
@@ -67,6 +68,8 @@ class Checkpoint:
     def facts(self) -> Dict[str, Any]:
         """All but path and weights, fit for JSON."""
         facts = {k: v for k, v in vars(self).items() if k not in ('path', 'weights') and v not in (None, {})}
+        if not math.isfinite(facts.get('metric', 0.)):
+            del facts['metric']  # of a run that diverged: JSON has no such number
         return json.loads(json.dumps(facts, default=str))
 
 
@@ -190,8 +193,8 @@ def check_whole(path: Path, sums: bool = True) -> None:
                 f'The checkpoint {path} cannot be opened ({e.strerror}), which says nothing about what is in it: mend '
                 f'that, or name another one.') from e
         raise Damaged(
-            f'The checkpoint {path} is truncated or not a checkpoint ({printable(str(e)[:300])}). Use another one, '
-            f'such as an earlier one.') from None
+            f'The checkpoint {path} cannot be read: it is truncated or not a checkpoint ({printable(str(e)[:300])}). '
+            f'Use another one, such as an earlier one.') from None
     if broken:
         raise Damaged(
             f'The checkpoint {path} is corrupt (checksum of {printable(broken[:300])}). Use another one, such as an '

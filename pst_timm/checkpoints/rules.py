@@ -51,11 +51,9 @@ def real(low: float, high: float) -> Rule:
     return rule
 
 
-def measured(value: Any) -> Optional[float]:
-    """A metric; None for what a run measured as it diverged."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return real(-1e12, 1e12)(value)
+def measured(value: Any) -> float:
+    """A metric, of a run that diverged too."""
+    return value if isinstance(value, float) and not math.isfinite(value) else real(-1e12, 1e12)(value)
 
 
 def flag(value: Any) -> bool:

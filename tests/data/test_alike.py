@@ -348,7 +348,7 @@ def test_broken_members_of_a_tar_file_are_unreadable(tmp_path):
 def test_a_killed_loader_worker_is_one_sentence(trained, tmp_path, monkeypatch):
     data, checkpoint = trained
     monkeypatch.setattr(CheckedImageDataset, '__getitem__', lambda self, index: os.kill(os.getpid(), signal.SIGKILL))
-    message = r'A process that loads images has ended \(DataLoader worker .*take fewer --workers'
+    message = r'A process that loads images has ended \(DataLoader worker .*fewer --workers'
     with pytest.raises(PSTError, match=message) as e:
         train(tiny_train_args(data, tmp_path, workers=1, num_classes=4))
     assert '\n' not in str(e.value)

@@ -107,13 +107,6 @@ def test_validation_on_the_training_images_is_said(images, tmp_path, caplog):
     assert 'Training and validation read the same images' in caplog.text
 
 
-def test_fewer_outputs_than_classes_is_an_error_even_when_not_asked_for(images, tmp_path, caplog):
-    args = tiny_train_args(images, tmp_path, epochs=1)
-    args.num_classes = None  # the model's own 1000
-    train(args)
-    assert 'use --num-classes 3 unless this is meant' in caplog.text
-
-
 def test_empty_splits_and_shifted_classes_are_errors(tmp_path):
     data = write_images(tmp_path / 'empty', {'train': 8, 'validation': 0})
     with pytest.raises(PSTError, match='Found 0 images'):
@@ -164,7 +157,7 @@ def test_a_model_that_does_not_exist_is_named_with_its_neighbours(images, tmp_pa
         train(tiny_train_args(images, tmp_path, model='resnet18pst'))
     with pytest.raises(PSTError, match=r'Cannot create test_resnet_pst: .*topk must be'):
         train(tiny_train_args(images, tmp_path, model_kwargs=dict(topk=-1)))
-    with pytest.raises(PSTError, match=r"Unknown optimizer 'adamv'. Did you mean adam"):
+    with pytest.raises(PSTError, match=r"unknown optimizer 'adamv'. Did you mean adam"):
         train(tiny_train_args(images, tmp_path, opt='adamv'))
-    with pytest.raises(PSTError, match='Unknown scheduler'):
+    with pytest.raises(PSTError, match='cosine'):
         train(tiny_train_args(images, tmp_path, sched='cosin'))

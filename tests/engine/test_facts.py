@@ -134,7 +134,7 @@ def test_results_tell_which_weights_were_measured(run, images, tmp_path):
         validate(validate_args(
             data_dir=str(images), batch_size=6, workers=0, device='cpu', checkpoint=str(run / 'last.pth.tar'),
             use_ema=use_ema, results_file=results))
-        kwargs = dict(results=results, dry_run=True, folder=tmp_path / f'folder{use_ema}')
+        kwargs = dict(results=results, dry_run=True, folder=tmp_path / f'folder{use_ema}', overwrite=True)
         assert publish(run / 'last.pth.tar', 'acme/tiny', use_ema=use_ema, **kwargs).accuracy is not None
         with pytest.raises(PSTError, match='would not be published'):
             publish(run / 'last.pth.tar', 'acme/tiny', use_ema=not use_ema, **kwargs)

@@ -104,7 +104,7 @@ def test_truncated_checkpoint_is_refused_and_the_one_before_is_used(images, undi
             path.unlink()
     last.write_bytes(whole[:len(whole) // 2])
     log = go_on(args, caplog)
-    assert 'last.pth.tar is truncated' in log and 'Looking further' in log
+    assert 'last.pth.tar cannot be read: it is truncated' in log and 'Looking further' in log
     assert 'Train: 0' not in log and 'Train: 1 [   1/6' in log
     assert_ends_like(undisturbed[0], tmp_path)
 

@@ -97,7 +97,7 @@ class TestLostWork:
         with caplog.at_level(logging.INFO):
             run = prepare(tiny_train_args(images, tmp_path, epochs=3, resume='auto'))
         assert run.start == (best + 1, 0)
-        assert 'last.pth.tar is truncated' in caplog.text and 'Going on from' in caplog.text
+        assert 'last.pth.tar cannot be read: it is truncated' in caplog.text and 'Going on from' in caplog.text
 
     def test_what_may_not_be_opened_is_not_damaged(self, ended):
         open_to_all = Path(tempfile.mkdtemp())

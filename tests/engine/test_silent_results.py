@@ -95,8 +95,11 @@ def test_a_loss_that_is_no_number_is_no_result(images, tmp_path):
         validate(tiny_validate_args(images, checkpoint=str(tmp_path / 'large.safetensors')))
 
 
-def test_several_models_of_which_one_fails_end_with_a_failure(images, capfd):
-    words = ['--data-dir', str(images), '-j', '0', '--device', 'cpu', '--img-size', '48']
+def test_several_models_of_which_one_fails_end_with_a_failure(images, tmp_path, capfd):
+    (tmp_path / 'classes.txt').write_text('class0\nclass1\nclass2\n')  # which the model calls 0, 1 and 2
+    words = [
+        '--data-dir', str(images), '-j', '0', '--device', 'cpu', '--img-size', '48', '--class-map',
+        str(tmp_path / 'classes.txt')]
     assert validate_main([*words, '--model', 'test_resnet_pst,test_resnet_pst.nope']) == 1
     out, err = capfd.readouterr()
     assert [('top1' in row, 'error' in row) for row in json.loads(out.split('--result\n')[1])] == [

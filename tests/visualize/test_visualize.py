@@ -314,7 +314,7 @@ def test_random_weights_are_said_to_be_random(photo, capsys, seen):
     ('empty --model test_resnet_pst', r'The folder empty has no images \(.png, '),
     ('photo.png', 'name a model with --model, or a checkpoint with --checkpoint.'),
     ('photo.png --model resnet18_ptt', 'Did you mean resnet18_pst'),
-    ('photo.png --model test_resnet_pst.other', r'Invalid pretrained tag \(other\)'),
+    ('photo.png --model test_resnet_pst.other', r"There are no weights 'test_resnet_pst\.other'"),
     ('photo.png --model test_resnet_pst --num-classes 7', 'know 10 classes, not 7'),
     ('photo.png --model test_resnet_pst.untrained --num-classes 0', "--num-classes: .* at least 1, got '0'"),
     ('photo.png --checkpoint nowhere.pth', 'There is no checkpoint nowhere.pth.'),
