@@ -27,6 +27,7 @@ _logger = logging.getLogger(__name__)
 
 TIMEOUT = 60  # seconds
 SLOWEST = 2 ** 17  # bytes per second of an upload that is waited for
+THREAD = 'ask the Hub'  # name of the thread in which a call runs
 WEIGHTS, CONFIG, CARD = FILES = ('model.safetensors', 'config.json', 'README.md')
 
 
@@ -155,7 +156,7 @@ class Upload:
             except BaseException as e:
                 answers.put((None, e))
 
-        threading.Thread(target=work, daemon=True).start()
+        threading.Thread(target=work, name=THREAD, daemon=True).start()
         try:
             answer, error = answers.get(timeout=seconds)
         except queue.Empty:

