@@ -8,6 +8,8 @@ from pst_timm.utils.errors import PSTError
 
 __all__ = ['check_fit', 'load_weights', 'misfits']
 
+COUNTER = '.num_batches_tracked'
+
 
 def misfits(
         own: Dict[str, torch.Tensor],
@@ -19,9 +21,9 @@ def misfits(
     Args:
         own: State dict of the model.
         weights: State dict to load.
-        optional: Names that need not be there.
+        optional: Names that need not be there; counters of batch norms, which older files lack, never need to be.
     """
-    missing = [k for k in own if k not in weights and k not in optional]
+    missing = [k for k in own if k not in weights and k not in optional and not k.endswith(COUNTER)]
     surplus = [k for k in weights if k not in own]
     differ = [k for k in own if k in weights and own[k].shape != weights[k].shape]
     # whole numbers are what a quantised model has, whose scales are elsewhere
@@ -75,5 +77,6 @@ def load_weights(
     Raises:
         PSTError: If they do not fit.
     """
-    check_fit(model.state_dict(), weights, source, hint, optional)
-    model.load_state_dict(weights, strict=not optional)
+    own = model.state_dict()
+    check_fit(own, weights, source, hint, optional)
+    model.load_state_dict(weights, strict=own.keys() <= weights.keys())

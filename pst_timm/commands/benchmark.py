@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 from pst_timm.utils.errors import PSTError
+from pst_timm.utils.files import check_output
 
 from .common import DTYPES, ArgumentParser, add_attention_flags, add_output, add_source, at_least, run
 
@@ -102,12 +103,19 @@ def _benchmark(args: argparse.Namespace) -> None:
             args.output.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise PSTError(f'Cannot write to {args.output}: {e.strerror}.') from None
+        read = [args.results_file] if args.results_file else []
+        for ending in ('csv', 'json', 'png'):
+            check_output(args.output / f'{_name(args)}.{ending}', overwrite=True, inputs=read)
     args.sources = [open_source(source) for source in args.sources]
     rows, setting = _measure(args, _setting(args), accuracy)
     print(setting.describe())
     print(format_table(rows, decimals=3))
     if args.output:
-        _write(rows, setting, args.output, 'benchmark' if args.kind == 'models' else args.kind)
+        _write(rows, setting, args.output, _name(args))
+
+
+def _name(args: argparse.Namespace) -> str:
+    return 'benchmark' if args.kind == 'models' else args.kind
 
 
 def _read_accuracy(path: str) -> Dict[str, float]:

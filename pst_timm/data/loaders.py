@@ -112,6 +112,10 @@ def open_train_splits(args: Namespace, in_chans: int) -> TrainSplits:
     dataset_eval = create_eval_dataset(args, args.val_split, args.val_num_samples)
     check_class_names(
         class_names(dataset_eval), names, f'the {args.val_split!r} split', f'the {args.train_split!r} split')
+    if args.tta > 1 and hasattr(dataset_eval, '__len__') and len(dataset_eval) % args.tta:
+        raise PSTError(
+            f'--tta {args.tta}: the {len(dataset_eval)} images of the {args.val_split!r} split are not so many copies '
+            f'of each image. Leave it out, or add the missing ones.')
     if is_folder_or_tar(args) and dataset.reader.root == dataset_eval.reader.root:
         _logger.warning(
             f'Training and validation read the same images, {dataset.reader.root}: the accuracy will tell nothing '

@@ -4,6 +4,7 @@ A mistake (unknown name, wrong type, value out of range) is an error before any 
 valid spelling.
 """
 import argparse
+import re
 import reprlib
 from argparse import Namespace
 from copy import deepcopy
@@ -92,7 +93,8 @@ def _check_values(values: Dict[str, Any], groups: FlagGroups, where: str = '') -
         if flag is None:
             problems.append(f'{where}unknown key {key!r}.{did_you_mean(str(key), known)}')
         elif flag.refused:
-            problems.append(f'{where}{key}: {flag.refused}')
+            if value and value != flag.off:
+                problems.append(f'{where}{key}: {flag.refused}')
         else:
             try:
                 checked[key] = flag.parse_yaml(value)
@@ -142,6 +144,9 @@ def _finish(args: Namespace) -> Namespace:
     return args
 
 
+TOO_LARGE = 2 ** 16  # for the width or depth of a model
+
+
 def _wrong_together(args: Namespace) -> Iterator[str]:
     """What training and validation both refuse, a sentence each."""
     if args.data and args.data_dir not in (None, args.data):
@@ -170,12 +175,18 @@ def _wrong_together(args: Namespace) -> Iterator[str]:
                       ('pretrained_cfg', ''), ('pretrained_cfg_overlay', '')):
         if key in args.model_kwargs:
             yield f'--model-kwargs cannot set {key}: ' + (f'say it with {flag}.' if flag else 'leave it out.')
+    for key, value in args.model_kwargs.items():
+        most = 1000 if re.search('depth|layers|blocks', key) else TOO_LARGE
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if key not in ('topk', 'train_topk') and any(type(v) is int and v > most for v in values):
+            yield f'--model-kwargs {key}={value}: no model is that large, expected at most {most}.'
 
 
 def _wrong_in_training(args: Namespace) -> Iterator[str]:
     for key in ('scale', 'ratio', 'cutmix_minmax'):
         values = getattr(args, key)
-        if values is not None and (len(values) != 2 or values[0] > values[1]):
+        same = key == 'cutmix_minmax' and values is not None and values[0] == values[-1]
+        if values is not None and (len(values) != 2 or values[0] > values[1] or same):
             yield f'--{key.replace("_", "-")} needs a smallest and a largest value, got {values}.'
     if args.scale[-1] == 0:
         yield '--scale 0 0 keeps nothing of an image: the largest value must be above 0.'

@@ -42,6 +42,8 @@ class Flag:
     """Raises a `PSTError`, with a sentence, for a value that its type and range do not tell to be wrong."""
     refused: str = ''
     """Why the flag is known but not supported; the sentence shown to whoever uses it."""
+    off: Any = None
+    """The value with which a refused flag does nothing; a config that timm's script wrote has it."""
     role: str = 'recipe'
     """What the flag is about, one of `ROLES`."""
     source: bool = False
@@ -209,12 +211,13 @@ def _choice(name: str, help: str, **kwargs: Any) -> Flag:
     return Flag((name,), help, bool, None, **kwargs)
 
 
-def _refused(reason: str, switches: str = '', values: str = '', lists: str = '') -> List[Flag]:
-    return [
+def _refused(reason: str, switches: str = '', values: str = '', lists: str = '', **off: Any) -> List[Flag]:
+    flags = [
         *(Flag((n,), 'Not supported here.', bool, False, refused=reason) for n in switches.split()),
         *(Flag(tuple(n.split('=')), 'Not supported here.', str, refused=reason) for n in values.split()),
         *(Flag((n,), 'Not supported here.', str, nargs='+', refused=reason) for n in lists.split()),
     ]
+    return [replace(flag, off=off.get(flag.key)) for flag in flags]
 
 
 _NAFLEX = "NaFlex (variable token sequences) is for vision transformers and is not part of this engine; " \
@@ -423,7 +426,7 @@ TRAIN_FLAGS: FlagGroups = [
         _flag('--mixup-mode', str, 'batch', 'Whether one draw serves the batch, a pair or an image.',
               choices=('batch', 'pair', 'elem')),
         _flag('--mixup-off-epoch', int, 0, 'Epoch from which Mixup is off, 0 for never.', low=0),
-        _flag('--smoothing', float, 0.1, 'Label smoothing.', **_UNIT),
+        _flag('--smoothing', float, 0.1, 'Label smoothing.', low=0., high=0.999),
         _flag('--train-interpolation', str, 'random', 'How training images are resized: random, bilinear, bicubic.',
               choices=('random', *_INTERPOLATIONS)),
         _flag('--drop', float, 0., 'Dropout before the classifier.', **_UNIT),
@@ -486,12 +489,15 @@ TRAIN_FLAGS: FlagGroups = [
             _NAFLEX,
             switches='--naflex-loader --naflex-patchify-channels-first',
             values='--naflex-max-seq-len --naflex-loss-scale',
-            lists='--naflex-train-seq-lens --naflex-patch-sizes --naflex-patch-size-probs'),
+            lists='--naflex-train-seq-lens --naflex-patch-sizes --naflex-patch-size-probs',
+            naflex_max_seq_len=576, naflex_loss_scale='linear', naflex_train_seq_lens=[128, 256, 576, 784, 1024]),
         *_refused(
             _SCHEDULED,
             values='--train-size-schedule --train-size-schedule-spread --train-size-random-mix '
                    '--train-batches-per-epoch=--train-steps-per-epoch --variable-batch-loss-scale',
-            lists='--train-img-sizes --train-batch-sizes --train-size-probs'),
+            lists='--train-img-sizes --train-batch-sizes --train-size-probs',
+            train_size_schedule='constant', train_size_schedule_spread=0.65, train_size_random_mix=0.1,
+            variable_batch_loss_scale='none'),
         *_refused(_AUGMIX, switches='--jsd-loss --split-bn --resplit', values='--aug-splits'),
         *_refused(_FUSER, values='--fuser'),
     ]),
@@ -559,7 +565,7 @@ VALIDATE_FLAGS: FlagGroups = [
         _flag('--seed', int, 42, 'Seed.', **_SEED),
     ]),
     ('not supported', [
-        *_refused(_NAFLEX, switches='--naflex-loader', values='--naflex-max-seq-len'),
+        *_refused(_NAFLEX, switches='--naflex-loader', values='--naflex-max-seq-len', naflex_max_seq_len=576),
         *_refused(_FUSER, values='--fuser'),
         *_refused(_TF, switches='--tf-preprocessing'),
     ]),

@@ -66,10 +66,11 @@ class TrainResult:
 
     @property
     def best_checkpoint(self) -> Optional[Path]:
-        """Checkpoint of the best epoch, or of the last one if there was no validation."""
+        """Checkpoint of the best epoch, or of the last one if there was no validation; None if nothing was trained."""
         if self.output_dir is None:
             return None
-        return self.output_dir / ('last.pth.tar' if self.best_epoch is None else 'model_best.pth.tar')
+        path = self.output_dir / ('last.pth.tar' if self.best_epoch is None else 'model_best.pth.tar')
+        return path if path.is_file() else None
 
 
 @dataclass

@@ -31,7 +31,7 @@ from pst_timm.metrics.calibration import Calibration
 from pst_timm.metrics.classification import ClassReport, RealLabels
 from pst_timm.utils.devices import choose_threads
 from pst_timm.utils.errors import PSTError
-from pst_timm.utils.files import check_output, write_csv, write_json
+from pst_timm.utils.files import check_output, read_text, write_csv, write_json
 
 from . import factories
 from .batches import LabelledImages
@@ -62,7 +62,7 @@ def validate(args: Namespace) -> List[Results]:
     """
     factories.import_modules(args.device_modules)
     if args.results_file:
-        check_output(args.results_file, overwrite=True, inputs=filter(None, [args.checkpoint, args.valid_labels]))
+        check_results_file(Path(args.results_file))
     jobs = [
         Namespace(**dict(vars(copy.deepcopy(args)), model=model, checkpoint=checkpoint))
         for model, checkpoint in _models_and_checkpoints(args)
@@ -148,13 +148,30 @@ def _compile(args: Namespace, model: nn.Module) -> nn.Module:
     return torch.nn.DataParallel(model, device_ids=list(range(args.num_gpu))) if args.num_gpu > 1 else model
 
 
+def check_results_file(path: Path) -> None:
+    """Make sure, before the work, that results can be written, and that they replace nothing but earlier results.
+
+    Raises:
+        PSTError: If it is not so.
+    """
+    check_output(path, overwrite=True)
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with open(path, 'rb') as file:
+        first = file.read(4096).split(b'\n')[0:3]
+    header = first[0].decode('utf-8', errors='replace').strip().split(',')
+    json_like = first[0][:1] in (b'[', b'{') and b'"model"' in b''.join(first)
+    if 'model' not in header and not json_like:
+        raise PSTError(f'--results-file {path} is there already, and holds no results: name another file.')
+
+
 def _valid_labels(args: Namespace, dataset: Any) -> Optional[List[int]]:
     """Outputs of the model that are those of the classes of the data, in their order; None for all."""
     if not args.valid_labels:
         return None
     where = f'--valid-labels {args.valid_labels}'
     try:
-        labels = [int(line) for line in Path(args.valid_labels).read_text().split()]
+        labels = [int(line) for line in read_text(args.valid_labels).split()]
     except (OSError, ValueError) as e:
         raise PSTError(f'{where}: expected a text file of class indices ({e}).') from e
     odd = [n for n in labels if not 0 <= n < args.num_classes]

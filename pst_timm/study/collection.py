@@ -45,10 +45,22 @@ def collect(study: Study, output: Path, results: Path) -> None:
     ))
 
 
-def check_tables(results: Path) -> None:
-    """Raise a PSTError if a table of the results is garbled: before the first cell, not after the last one."""
+def check_tables(results: Path, study: Study) -> None:
+    """Make sure, before the first cell, that the tables of the results can be added to.
+
+    Raises:
+        PSTError: If one is garbled, or holds what another study, or this one in an earlier form, has found.
+    """
     for table in TABLES:
         _read(results, table)
+    trained = {cell.name: cell for cell in study.cells}
+    for row in _read(results, 'cells'):
+        cell = trained.get(row['cell'])
+        if cell is None or not cell.was_trained_with(row.get('settings', '')):
+            how = 'is no cell of this study' if cell is None else 'was trained with other settings'
+            raise PSTError(
+                f'{results / "cells.csv"} holds results of {row["cell"]!r}, which {how}, and they would be lost: '
+                f'choose another --results, give the study another name, or remove that folder.')
 
 
 def merge(results: Path, study: Study, table: str, rows: Iterable[Row]) -> List[Row]:

@@ -1,4 +1,5 @@
 """The YAML file of a study: which cells there are, and what each of them is to do."""
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,10 @@ class Cell:
     def was_run_with(self, settings: Mapping[str, Any]) -> bool:
         """Whether settings on record are those of this cell."""
         return {**settings, 'train': _decisive(settings.get('train', {}))} == self.settings
+
+    def was_trained_with(self, flags: str) -> bool:
+        """Whether flags of a training, as JSON in a table of results, are those of this cell; yes if not known."""
+        return not flags or _decisive(json.loads(flags)) == _decisive(self.train)
 
     def given(self, data_dir: str = '', output: Path = Path(), device: str = '') -> Dict[str, Any]:
         """The flags that the study gives to a cell itself.

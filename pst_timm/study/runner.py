@@ -252,7 +252,7 @@ def run_cells(
     missing: Deque[Cell] = deque(c for c in study.cells if not finished(c, output))
     done = [c for c in study.cells if c not in missing]
     check_packages(missing)
-    check_tables(results)
+    check_tables(results, study)
     _logger.info(f'{study.name}: {len(done)} of {len(study.cells)} cells are finished, {len(missing)} to run.')
     collect(study, output, results)
     slots = make_slots(device, jobs, len(missing)) if missing else []

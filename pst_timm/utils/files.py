@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 from .errors import PSTError
 
 __all__ = [
-    'check_output', 'columns_of', 'read_class_names', 'read_csv', 'write_csv', 'write_json', 'write_text',
-    'write_whole',
+    'check_output', 'columns_of', 'read_class_names', 'read_csv', 'read_text', 'write_csv', 'write_json',
+    'write_text', 'write_whole',
 ]
+
+LONGEST = 64 * 2 ** 20  # bytes of a text that a person wrote
 
 
 def check_output(path: os.PathLike, overwrite: bool = False, inputs: Iterable[os.PathLike] = ()) -> None:
@@ -126,6 +128,20 @@ def read_csv(path: os.PathLike) -> List[Dict[str, str]]:
         raise PSTError(f'{path} is not a CSV file ({e}).') from None
 
 
+def read_text(path: os.PathLike) -> str:
+    """The text of a file, or of a pipe, that a person wrote.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no text in UTF-8, or has no end.
+    """
+    with open(path, 'rb') as file:
+        content = file.read(LONGEST + 1)
+    if len(content) > LONGEST:
+        raise ValueError(f'it has more than {LONGEST >> 20} MiB')
+    return content.decode('utf-8-sig').replace('\r\n', '\n')
+
+
 def read_class_names(path: Optional[os.PathLike]) -> Optional[List[str]]:
     """The lines of a text file that are not empty, None for no file.
 
@@ -135,6 +151,6 @@ def read_class_names(path: Optional[os.PathLike]) -> Optional[List[str]]:
     if path is None:
         return None
     try:
-        return [name for name in Path(path).read_text(encoding='utf-8').split('\n') if name]
-    except (OSError, UnicodeDecodeError) as e:
+        return [name for name in read_text(path).split('\n') if name]
+    except (OSError, ValueError) as e:
         raise PSTError(f'Cannot read the class names {path}: {e}.') from None

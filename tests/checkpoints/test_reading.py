@@ -214,3 +214,10 @@ def test_other_classes_are_no_reason_to_begin_with_random_weights(spoil, said, t
     with pytest.raises(PSTError, match=said):
         create_model('test_resnet_pst', pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(
             file=str(tmp_path / 'path.pth'), num_classes=-1))
+
+
+def test_older_files_lack_the_counters_of_batch_norms(tmp_path):
+    model = build()
+    weights = {k: v for k, v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
+    torch.save(weights, tmp_path / 'old.pth')
+    assert torch.equal(logits(load_model(tmp_path / 'old.pth', arch='test_resnet_pst')), logits(model))

@@ -121,6 +121,9 @@ TABLE = [
     BadInput('benchmark: output is a file', ['benchmark', 'test_resnet_pst', '--output', 'photo.png'], 'photo.png'),
     BadInput('benchmark: results without columns', ['benchmark', 'test_resnet_pst', '--results-file', 'r.csv'], 'r.csv',
              write('r.csv', 'a,b\n1,2\n')),
+    BadInput('benchmark: over what it reads',
+             ['benchmark', 'test_resnet_pst', '--results-file', 'o/benchmark.csv', '--output', 'o'], 'is what is read',
+             write('o/benchmark.csv', 'model,top1\ntest_resnet_pst,50.0\n')),
     BadInput('benchmark: missing checkpoint', ['benchmark', '--checkpoint', 'gone.pth.tar'], 'gone.pth.tar'),
     # report, study, list
     BadInput('report: no checkout', ['report', '--root', 'run'], 'no folder results', code=2),

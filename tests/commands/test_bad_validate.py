@@ -56,6 +56,10 @@ def folder_of_notes(folder: Path):
 LABELS = '--valid-labels labels.txt'
 
 TABLE = [
+    # results over what is no result
+    *(bad(f'results-over-{name}', f'--results-file {name}', 'no results', write(name, content)) for name, content in (
+        ('notes.txt', 'mine'), ('last.pth.tar', b'PK\0\0weights'), ('config.yaml', 'model: resnet50\n'))),
+    bad('labels-without-end', '--valid-labels /dev/zero', '--valid-labels'),
     # weights
     checkpoint('weights-missing', 'nowhere.pth', 'nowhere.pth'),
     checkpoint('weights-empty', 'bad.pth', 'bad.pth', weights(lambda state: {})),

@@ -40,12 +40,28 @@ def test_flags_are_those_of_timm(name, groups):
         flag = ours[key_of(row)]
         assert set(flag.names) == set(row['flags'].split()), row
         if flag.refused:
+            default = eval(row['default'] or 'None')
+            assert not default or default == flag.off, row
             continue
         kind = bool if 'store_true' in row['action'] else TYPES.get(row['type'] or row['action'], str)
         assert flag.type is kind, row
         assert str(flag.nargs or '') == row['nargs'].strip("'"), row
         default = False if kind is bool else eval(row['default'] or 'None')
         assert flag.default == OUR_DEFAULTS[name].get(flag.key, default), row
+
+
+def test_what_timms_script_wrote_names_what_is_off_too(tmp_path):
+    off = {
+        'fuser': '', 'aug_splits': 0, 'jsd_loss': False, 'split_bn': False, 'naflex_loader': False,
+        'naflex_max_seq_len': 576, 'naflex_train_seq_lens': [128, 256, 576, 784, 1024], 'naflex_loss_scale': 'linear',
+        'train_size_schedule': 'constant', 'train_size_schedule_spread': 0.65, 'train_size_random_mix': 0.1,
+        'variable_batch_loss_scale': 'none', 'train_img_sizes': None, 'epochs': 7}
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(off))
+    assert read_yaml(str(tmp_path / 'args.yaml')) == {'epochs': 7}
+    for key, value in (('aug_splits', 3), ('naflex_max_seq_len', 128), ('train_size_schedule', 'progressive')):
+        (tmp_path / 'args.yaml').write_text(yaml.safe_dump({key: value}))
+        with pytest.raises(PSTError, match=key):
+            read_yaml(str(tmp_path / 'args.yaml'))
 
 
 @pytest.mark.parametrize('name,groups', [('train', TRAIN_FLAGS), ('validate', VALIDATE_FLAGS)])

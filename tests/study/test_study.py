@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -347,6 +348,17 @@ class TestBeforeTheFirstCell:
         (tmp_path / 'results' / 'curves.csv').write_bytes(text)
         assert 'curves.csv is garbled: restore it' in self.refused(capsys, tmp_path, config, data, tmp_path)
         assert (tmp_path / 'results' / 'curves.csv').read_bytes() == text
+
+    @pytest.mark.parametrize('changes, what', [
+        (dict(cells={'other': {'model': 'test_resnet'}}), 'no cell of this study'),
+        (dict(train=dict(TOY['train'], lr=0.1)), 'trained with other settings')])
+    def test_results_of_another_study_of_that_name(self, done, data, tmp_path, capsys, changes, what):
+        folder, *_ = done
+        shutil.copytree(folder / 'results', tmp_path / 'results')
+        before = (tmp_path / 'results' / 'cells.csv').read_bytes()
+        config = write_config(tmp_path, **{**changes, 'sweep': {}, 'probe': {}, 'questions': {}})
+        assert what in self.refused(capsys, tmp_path, config, data, tmp_path)
+        assert (tmp_path / 'results' / 'cells.csv').read_bytes() == before
 
     @pytest.mark.parametrize('text', ['{"settings": ', '[]', '{"settings": {}}'])
     def test_a_damaged_record(self, data, tmp_path, capsys, text):
