@@ -30,7 +30,7 @@ from .on_device import DeviceLoader, RandomCrop, check_flags, check_memory, read
 
 __all__ = [
     'TrainData', 'TrainSplits', 'bad_images', 'checked_batches', 'create_eval_loader', 'create_train_data',
-    'open_train_splits', 'plain_worker_errors', 'report_bad_images',
+    'open_train_splits', 'plain_worker_errors', 'report_bad_images', 'worker_ended',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -292,12 +292,20 @@ def plain_worker_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        if isinstance(e, PSTError) or not str(e).startswith('DataLoader worker'):
+        told = worker_ended(e)
+        if not told:
             raise
-        text = ' '.join(str(e).split()).rstrip('.')
-        raise PSTError(
-            f'A process that loads images has ended ({text}). As a rule the memory ran out: take fewer --workers or a '
-            f'smaller --batch-size; --workers 0 loads in this process.') from e
+        raise PSTError(told) from e
+
+
+def worker_ended(error: RuntimeError) -> str:
+    """What torch says when a loader worker is gone, in plain words; empty if it is something else."""
+    text = ' '.join(str(error).split()).rstrip('.')
+    if isinstance(error, PSTError) or not text.startswith(('DataLoader worker', 'Pin memory thread')):
+        return ''
+    return (
+        f'A process that loads images has ended ({text}). As a rule the memory ran out: take fewer --workers or a '
+        f'smaller --batch-size; --workers 0 loads in this process.')
 
 
 def report_bad_images(loader: DataLoader) -> None:

@@ -10,6 +10,7 @@ from timm.utils import is_primary
 from torch.utils.data import Dataset
 
 from pst_timm.data.datasets import class_names
+from pst_timm.data.loaders import worker_ended
 from pst_timm.utils.errors import Interrupted, PSTError
 
 __all__ = ['check_ranks', 'explain', 'leave_group', 'on_first']
@@ -100,10 +101,8 @@ def explain(
         f'The last checkpoint is intact: start again with {go_on} to go on.')
     if stopped:  # the signal also went to the loader workers or the other processes, and took one from under the step
         return Interrupted(f'Stopped in the middle of a step ({text}). {safe}')
-    if 'DataLoader worker' in text or 'Pin memory thread' in text:
-        return PSTError(
-            f'A process that loads images has ended ({text}). The system ends them when memory runs out: try fewer '
-            f'--workers or a smaller --batch-size. {safe}')
+    if told := worker_ended(error):
+        return PSTError(f'{told} {safe}')
     if isinstance(error, torch.OutOfMemoryError):
         return PSTError(
             f'The memory of {args.device} is not enough ({text}): try a smaller --batch-size (with --grad-accum-steps '
