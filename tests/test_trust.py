@@ -4,19 +4,22 @@ Each hostile file would write a file, make a folder, run code or call a server o
 were believed.
 """
 import contextlib
+import io
 import json
 import os
 import pickle
 import shutil
 import struct
+import zipfile
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
 import pst_timm
-from pst_timm.checkpoints import load_model, load_trunk
+from pst_timm.checkpoints import create_model, load_model, load_trunk
 from pst_timm.checkpoints.schema import check_facts, parse_json
 from pst_timm.checkpoints.trust import NEVER, check_model_args, check_origin, check_size
 from pst_timm.cli import main
@@ -274,6 +277,103 @@ def test_a_hostile_repository_leaves_no_mark(config, said, door, place):
         door()
     assert list(place.marks.iterdir()) == []
     assert not [r for r in place.hub.requests if 'evil.pth' in r or 'second' in r]
+
+
+def tuples_within_tuples():
+    """A pickle whose only key would take years to hash."""
+    twice = b')' + b'q\0h\0\x86' * 40  # an empty tuple; then, again and again, that twice
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, 'w') as archive:
+        archive.writestr('archive/data.pkl', b'\x80\x02}' + twice + b'K\x01s.')
+        archive.writestr('archive/version', b'3\n')
+    return buffer.getvalue()
+
+
+def with_an_expanded_weight(weights):
+    """Weights of which one claims to be larger than what is stored of it."""
+    buffer = io.BytesIO()
+    torch.save({**weights, 'fc.weight': torch.zeros(1).expand(weights['fc.weight'].shape)}, buffer)
+    return buffer.getvalue()
+
+
+def with_a_nan(weights):
+    buffer = io.BytesIO()
+    torch.save({**weights, 'fc.bias': torch.full_like(weights['fc.bias'], float('nan'))}, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize('make, said', [
+    (lambda weights: tuples_within_tuples(), 'tuples within tuples'),
+    (with_an_expanded_weight, 'says that it is larger than what the file holds'),
+    (with_a_nan, 'NaN or infinite'),
+], ids=['tuples', 'expanded', 'nan'])
+@pytest.mark.parametrize('door', [
+    lambda source: load_model(source),
+    lambda source: load_trunk(build(), source),
+    lambda source: create_model(source, pretrained=True, num_classes=7, in_chans=1),
+    lambda source: create_model(source, pretrained=True, features_only=True),
+], ids=['load_model', 'load_trunk', 'teacher', 'features'])
+def test_a_pickle_behind_a_name_is_read_as_any_other(make, said, door, place):
+    content = {
+        'config.json': json.dumps({'architecture': 'test_resnet_pst', 'num_classes': 3}).encode(),
+        'pytorch_model.bin': make(place.weights)}
+    place.hub.create('evil/model')
+    place.hub.commit('evil/model', 'other', 'first', content)
+    for name, value in content.items():
+        (place.source / name).write_bytes(value)
+    for source in ('hf-hub:evil/model@other', f'local-dir:{place.source}'):
+        with pytest.raises(PSTError, match=said):
+            door(source)
+
+
+@pytest.mark.parametrize('make, said', [
+    (lambda weights: tuples_within_tuples(), 'tuples within tuples'), (with_a_nan, 'NaN or infinite'),
+], ids=['tuples', 'nan'])
+def test_weights_behind_a_tag_are_read_as_any_other(make, said, place):
+    publish_hostile(place, {'architecture': 'test_resnet_pst', 'num_classes': 3})
+    pst_timm.register_weights('test_resnet_pst.evil', hf_hub_id='evil/model')
+    assert load_model('test_resnet_pst.evil').pretrained_cfg['hf_hub_id'] == 'evil/model'
+    place.hub.commit(
+        'evil/model', 'main', 'second', {'pytorch_model.bin': make(place.weights)}, deleted=['model.safetensors'])
+    shutil.rmtree(place.hub.cache)
+    for name in ('test_resnet_pst.evil', 'test_resnet_pst'):
+        if name == 'test_resnet_pst':
+            pst_timm.register_weights('test_resnet_pst.evil', hf_hub_id='evil/model', default=True)
+        with pytest.raises(PSTError, match=said):
+            load_model(name)
+
+
+def test_a_pickle_behind_a_name_is_adapted_as_timm_does(place):
+    place.hub.create('good/model')
+    buffer = io.BytesIO()
+    torch.save(place.weights, buffer)
+    layers = {k: timm.get_pretrained_cfg_value('test_resnet_pst', k) for k in ('first_conv', 'classifier')}
+    config = {'architecture': 'test_resnet_pst', 'num_classes': 3, 'pretrained_cfg': {'num_classes': 3, **layers}}
+    place.hub.commit('good/model', 'main', 'first', {
+        'config.json': json.dumps(config).encode(), 'pytorch_model.bin': buffer.getvalue()})
+    for kwargs in ({}, {'num_classes': 7}, {'num_classes': 0}, {'in_chans': 1}, {'features_only': True}):
+        ours = create_model('hf-hub:good/model', pretrained=True, **kwargs)
+        timms = timm.create_model('hf-hub:good/model', pretrained=True, **kwargs)
+        assert ours.pretrained_cfg == timms.pretrained_cfg
+        for (name, a), b in zip(ours.state_dict().items(), timms.state_dict().values()):
+            random = kwargs.get('num_classes') == 7 and name.startswith('fc.')
+            assert random or torch.equal(a, b), name
+
+
+def test_a_class_count_that_the_weights_do_not_have_is_refused_before_the_model_is_made(place, monkeypatch):
+    (place.source / 'config.json').write_text(json.dumps({'architecture': 'vgg11', 'num_classes': 200_000}))
+    torch.save(place.weights, place.source / 'pytorch_model.bin')
+    made = []
+    create = timm.create_model
+
+    def watch(*args, **kwargs):
+        made.append(torch.empty(0).device.type)
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(timm, 'create_model', watch)
+    with pytest.raises(PSTError, match=r'Missing key|size mismatch'):
+        load_model(f'local-dir:{place.source}')
+    assert set(made) == {'meta'}
 
 
 # how much a file may ask for

@@ -9,14 +9,14 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import resolve_data_config, resolve_input_data_config
-from timm.models import get_pretrained_cfg, get_pretrained_cfg_value
+from timm.models import get_pretrained_cfg, get_pretrained_cfg_value, resolve_pretrained_cfg
 
 from pst_timm.models import reparameterize
 from pst_timm.models.digest import check_digest, drop_digest
 from pst_timm.utils.errors import PSTError, did_you_mean
 
 from .facts import complete, first_line, look_up, resolve_origin
-from .fetching import check_fetchable
+from .fetching import check_fetchable, find_pretrained
 from .fitting import check_fit, load_weights
 from .reading import WRAPPER, Checkpoint, PathLike, check_finite, check_folder, is_file, read_checkpoint
 from .rules import printable
@@ -66,9 +66,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     try:
         if ':' in name:
             return _create_from_config(name, **kwargs)
-        if kwargs.get('pretrained') and overlay.get('file') and not overlay.get('custom_load'):
-            _check_file(name, **kwargs)
-        return timm.create_model(name, **kwargs)
+        return _create_checked(name, name, **kwargs)
     except PSTError as e:
         if str(e).startswith(name):
             raise
@@ -79,41 +77,82 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         raise PSTError(f'Cannot create {name}: {printable(reason[:500])}') from e
 
 
-def _check_file(name: str, pretrained_cfg_overlay: Mapping[str, Any], **kwargs: Any) -> None:
-    """Make sure that weights from a file are all there but for a classifier: timm takes what fits, be it nothing."""
-    weights = read_checkpoint(pretrained_cfg_overlay['file']).weights
-    classes = _size(weights, name, 'classifier', 0) or 0
-    overlay = {**pretrained_cfg_overlay, 'num_classes': classes}
-    try:
-        _create_without_memory(name, **{**kwargs, 'num_classes': classes, 'pretrained_cfg_overlay': overlay})
-    except RuntimeError as e:
-        if 'Missing key' in str(e) or 'size mismatch' in str(e):  # not only a classifier by another name
-            raise
-
-
-def _create_without_memory(name: str, **kwargs: Any) -> None:
-    """Create a model and load its weights, all of which must fit, without a place to put them."""
-    with torch.device('meta'), warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # that nothing is copied there
-        timm.create_model(name, **kwargs)
-
-
 def _create_from_config(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A model from a folder or repository that the user has named."""
     arch, told, cfg = look_up(name)
-    kwargs = {k: v for k, v in kwargs.items() if v is not None}
-    kwargs.setdefault('pretrained_cfg', cfg)
-    told_kwargs = {**told, 'pretrained_cfg': cfg, 'pretrained_model_args': told}
-    check_size(name, arch, told)
+    told = {**told, 'pretrained_cfg': cfg, 'pretrained_model_args': told}
+    kwargs = {**told, **{k: v for k, v in kwargs.items() if v is not None}}
     if pretrained and name.startswith('local-dir:'):
         check_folder(Path(cfg['file']))
-    if pretrained and kwargs.get('num_classes', cfg.get('num_classes')) != cfg.get('num_classes'):
-        # for other classes timm takes what fits, be it nothing
-        _create_without_memory(arch, pretrained=True, **told_kwargs)
-    model = timm.create_model(arch, pretrained=pretrained, **{**told_kwargs, **kwargs})
-    if pretrained:
-        check_finite(Checkpoint(Path(name), model.state_dict()))
+    if not pretrained:
+        _check_told(name, arch, told)
+    return _create_checked(name, arch, pretrained=pretrained, told=told, **kwargs)
+
+
+def _create_checked(
+        name: str,
+        arch: str,
+        pretrained: bool = False,
+        told: Optional[Mapping[str, Any]] = None,
+        **kwargs: Any,
+) -> nn.Module:
+    """`timm.create_model`, with weights that were read as those of a stranger before timm reads them.
+
+    Args:
+        name: What the user has named.
+        arch: Its architecture, or the name again.
+        pretrained: Whether it comes with weights.
+        told: Those of the arguments that a config.json tells.
+        kwargs: All other arguments.
+    """
+    if not pretrained:
+        return timm.create_model(arch, **kwargs)
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    cfg = None
+    if isinstance(kwargs.get('pretrained_cfg'), (dict, type(None))):
+        cfg = resolve_pretrained_cfg(arch, kwargs.get('pretrained_cfg'), overlay).to_dict()
+    file = find_pretrained(cfg, kwargs.get('cache_dir')) if cfg is not None else None
+    if file is not None:
+        weights = read_checkpoint(file).weights
+        kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': str(file), 'source': '', 'state_dict': None}
+        if told is not None:
+            _check_told(name, arch, told, weights)
+            _check_all_there(arch, {**told, 'pretrained_cfg_overlay': kwargs['pretrained_cfg_overlay']})
+        elif overlay.get('file'):
+            classes = _size(weights, arch, 'classifier', 0) or 0
+            _check_all_there(arch, {
+                **kwargs, 'num_classes': classes,
+                'pretrained_cfg_overlay': {**kwargs['pretrained_cfg_overlay'], 'num_classes': classes}})
+        del weights
+    model = timm.create_model(arch, pretrained=True, **kwargs)
+    if file is not None:  # where the weights are, as the user knows it
+        for key in ('file', 'source'):
+            model.pretrained_cfg.pop(key, None)
+            if key in cfg:
+                model.pretrained_cfg[key] = cfg[key]
+    check_finite(Checkpoint(Path(name), model.state_dict()))
     return model
+
+
+def _check_told(
+        name: str,
+        arch: str,
+        told: Mapping[str, Any],
+        weights: Optional[Mapping[str, torch.Tensor]] = None,
+) -> None:
+    """`check_size`, for what a config.json tells, the class count and input size of its weights among it."""
+    check_size(name, arch, {k: v for k, v in told.items() if k != 'pretrained_model_args'}, weights)
+
+
+def _check_all_there(arch: str, kwargs: Mapping[str, Any]) -> None:
+    """Make sure, without a place to put them, that weights are all there: for other classes timm takes what fits."""
+    try:
+        with torch.device('meta'), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # that nothing is copied there
+            timm.create_model(arch, pretrained=True, **kwargs)
+    except RuntimeError as e:
+        if 'Missing key' in str(e) or 'size mismatch' in str(e):  # else it is for the model itself to say
+            raise
 
 
 def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:

@@ -3,12 +3,11 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch.nn as nn
-from huggingface_hub import hf_hub_download
 from timm.models import get_pretrained_cfg, parse_model_name, split_model_name_tag
-from timm.models._hub import hf_split  # timm exports it from here alone
 
 from pst_timm.utils.errors import PSTError
 
+from .fetching import fetch
 from .reading import Checkpoint
 from .trust import check_origin, read_config
 
@@ -74,8 +73,7 @@ def look_up(name: str, pretrained: bool = False) -> Tuple[str, Dict[str, Any], D
             cfg, arch, model_args = read_config(Path(plain))
             return arch, model_args, dict(cfg, source=source, file=plain)
         if source is not None:
-            repo, revision = hf_split(plain)
-            cfg, arch, model_args = read_config(Path(hf_hub_download(repo, 'config.json', revision=revision)).parent)
+            cfg, arch, model_args = read_config(fetch(plain, 'config.json').parent)
             return arch, model_args, dict(cfg, source=source, hf_hub_id=plain)
         named = get_pretrained_cfg(plain) if '.' in plain or pretrained else None
         return split_model_name_tag(plain)[0], {}, named.to_dict() if named is not None else {}

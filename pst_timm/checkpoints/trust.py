@@ -248,7 +248,7 @@ def check_size(
                 model = timm.create_model(arch, **kwargs)
             usual = _class_of(arch)[1]
         except Exception:
-            if not set(kwargs) <= set(COMMON_ARGS):
+            if not set(kwargs) <= {*COMMON_ARGS, 'pretrained_cfg'}:
                 raise
             # a model of another package may not do without memory; what these arguments may ask for is bounded
             return timm.create_model(arch, **kwargs)

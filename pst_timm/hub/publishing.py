@@ -24,9 +24,10 @@ from pst_timm.models import ResNetPST
 from pst_timm.models.digest import digest_note
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import check_output, read_csv, write_text, write_whole
+from pst_timm.utils.waiting import TIMEOUT
 
 from .card import Accuracy, model_card
-from .upload import CARD, CONFIG, FILES, TIMEOUT, WEIGHTS, Upload
+from .upload import CARD, CONFIG, FILES, WEIGHTS, Upload
 
 __all__ = ['Publication', 'publish', 'save_folder']
 

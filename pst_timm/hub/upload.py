@@ -1,9 +1,7 @@
 """The way to a repository on the Hub, and what may go wrong on it, in words."""
 import json
 import logging
-import queue
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -20,19 +18,13 @@ from huggingface_hub.errors import (
 
 from pst_timm.checkpoints.reading import PICKLES
 from pst_timm.utils.errors import PSTError, Unavailable
+from pst_timm.utils.waiting import SLOWEST, TIMEOUT, Silent, in_time
 
 __all__ = ['CARD', 'CONFIG', 'FILES', 'WEIGHTS', 'Upload']
 
 _logger = logging.getLogger(__name__)
 
-TIMEOUT = 60  # seconds
-SLOWEST = 2 ** 17  # bytes per second of an upload that is waited for
-THREAD = 'ask the Hub'  # name of the thread in which a call runs
 WEIGHTS, CONFIG, CARD = FILES = ('model.safetensors', 'config.json', 'README.md')
-
-
-class _Silent(Unavailable):
-    """The Hub did not answer in time; it is not asked again."""
 
 
 class Upload:
@@ -122,7 +114,7 @@ class Upload:
         for attempt in range(1, self.attempts):
             try:
                 return self._commit(folder)
-            except _Silent:
+            except Silent:
                 raise
             except Unavailable as e:
                 wait = 2 ** attempt
@@ -142,31 +134,6 @@ class Upload:
         return str(self._ask(lambda: self.api.create_commit(
             self.repo_id, operations, commit_message='Publish model', revision=self.revision), size).commit_url)
 
-    def _in_time(self, call: Callable[[], Any], seconds: float) -> Any:
-        """What a call returns or raises, unless it takes too long.
-
-        The client waits without end in some places and tries again in others, so what is measured is the call as a
-        whole, in a thread that is left behind.
-        """
-        answers: queue.SimpleQueue = queue.SimpleQueue()
-
-        def work() -> None:
-            try:
-                answers.put((call(), None))
-            except BaseException as e:
-                answers.put((None, e))
-
-        threading.Thread(target=work, name=THREAD, daemon=True).start()
-        try:
-            answer, error = answers.get(timeout=seconds)
-        except queue.Empty:
-            raise _Silent(
-                f'The Hub at {self.api.endpoint} did not answer within {seconds:.0f} s: try again later, or wait '
-                f'longer with --timeout.') from None
-        if error is not None:
-            raise error
-        return answer
-
     def _ask(self, call: Callable[[], Any], size: int = 0) -> Any:
         """Ask the Hub; answers that the caller may expect pass, all others become words for the user.
 
@@ -175,8 +142,12 @@ class Upload:
             size: Bytes that are sent.
         """
         try:
-            return self._in_time(call, self.timeout + size / SLOWEST)
-        except _Silent:
+            seconds = self.timeout + size / SLOWEST
+            return in_time(
+                call, seconds,
+                f'The Hub at {self.api.endpoint} did not answer within {seconds:.0f} s: try again later, or wait '
+                f'longer with --timeout.')
+        except Silent:
             raise
         except OfflineModeIsEnabled as e:
             raise Unavailable('The Hub is not asked in offline mode: unset HF_HUB_OFFLINE.') from e

@@ -12,8 +12,8 @@ from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 from timm.models import _registry
 
-from pst_timm.hub.upload import THREAD
 from pst_timm.models import resnet_pst
+from pst_timm.utils.waiting import THREAD
 from tests.hub_server import HubServer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

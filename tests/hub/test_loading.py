@@ -11,6 +11,7 @@ from safetensors.torch import load
 
 import pst_timm
 from pst_timm.checkpoints import load_model
+from pst_timm.checkpoints.fetching import fetch
 from pst_timm.engine import parse_validate_args, train, train_args, validate
 from pst_timm.hub.publishing import publish
 from pst_timm.utils.cost import count_gmacs
@@ -193,3 +194,32 @@ def test_a_hub_that_does_not_answer_may_do_so_later(hub, monkeypatch):
     with pytest.raises(Unavailable, match='cannot be reached') as error:
         load_model('hf-hub:acme/tiny')
     assert error.value.exit_code == 75
+
+
+@pytest.mark.parametrize('file', ['config.json', 'model.safetensors'])
+def test_a_hub_that_is_silent_is_not_waited_for_for_ever(hub, published, monkeypatch, file):
+    monkeypatch.setenv('HF_HUB_DOWNLOAD_TIMEOUT', '0.5')
+    hub.fail(f'/resolve/.*{file}', 'stall')
+    with pytest.raises(Unavailable, match=rf'did not send {file}.* 0.5 s.*HF_HUB_DOWNLOAD_TIMEOUT') as error:
+        load_model(f'hf-hub:{REPO}')
+    assert error.value.exit_code == 75
+
+
+def test_a_silent_hub_is_no_fault_where_the_files_are_here(hub, published, monkeypatch):
+    assert torch.equal(logits(load_model(f'hf-hub:{REPO}')), logits(published))
+    monkeypatch.setenv('HF_HUB_DOWNLOAD_TIMEOUT', '0.5')
+    hub.fail('/resolve/', 'stall')
+    assert torch.equal(logits(load_model(f'hf-hub:{REPO}')), logits(published))
+
+
+def test_a_large_file_has_the_time_that_it_takes(hub, published, monkeypatch):
+    waited = []
+
+    def watch(call, seconds, message):
+        waited.append(seconds)
+        return call()
+
+    monkeypatch.setattr('pst_timm.checkpoints.fetching.in_time', watch)
+    monkeypatch.setenv('HF_HUB_DOWNLOAD_TIMEOUT', '7')
+    path = fetch(REPO, 'model.safetensors')
+    assert waited == [7, 7 + path.stat().st_size / 2 ** 17]
