@@ -161,6 +161,16 @@ class TestLostWork:
         assert len(train(args).history) == 1 and second == ['refused']
         assert not (tmp_path / 'run' / 'run.lock').exists()
 
+    @pytest.mark.parametrize('link', [os.symlink, os.link, lambda victim, path: os.mkfifo(path)], ids='shp')
+    def test_a_lock_that_is_a_link_leaves_its_target_alone(self, images, tmp_path, link):
+        (tmp_path / 'run').mkdir()
+        victim = tmp_path / 'run' / 'thesis.txt'
+        victim.write_text('precious')
+        link(victim, tmp_path / 'run' / 'run.lock')
+        with pytest.raises(PSTError, match=r'run\.lock is no file of a lock but a link'):
+            train(tiny_train_args(images, tmp_path))
+        assert victim.read_text() == 'precious' and os.path.lexists(tmp_path / 'run' / 'run.lock')
+
     def test_a_terminal_that_is_closed_is_a_polite_end(self, images, tmp_path):
         write_yaml(tiny_train_args(images, tmp_path, epochs=200, val_split=''), tmp_path / 'config.yaml')
         pid, terminal = pty.fork()
