@@ -25,7 +25,7 @@ from .trust import check_ordinary, read_config
 
 __all__ = [
     'FACTS_KEY', 'HEADER_KEY', 'PICKLES', 'Checkpoint', 'Damaged', 'check_finite', 'check_folder', 'check_weights',
-    'check_whole', 'clean_names', 'find_weights', 'has_weights_ending', 'is_file', 'read_checkpoint',
+    'check_whole', 'clean_names', 'facts_in', 'find_weights', 'has_weights_ending', 'is_file', 'read_checkpoint',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -294,11 +294,25 @@ def _read_pickle(path: Path, use_ema: Optional[bool]) -> Checkpoint:
     weights = check_weights(weights, path)
     if ema is None:
         return Checkpoint(path, weights)
+    return Checkpoint(path, weights, **facts_in(content, path, ema=ema))
+
+
+def facts_in(content: Dict[str, Any], path: Path, **others: Any) -> Dict[str, Any]:
+    """What a training checkpoint says of itself, as values that fit.
+
+    Args:
+        content: What the checkpoint holds.
+        path: The checkpoint, for messages.
+        others: What else is known of it.
+
+    Raises:
+        PSTError: If a value does not fit, see `check_facts`.
+    """
     known = {k: content.get(k) for k in ('args', 'epoch', 'metric')}
     facts = content.get(FACTS_KEY, {'arch': content.get('arch')})
     if isinstance(facts, dict):
-        facts = {**known, 'ema': ema, **facts}
-    return Checkpoint(path, weights, **check_facts(path, facts))
+        facts = {**known, **others, **facts}
+    return check_facts(path, facts)
 
 
 def check_weights(weights: Any, source: Any) -> Dict[str, torch.Tensor]:

@@ -12,7 +12,9 @@ from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkp
 from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
 
 from pst_timm.checkpoints.fitting import misfits
-from pst_timm.checkpoints.reading import FACTS_KEY, Damaged, check_whole
+from pst_timm.checkpoints.reading import FACTS_KEY, Damaged, check_whole, facts_in
+from pst_timm.checkpoints.rules import Unfit, short
+from pst_timm.checkpoints.schema import check_budget
 from pst_timm.utils.errors import PSTError
 
 __all__ = [
@@ -197,7 +199,7 @@ def read_saved(path: Path, whole: bool = True) -> Dict[str, Any]:
         whole: Whether to check the sums of all tensors too, which reads the whole file.
 
     Raises:
-        Damaged: If it is truncated, corrupt, or would execute code.
+        Damaged: If it is truncated, corrupt, would execute code, or says of itself what cannot be.
         PSTError: If it is missing or cannot be opened, which says nothing about what is in it.
     """
     check_whole(path, sums=whole)
@@ -209,7 +211,15 @@ def read_saved(path: Path, whole: bool = True) -> Dict[str, Any]:
             f'could run code: {e}') from None
     except Exception as e:  # whatever a damaged pickle may raise
         raise Damaged(f'The checkpoint {path} cannot be read ({e}): use an earlier one.') from None
-    return saved if isinstance(saved, dict) else {}
+    saved = saved if isinstance(saved, dict) else {}
+    try:
+        check_budget(saved)  # before anything walks through it
+        facts_in(saved, path)
+    except Unfit as e:
+        raise Damaged(f'The checkpoint {path} is garbled: expected {e.expected}. Use another one.') from None
+    except PSTError as e:
+        raise Damaged(str(e)) from None
+    return saved
 
 
 def check_checkpoint(path: Path) -> None:
@@ -329,6 +339,8 @@ def resume(
         PSTError: If the checkpoint is of another model, or what is in it makes no sense.
     """
     try:
+        if optimizer is not None and 'optimizer' in saved:
+            _check_state(saved['optimizer'])
         resume_task_checkpoint(task, str(path), optimizer=optimizer, loss_scaler=loss_scaler)
         if task.has_ema():
             load_task_ema_checkpoint(task, str(path))
@@ -340,6 +352,22 @@ def resume(
         raise PSTError(
             f'The checkpoint {path} does not fit this run: {_why(e, saved, task)} Start with the flags of that run; '
             f'--no-resume-opt leaves its optimizer behind.') from e
+
+
+def _check_state(saved: Dict[str, Any]) -> None:
+    """Make sure that the state of an optimizer is numbers, tensors, and short lists of them.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    for entries in saved['state'].values():
+        for name, value in entries.items():
+            values = value if isinstance(value, (list, tuple)) else (value,)
+            if len(values) > 100 or not all(
+                    isinstance(v, (torch.Tensor, int, float, bool, type(None))) for v in values):
+                raise ValueError(
+                    f'in the state of its optimizer, {short(name)} is a {type(value).__name__} and neither a number, '
+                    f'a tensor nor a short list of them')
 
 
 def _why(error: Exception, saved: Dict[str, Any], task: TrainingTask) -> str:

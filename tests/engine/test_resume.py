@@ -358,6 +358,35 @@ class TestWithoutAWord:
             images, tmp_path, experiment='other', epochs=3, resume=str(tmp_path / 'odd.pth.tar')), 'does not fit')
         assert not (tmp_path / 'other').exists()
 
+    @pytest.mark.parametrize('place', ['args.opt_kwargs', 'optimizer', 'facts', 'saver', 'epoch'])
+    def test_a_list_that_shares_itself_is_refused_at_once(self, images, ended, tmp_path, place):
+        content = torch.load(ended / 'last.pth.tar', weights_only=False)
+        bomb = [0]
+        for _ in range(10 if place == 'optimizer' else 60):  # the first is in bounds, but no state
+            bomb = [bomb, bomb]
+        if place == 'optimizer':
+            content['optimizer']['state'][0]['step'] = bomb
+        elif place.startswith('args'):
+            setattr(content['args'], place.split('.')[1], bomb)
+        else:
+            content[place] = bomb
+        torch.save(content, tmp_path / 'odd.pth.tar')
+        refused(ended, tiny_train_args(
+            images, tmp_path, experiment='other', epochs=3, resume=str(tmp_path / 'odd.pth.tar')),
+            'in the state of its optimizer, step is a list' if place == 'optimizer' else 'expected')
+        assert not (tmp_path / 'other').exists()
+
+    @pytest.mark.parametrize('entry, value, said', [
+        ('facts', dict(pretrained_cfg=dict(label_names=[['cat']])), r'label_names\.\[0\]|label_names\[0\]'),
+        ('args', Namespace(opt_kwargs=torch.zeros(2)), 'at args.opt_kwargs: expected plain values'),
+        ('args', [1], 'at args: expected a mapping'),
+    ], ids=['label_names', 'tensor', 'list'])
+    def test_facts_that_make_no_sense(self, images, ended, tmp_path, entry, value, said):
+        content = torch.load(ended / 'last.pth.tar', weights_only=False)
+        torch.save({**content, entry: value}, tmp_path / 'odd.pth.tar')
+        refused(ended, tiny_train_args(
+            images, tmp_path, experiment='other', epochs=3, resume=str(tmp_path / 'odd.pth.tar')), said)
+
 
 class TestTables:
     def rows(self, folder, name='summary.csv'):
