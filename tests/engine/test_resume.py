@@ -387,6 +387,41 @@ class TestWithoutAWord:
         refused(ended, tiny_train_args(
             images, tmp_path, experiment='other', epochs=3, resume=str(tmp_path / 'odd.pth.tar')), said)
 
+    def odd(self, ended, images, tmp_path, change, **values):
+        """Arguments to go on from a run whose last checkpoint was changed."""
+        content = torch.load(ended / 'last.pth.tar', weights_only=False)
+        change(content)
+        torch.save(content, tmp_path / 'odd.pth.tar')
+        return tiny_train_args(
+            images, tmp_path, experiment='other', epochs=3, resume=str(tmp_path / 'odd.pth.tar'), **values)
+
+    def test_the_settings_of_the_optimizer_are_those_of_the_flags(self, images, ended, tmp_path):
+        def change(content):
+            for group in content['optimizer']['param_groups']:
+                group.update(
+                    weight_decay=None, momentum='zz', maximize=True, lr=[1], initial_lr=-1., lr_scale=9., step=3)
+
+        run = prepare(self.odd(ended, images, tmp_path, change))
+        fresh = prepare(tiny_train_args(images, tmp_path, experiment='fresh'))
+        kept = ('weight_decay', 'momentum', 'maximize', 'initial_lr')
+        for group, own in zip(run.optimizer.param_groups, fresh.optimizer.param_groups, strict=True):
+            assert {k: group[k] for k in kept} == {k: own[k] for k in kept}
+            assert 'lr_scale' not in group and group['step'] == 3 and group['lr'] == run.lr
+        assert any('momentum_buffer' in state for state in run.optimizer.state.values())
+
+    @pytest.mark.parametrize('lr, match', [(0.01, None), (float('nan'), 'its lr is no'), ('zz', 'its lr is no')])
+    def test_a_learning_rate_that_no_schedule_leads_stays(self, images, ended, tmp_path, lr, match):
+        def change(content):
+            for group in content['optimizer']['param_groups']:
+                group['lr'] = lr
+
+        args = self.odd(ended, images, tmp_path, change, sched='none')
+        if match is None:
+            assert prepare(args).lr == lr
+        else:
+            refused(ended, args, match)
+            assert not (tmp_path / 'other').exists()
+
 
 class TestTables:
     def rows(self, folder, name='summary.csv'):
