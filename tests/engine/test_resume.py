@@ -373,7 +373,7 @@ class TestWithoutAWord:
         torch.save(content, tmp_path / 'odd.pth.tar')
         refused(ended, tiny_train_args(
             images, tmp_path, experiment='other', epochs=3, resume=str(tmp_path / 'odd.pth.tar')),
-            'in the state of its optimizer, step is a list' if place == 'optimizer' else 'expected')
+            'in the state of its optimizer, step is neither' if place == 'optimizer' else 'expected')
         assert not (tmp_path / 'other').exists()
 
     @pytest.mark.parametrize('entry, value, said', [
@@ -408,6 +408,41 @@ class TestWithoutAWord:
             assert {k: group[k] for k in kept} == {k: own[k] for k in kept}
             assert 'lr_scale' not in group and group['step'] == 3 and group['lr'] == run.lr
         assert any('momentum_buffer' in state for state in run.optimizer.state.values())
+
+    @pytest.mark.parametrize('entry, name', [
+        ('state_dict', 'fc.weight'), ('state_dict_ema', 'fc.weight'), ('optimizer', 'state.0.momentum_buffer')])
+    @pytest.mark.parametrize('value, match', [
+        (torch.nan, 'has NaN or infinite weights in 1 tensors, the first is {}'),
+        (torch.zeros(1).expand(10 ** 12), '{} says that it is larger than what the file holds'),
+        (torch.zeros(3).to_sparse(), '{} is no dense tensor'),
+    ], ids=['nan', 'stride', 'sparse'])
+    def test_a_tensor_that_is_no_use_is_named(self, images, ended, tmp_path, entry, name, value, match):
+        def change(content):
+            content['state_dict_ema'] = {k: v.clone() for k, v in content['state_dict'].items()}
+            *path, last = name.split('.') if entry == 'optimizer' else [name]
+            tensors = content[entry]
+            for key in path:
+                tensors = tensors[int(key) if key.isdigit() else key]
+            if value is torch.nan:
+                tensors[last].view(-1)[-1] = value
+            else:
+                tensors[last] = value
+
+        args = self.odd(ended, images, tmp_path, change, model_ema=True)
+        refused(ended, args, match.format(f'{entry}.{name}'))
+        assert not (tmp_path / 'other').exists()
+
+    @pytest.mark.parametrize('name, value, match', [
+        ('momentum_buffer', torch.zeros(10 ** 5), 'momentum_buffer has 100000 values for a parameter of'),
+        ('step', float('nan'), 'step is neither finite numbers'),
+        ('step', 'zz', 'step is neither finite numbers'),
+    ])
+    def test_an_optimizer_that_holds_what_it_never_writes(self, images, ended, tmp_path, name, value, match):
+        def change(content):
+            content['optimizer']['state'][0][name] = value
+
+        refused(ended, self.odd(ended, images, tmp_path, change), match)
+        assert prepare(self.odd(ended, images, tmp_path, change, no_resume_opt=True)).start == (2, 0)
 
     @pytest.mark.parametrize('lr, match', [(0.01, None), (float('nan'), 'its lr is no'), ('zz', 'its lr is no')])
     def test_a_learning_rate_that_no_schedule_leads_stays(self, images, ended, tmp_path, lr, match):
