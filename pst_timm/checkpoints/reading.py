@@ -10,7 +10,7 @@ import pickletools
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, List, Optional, Tuple, Union
+from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import torch
 from safetensors import safe_open
@@ -19,13 +19,14 @@ from timm.models import clean_state_dict, is_model
 
 from pst_timm.utils.errors import PSTError
 
-from .rules import printable
+from .rules import printable, short
 from .schema import check_facts, parse_json
 from .trust import check_ordinary, read_config
 
 __all__ = [
-    'FACTS_KEY', 'HEADER_KEY', 'PICKLES', 'Checkpoint', 'Damaged', 'check_finite', 'check_folder', 'check_weights',
-    'check_whole', 'clean_names', 'find_weights', 'has_weights_ending', 'is_file', 'read_checkpoint',
+    'FACTS_KEY', 'HEADER_KEY', 'PICKLES', 'Checkpoint', 'Damaged', 'check_dense', 'check_finite', 'check_folder',
+    'check_numbers', 'check_weights', 'check_whole', 'clean_names', 'facts_in', 'find_weights', 'has_weights_ending',
+    'is_file', 'read_checkpoint', 'tensors_in',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def read_checkpoint(path: PathLike, use_ema: Optional[bool] = None) -> Checkpoin
     if use_ema is not None and use_ema != bool(checkpoint.ema):
         found, flag = ('no', '--use-ema') if use_ema else ('only the', '--no-use-ema')
         raise PSTError(f'{path} holds {found} moving average (EMA): leave out {flag} to take the weights it has.')
-    _check_dense(checkpoint.weights, path)
+    check_dense(checkpoint.weights.items(), path)
     check_finite(checkpoint)
     if checkpoint.ema is not None:
         _logger.info(f'{path}: {"the moving average (EMA)" if checkpoint.ema else "the weights as trained, no EMA"}.')
@@ -294,11 +295,25 @@ def _read_pickle(path: Path, use_ema: Optional[bool]) -> Checkpoint:
     weights = check_weights(weights, path)
     if ema is None:
         return Checkpoint(path, weights)
+    return Checkpoint(path, weights, **facts_in(content, path, ema=ema))
+
+
+def facts_in(content: Dict[str, Any], path: Path, **others: Any) -> Dict[str, Any]:
+    """What a training checkpoint says of itself, as values that fit.
+
+    Args:
+        content: What the checkpoint holds.
+        path: The checkpoint, for messages.
+        others: What else is known of it.
+
+    Raises:
+        PSTError: If a value does not fit, see `check_facts`.
+    """
     known = {k: content.get(k) for k in ('args', 'epoch', 'metric')}
     facts = content.get(FACTS_KEY, {'arch': content.get('arch')})
     if isinstance(facts, dict):
-        facts = {**known, 'ema': ema, **facts}
-    return Checkpoint(path, weights, **check_facts(path, facts))
+        facts = {**known, **others, **facts}
+    return check_facts(path, facts)
 
 
 def check_weights(weights: Any, source: Any) -> Dict[str, torch.Tensor]:
@@ -330,10 +345,23 @@ def clean_names(weights: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     return cleaned
 
 
-def _check_dense(weights: Dict[str, torch.Tensor], path: Path) -> None:
-    """Make sure that tensors are what they seem to be, numbers in memory."""
+def tensors_in(value: Any, name: str = '') -> Iterator[Tuple[str, torch.Tensor]]:
+    """All tensors in what a checkpoint holds, after `check_budget`, and their names with dots."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from tensors_in(entry, f'{name}.{short(str(key))}'.lstrip('.'))
+
+
+def check_dense(tensors: Iterable[Tuple[str, torch.Tensor]], path: Path) -> None:
+    """Make sure that tensors are what they seem to be, numbers in memory.
+
+    Raises:
+        PSTError: If one is sparse or the like, or larger than what the file holds.
+    """
     size = path.stat().st_size
-    for name, tensor in weights.items():
+    for name, tensor in tensors:
         dense = tensor.layout == torch.strided and tensor.device.type == 'cpu' and not tensor.is_quantized
         if not dense or tensor.is_complex():
             raise PSTError(
@@ -350,10 +378,15 @@ def check_finite(checkpoint: Checkpoint) -> None:
     Raises:
         PSTError: If a weight is NaN or infinite; names the first tensor.
     """
-    broken = [k for k, v in checkpoint.weights.items() if v.is_floating_point() and not _is_finite(v)]
+    check_numbers(checkpoint.weights.items(), checkpoint.path)
+
+
+def check_numbers(tensors: Iterable[Tuple[str, torch.Tensor]], path: Path) -> None:
+    """Make sure that all values of named tensors are finite; errors as in `check_finite`."""
+    broken = [name for name, tensor in tensors if tensor.is_floating_point() and not _is_finite(tensor)]
     if broken:
         raise PSTError(
-            f'{checkpoint.path} has NaN or infinite weights in {len(broken)} tensors, the first is {broken[0]}: the '
+            f'{path} has NaN or infinite weights in {len(broken)} tensors, the first is {broken[0]}: the '
             f'training diverged. Use an earlier checkpoint.')
 
 

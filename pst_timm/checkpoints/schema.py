@@ -8,7 +8,7 @@ from pst_timm.utils.errors import PSTError
 
 from . import rules
 
-__all__ = ['ARGS', 'CONFIG', 'FACTS', 'PRETRAINED_CFG', 'check_facts', 'parse_json']
+__all__ = ['ARGS', 'CONFIG', 'FACTS', 'PRETRAINED_CFG', 'check_budget', 'check_facts', 'parse_json']
 
 MOST_JSON = 16 * 2 ** 20  # characters; a config.json with the names of 22,000 classes has one million
 MOST_NODES = 1_000_000  # values in all that a file says
@@ -113,7 +113,7 @@ def check_facts(source: Union[str, PathLike], facts: Any, schema: Mapping[str, r
         unknown = next((k for k in facts if k not in schema), None) if schema is FACTS else None
         if unknown is not None:
             raise rules.Unfit(f'one of {", ".join(schema)}', (rules.short(unknown),))
-        _check_budget(facts)
+        check_budget(facts)
         return {k: v for k, v in rules.mapping(schema)(facts).items() if v is not None}
     except rules.Unfit as e:
         at = rules.printable('.'.join(e.path).replace('.[', '[')[:200])
@@ -122,8 +122,14 @@ def check_facts(source: Union[str, PathLike], facts: Any, schema: Mapping[str, r
             f'{rules.shown(facts, e.path)}. Use another file.') from None
 
 
-def _check_budget(value: Any) -> None:
-    """Make sure that values are few, and not nested deeply; a list within itself is both."""
+def check_budget(value: Any) -> None:
+    """Make sure that values are few, and not nested deeply; a list within itself is both.
+
+    A tensor is one value. What is shared counts as often as it is there.
+
+    Raises:
+        rules.Unfit: If they are not.
+    """
     left, text = MOST_NODES, MOST_TEXT
     level: List[Any] = [value]
     for _ in range(MOST_DEPTH):

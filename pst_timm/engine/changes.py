@@ -1,8 +1,9 @@
 """What a run that goes on does otherwise than the one that wrote its checkpoint: done and said, or refused."""
 import logging
+import math
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from timm.task import TrainingTask
@@ -27,10 +28,7 @@ WITHOUT_EFFECT = {
 }
 # flags that decide which images a batch of an epoch has
 ORDER = ('batch_size', 'grad_accum_steps', 'seed', 'aug_repeats', 'epoch_repeats')
-# flags that an optimizer keeps in its parameter groups
-IN_GROUPS = dict(
-    lr=('lr', 'initial_lr'), weight_decay=('weight_decay',), momentum=('momentum', 'betas'), opt_betas=('betas',),
-    opt_eps=('eps',), layer_decay=('lr_scale',), layer_decay_min_scale=('lr_scale',))
+COUNTERS = ('step', 'lookahead_step')  # what optimizers count in their parameter groups
 
 
 class Stream(NamedTuple):
@@ -123,29 +121,47 @@ def _label_names(saved: Dict[str, Any]) -> Optional[List[str]]:
     return names if isinstance(names, list) else None
 
 
-def keep_settings(optimizer: torch.optim.Optimizer, changed: Dict[str, Any], args: Namespace) -> Any:
-    """Note the settings of a fresh optimizer that its state in a checkpoint would undo.
+def keep_settings(
+        optimizer: torch.optim.Optimizer,
+        changed: Dict[str, Any],
+        args: Namespace,
+        path: Path,
+) -> Callable[[], None]:
+    """Note the settings of a fresh optimizer, which loading its state from a checkpoint would undo.
+
+    The state has counters among the settings, which stay; and the learning rate where no schedule leads it.
 
     Args:
         optimizer: The optimizer, made from the arguments.
         changed: From `changed_settings`.
         args: Arguments of this run.
+        path: The checkpoint.
 
     Returns:
-        A function to call once the state is loaded.
+        A function to call once the state is loaded; it raises a PSTError if what stays is no number.
     """
-    keys = {name for flag, names in IN_GROUPS.items() if flag in changed for name in names}
-    if 'opt_kwargs' in changed:
-        keys |= {*args.opt_kwargs, *as_plain(changed['opt_kwargs'])}
-    wanted = [{k: group[k] for k in keys if k in group} for group in optimizer.param_groups]
+    fresh = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
+    stay = {*COUNTERS, *(['lr'] if args.sched == 'none' and 'lr' not in changed else [])}
 
     def restore() -> None:
-        for group, settings in zip(optimizer.param_groups, wanted):
-            if 'initial_lr' in keys:
-                group.pop('initial_lr', None)  # which the schedule notes anew
-            group.update(settings)
+        for group, settings in zip(optimizer.param_groups, fresh):
+            loaded = {k: group[k] for k in stay if k in group}
+            wrong = next((k for k, v in loaded.items() if not _is_amount(v)), None)
+            if wrong is not None:
+                raise PSTError(
+                    f'The optimizer in the checkpoint {path} is garbled: its {wrong} is no finite number from '
+                    f'zero up. Use another checkpoint; --no-resume-opt leaves its optimizer behind.')
+            params = group['params']
+            group.clear()  # which the schedule and the saver know
+            group.update(settings, **loaded, params=params)
 
     return restore
+
+
+def _is_amount(value: Any) -> bool:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def load_run(
@@ -176,7 +192,7 @@ def load_run(
     position = position_of(saved, checkpoint)
     check_changes(saved, checkpoint, args, position if args.start_epoch is None else Position(), stream, names)
     keep = not args.no_resume_opt
-    restore = keep_settings(optimizer, changed_settings(saved, args), args)
+    restore = keep_settings(optimizer, changed_settings(saved, args), args, checkpoint)
     resume(checkpoint, saved, task, optimizer if keep else None, loss_scaler if keep else None)
     restore()
     _logger.info(f'Going on from {checkpoint}, epoch {position.epoch}, step {position.step}.')

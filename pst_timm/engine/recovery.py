@@ -12,7 +12,17 @@ from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkp
 from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
 
 from pst_timm.checkpoints.fitting import misfits
-from pst_timm.checkpoints.reading import FACTS_KEY, Damaged, check_whole
+from pst_timm.checkpoints.reading import (
+    FACTS_KEY,
+    Damaged,
+    check_dense,
+    check_numbers,
+    check_whole,
+    facts_in,
+    tensors_in,
+)
+from pst_timm.checkpoints.rules import Unfit, short
+from pst_timm.checkpoints.schema import check_budget
 from pst_timm.utils.errors import PSTError
 
 __all__ = [
@@ -197,7 +207,7 @@ def read_saved(path: Path, whole: bool = True) -> Dict[str, Any]:
         whole: Whether to check the sums of all tensors too, which reads the whole file.
 
     Raises:
-        Damaged: If it is truncated, corrupt, or would execute code.
+        Damaged: If it is truncated, corrupt, would execute code, or says of itself what cannot be.
         PSTError: If it is missing or cannot be opened, which says nothing about what is in it.
     """
     check_whole(path, sums=whole)
@@ -209,7 +219,16 @@ def read_saved(path: Path, whole: bool = True) -> Dict[str, Any]:
             f'could run code: {e}') from None
     except Exception as e:  # whatever a damaged pickle may raise
         raise Damaged(f'The checkpoint {path} cannot be read ({e}): use an earlier one.') from None
-    return saved if isinstance(saved, dict) else {}
+    saved = saved if isinstance(saved, dict) else {}
+    try:
+        check_budget(saved)  # before anything walks through it
+        facts_in(saved, path)
+        check_dense(tensors_in(saved), path)
+    except Unfit as e:
+        raise Damaged(f'The checkpoint {path} is garbled: expected {e.expected}. Use another one.') from None
+    except PSTError as e:
+        raise Damaged(str(e)) from None
+    return saved
 
 
 def check_checkpoint(path: Path) -> None:
@@ -328,7 +347,16 @@ def resume(
     Raises:
         PSTError: If the checkpoint is of another model, or what is in it makes no sense.
     """
+    loaded = ['state_dict', 'model', 'task_state']
+    if task.has_ema():
+        loaded += ['state_dict_ema', 'model_ema', 'task_state_ema']
+    if optimizer is not None:
+        loaded.append('optimizer')
+    bare = not saved.keys() & {'state_dict', 'model'}  # the weights alone
+    check_numbers(tensors_in({k: v for k, v in saved.items() if bare or k in loaded}), path)
     try:
+        if optimizer is not None and 'optimizer' in saved:
+            _check_state(saved['optimizer'], optimizer)
         resume_task_checkpoint(task, str(path), optimizer=optimizer, loss_scaler=loss_scaler)
         if task.has_ema():
             load_task_ema_checkpoint(task, str(path))
@@ -340,6 +368,32 @@ def resume(
         raise PSTError(
             f'The checkpoint {path} does not fit this run: {_why(e, saved, task)} Start with the flags of that run; '
             f'--no-resume-opt leaves its optimizer behind.') from e
+
+
+def _check_state(saved: Dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Make sure that the state of an optimizer is numbers, tensors no larger than it needs, and short lists of them.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    found, own = ([list(group['params']) for group in groups] for groups in (
+        saved['param_groups'], optimizer.param_groups))
+    sizes = {}
+    if [len(params) for params in found] == [len(params) for params in own]:  # torch says if not
+        sizes = {i: p.numel() for ids, params in zip(found, own) for i, p in zip(ids, params)}
+    for i, entries in saved['state'].items():
+        for name, value in entries.items():
+            for v in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(v, torch.Tensor):
+                    # the square ones belong to a dimension, as those of kron
+                    square = v.ndim == 2 and v.shape[0] == v.shape[1] <= sizes.get(i, 0)
+                    if i in sizes and v.numel() > max(sizes[i], 1) and not square:
+                        raise ValueError(
+                            f'in the state of its optimizer, {short(name)} has {v.numel()} values for a parameter of '
+                            f'{sizes[i]}')
+                elif not isinstance(v, (int, float, type(None))) or (isinstance(v, float) and not math.isfinite(v)):
+                    raise ValueError(
+                        f'in the state of its optimizer, {short(name)} is neither finite numbers nor tensors')
 
 
 def _why(error: Exception, saved: Dict[str, Any], task: TrainingTask) -> str:

@@ -1,7 +1,9 @@
 """A lock on a folder that ends with the process that holds it, however that ends."""
+import errno
 import logging
 import os
 import socket
+import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterator, Set
@@ -46,6 +48,7 @@ def locked(path: os.PathLike, wait: bool = False) -> Iterator[None]:
 
     Raises:
         Locked: If another process holds it; the message says which.
+        PSTError: If there is something else in its place, such as a link to another file.
         OSError: If the file cannot be written.
     """
     path = Path(path)
@@ -66,7 +69,7 @@ def locked(path: os.PathLike, wait: bool = False) -> Iterator[None]:
 
 def _acquire(path: Path, wait: bool) -> int:
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = _open(path)
         try:
             if not _lock(handle, path, wait) or _is_at(path, handle):
                 return handle
@@ -78,6 +81,26 @@ def _acquire(path: Path, wait: bool) -> int:
             os.close(handle)
             raise
         os.close(handle)  # its last holder has removed it meanwhile
+
+
+def _open(path: Path) -> int:
+    """Open the file of a lock, which is written over: never what is behind a link."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            raise _no_lock(path) from None
+        raise
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:  # removed meanwhile, it has none
+        os.close(handle)
+        raise _no_lock(path)
+    return handle
+
+
+def _no_lock(path: Path) -> PSTError:
+    return PSTError(
+        f'{path} is no file of a lock but a link, or not an ordinary file: remove it, or choose another folder.')
 
 
 def _lock(handle: int, path: Path, wait: bool) -> bool:
@@ -96,6 +119,6 @@ def _lock(handle: int, path: Path, wait: bool) -> bool:
 
 def _is_at(path: Path, handle: int) -> bool:
     try:
-        return os.path.samestat(os.stat(path), os.fstat(handle))
+        return os.path.samestat(os.lstat(path), os.fstat(handle))
     except FileNotFoundError:
         return False

@@ -161,6 +161,16 @@ class TestLostWork:
         assert len(train(args).history) == 1 and second == ['refused']
         assert not (tmp_path / 'run' / 'run.lock').exists()
 
+    @pytest.mark.parametrize('link', [os.symlink, os.link, lambda victim, path: os.mkfifo(path)], ids='shp')
+    def test_a_lock_that_is_a_link_leaves_its_target_alone(self, images, tmp_path, link):
+        (tmp_path / 'run').mkdir()
+        victim = tmp_path / 'run' / 'thesis.txt'
+        victim.write_text('precious')
+        link(victim, tmp_path / 'run' / 'run.lock')
+        with pytest.raises(PSTError, match=r'run\.lock is no file of a lock but a link'):
+            train(tiny_train_args(images, tmp_path))
+        assert victim.read_text() == 'precious' and os.path.lexists(tmp_path / 'run' / 'run.lock')
+
     def test_a_terminal_that_is_closed_is_a_polite_end(self, images, tmp_path):
         write_yaml(tiny_train_args(images, tmp_path, epochs=200, val_split=''), tmp_path / 'config.yaml')
         pid, terminal = pty.fork()
@@ -347,6 +357,105 @@ class TestWithoutAWord:
         refused(ended, tiny_train_args(
             images, tmp_path, experiment='other', epochs=3, resume=str(tmp_path / 'odd.pth.tar')), 'does not fit')
         assert not (tmp_path / 'other').exists()
+
+    @pytest.mark.parametrize('place', ['args.opt_kwargs', 'optimizer', 'facts', 'saver', 'epoch'])
+    def test_a_list_that_shares_itself_is_refused_at_once(self, images, ended, tmp_path, place):
+        content = torch.load(ended / 'last.pth.tar', weights_only=False)
+        bomb = [0]
+        for _ in range(10 if place == 'optimizer' else 60):  # the first is in bounds, but no state
+            bomb = [bomb, bomb]
+        if place == 'optimizer':
+            content['optimizer']['state'][0]['step'] = bomb
+        elif place.startswith('args'):
+            setattr(content['args'], place.split('.')[1], bomb)
+        else:
+            content[place] = bomb
+        torch.save(content, tmp_path / 'odd.pth.tar')
+        refused(ended, tiny_train_args(
+            images, tmp_path, experiment='other', epochs=3, resume=str(tmp_path / 'odd.pth.tar')),
+            'in the state of its optimizer, step is neither' if place == 'optimizer' else 'expected')
+        assert not (tmp_path / 'other').exists()
+
+    @pytest.mark.parametrize('entry, value, said', [
+        ('facts', dict(pretrained_cfg=dict(label_names=[['cat']])), r'label_names\.\[0\]|label_names\[0\]'),
+        ('args', Namespace(opt_kwargs=torch.zeros(2)), 'at args.opt_kwargs: expected plain values'),
+        ('args', [1], 'at args: expected a mapping'),
+    ], ids=['label_names', 'tensor', 'list'])
+    def test_facts_that_make_no_sense(self, images, ended, tmp_path, entry, value, said):
+        content = torch.load(ended / 'last.pth.tar', weights_only=False)
+        torch.save({**content, entry: value}, tmp_path / 'odd.pth.tar')
+        refused(ended, tiny_train_args(
+            images, tmp_path, experiment='other', epochs=3, resume=str(tmp_path / 'odd.pth.tar')), said)
+
+    def odd(self, ended, images, tmp_path, change, **values):
+        """Arguments to go on from a run whose last checkpoint was changed."""
+        content = torch.load(ended / 'last.pth.tar', weights_only=False)
+        change(content)
+        torch.save(content, tmp_path / 'odd.pth.tar')
+        return tiny_train_args(
+            images, tmp_path, experiment='other', epochs=3, resume=str(tmp_path / 'odd.pth.tar'), **values)
+
+    def test_the_settings_of_the_optimizer_are_those_of_the_flags(self, images, ended, tmp_path):
+        def change(content):
+            for group in content['optimizer']['param_groups']:
+                group.update(
+                    weight_decay=None, momentum='zz', maximize=True, lr=[1], initial_lr=-1., lr_scale=9., step=3)
+
+        run = prepare(self.odd(ended, images, tmp_path, change))
+        fresh = prepare(tiny_train_args(images, tmp_path, experiment='fresh'))
+        kept = ('weight_decay', 'momentum', 'maximize', 'initial_lr')
+        for group, own in zip(run.optimizer.param_groups, fresh.optimizer.param_groups, strict=True):
+            assert {k: group[k] for k in kept} == {k: own[k] for k in kept}
+            assert 'lr_scale' not in group and group['step'] == 3 and group['lr'] == run.lr
+        assert any('momentum_buffer' in state for state in run.optimizer.state.values())
+
+    @pytest.mark.parametrize('entry, name', [
+        ('state_dict', 'fc.weight'), ('state_dict_ema', 'fc.weight'), ('optimizer', 'state.0.momentum_buffer')])
+    @pytest.mark.parametrize('value, match', [
+        (torch.nan, 'has NaN or infinite weights in 1 tensors, the first is {}'),
+        (torch.zeros(1).expand(10 ** 12), '{} says that it is larger than what the file holds'),
+        (torch.zeros(3).to_sparse(), '{} is no dense tensor'),
+    ], ids=['nan', 'stride', 'sparse'])
+    def test_a_tensor_that_is_no_use_is_named(self, images, ended, tmp_path, entry, name, value, match):
+        def change(content):
+            content['state_dict_ema'] = {k: v.clone() for k, v in content['state_dict'].items()}
+            *path, last = name.split('.') if entry == 'optimizer' else [name]
+            tensors = content[entry]
+            for key in path:
+                tensors = tensors[int(key) if key.isdigit() else key]
+            if value is torch.nan:
+                tensors[last].view(-1)[-1] = value
+            else:
+                tensors[last] = value
+
+        args = self.odd(ended, images, tmp_path, change, model_ema=True)
+        refused(ended, args, match.format(f'{entry}.{name}'))
+        assert not (tmp_path / 'other').exists()
+
+    @pytest.mark.parametrize('name, value, match', [
+        ('momentum_buffer', torch.zeros(10 ** 5), 'momentum_buffer has 100000 values for a parameter of'),
+        ('step', float('nan'), 'step is neither finite numbers'),
+        ('step', 'zz', 'step is neither finite numbers'),
+    ])
+    def test_an_optimizer_that_holds_what_it_never_writes(self, images, ended, tmp_path, name, value, match):
+        def change(content):
+            content['optimizer']['state'][0][name] = value
+
+        refused(ended, self.odd(ended, images, tmp_path, change), match)
+        assert prepare(self.odd(ended, images, tmp_path, change, no_resume_opt=True)).start == (2, 0)
+
+    @pytest.mark.parametrize('lr, match', [(0.01, None), (float('nan'), 'its lr is no'), ('zz', 'its lr is no')])
+    def test_a_learning_rate_that_no_schedule_leads_stays(self, images, ended, tmp_path, lr, match):
+        def change(content):
+            for group in content['optimizer']['param_groups']:
+                group['lr'] = lr
+
+        args = self.odd(ended, images, tmp_path, change, sched='none')
+        if match is None:
+            assert prepare(args).lr == lr
+        else:
+            refused(ended, args, match)
+            assert not (tmp_path / 'other').exists()
 
 
 class TestTables:
