@@ -12,6 +12,7 @@ import shutil
 import struct
 import zipfile
 from types import SimpleNamespace
+from typing import Tuple
 
 import pytest
 import timm
@@ -23,6 +24,8 @@ from pst_timm.checkpoints import create_model, load_model, load_trunk
 from pst_timm.checkpoints.schema import check_facts, parse_json
 from pst_timm.checkpoints.trust import NEVER, check_model_args, check_origin, check_size
 from pst_timm.cli import main
+from pst_timm.deploy.export import FORMATS
+from pst_timm.deploy.loading import load_exported
 from pst_timm.study.cell import run_cell
 from pst_timm.study.config import Cell
 from pst_timm.utils.errors import PSTError
@@ -120,6 +123,31 @@ def pickle_that_runs(place):
     return run_with(place, state_dict={'fc.weight': Payload(place.marks / 'executed')})
 
 
+def script_that_writes(place):
+    """A TorchScript file whose code torch finds, in spite of its name, and runs when it opens the file."""
+    class Writer(torch.nn.Module):
+        @torch.jit.export
+        def __getstate__(self):
+            return (torch.zeros(1), self.training)
+
+        @torch.jit.export
+        def __setstate__(self, state: Tuple[torch.Tensor, bool]):
+            torch.save('x', 'MARK')
+            self.training = state[1]
+
+        def forward(self, x):
+            return x
+
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(Writer()), file, _extra_files={'pst_timm.json': '{}'})
+    path = place.source / 'model.pt'
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(path, 'w') as hostile:
+        for name in archive.namelist():
+            content = archive.read(name).replace(b'MARK', str(place.marks / 'written').encode())
+            hostile.writestr(name.replace('/code/', '/CODE/'), content)
+    return path
+
+
 def bare_pickle_that_runs(place):
     path = place.source / 'last.pth.tar'
     path.write_bytes(pickle.dumps(Payload(place.marks / 'executed'), protocol=2))
@@ -128,7 +156,8 @@ def bare_pickle_that_runs(place):
 
 KINDS = (
     arguments_of_a_run, facts_of_a_run, configuration_of_a_run, origin_on_the_hub, origin_on_the_hub_among_the_facts,
-    header_of_safetensors, config_json, config_json_with_a_source, pickle_that_runs, bare_pickle_that_runs)
+    header_of_safetensors, config_json, config_json_with_a_source, pickle_that_runs, bare_pickle_that_runs,
+    script_that_writes)
 
 
 # doors
@@ -219,6 +248,12 @@ def load_the_trunk_of_a_folder(source, data, place):
     return load_trunk(build(), f'local-dir:{place.source}')
 
 
+def load_an_export(source, data, place):
+    for format in FORMATS:
+        with contextlib.suppress(PSTError):
+            load_exported(source, format)
+
+
 def register_weights(source, data, place):
     return pst_timm.register_weights('test_resnet_pst.evil', file=source)
 
@@ -226,7 +261,7 @@ def register_weights(source, data, place):
 DOORS = (
     train_resume, train_initial_checkpoint, train_trunk_checkpoint, train_pretrained_path, train_from_a_folder,
     train_teacher, validate, publish, convert, export, visualize, benchmark, study, load_the_model, load_a_folder,
-    architecture_from_a_folder, load_the_trunk, load_the_trunk_of_a_folder, register_weights)
+    architecture_from_a_folder, load_the_trunk, load_the_trunk_of_a_folder, load_an_export, register_weights)
 
 
 @pytest.mark.parametrize('door', DOORS, ids=lambda door: door.__name__)

@@ -24,9 +24,9 @@ from .schema import check_facts, parse_json
 from .trust import check_ordinary, read_config
 
 __all__ = [
-    'FACTS_KEY', 'HEADER_KEY', 'PICKLES', 'Checkpoint', 'Damaged', 'check_dense', 'check_finite', 'check_folder',
-    'check_numbers', 'check_weights', 'check_whole', 'clean_names', 'facts_in', 'find_weights', 'has_weights_ending',
-    'is_file', 'read_checkpoint', 'tensors_in',
+    'FACTS_KEY', 'HEADER_KEY', 'PICKLES', 'Checkpoint', 'Damaged', 'check_archive', 'check_dense', 'check_finite',
+    'check_folder', 'check_numbers', 'check_weights', 'check_whole', 'clean_names', 'facts_in', 'find_weights',
+    'has_weights_ending', 'is_file', 'read_checkpoint', 'tensors_in',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -179,10 +179,7 @@ def check_whole(path: Path, sums: bool = True) -> None:
                 return
             with zipfile.ZipFile(file) as archive:
                 parts = archive.infolist()
-                # torch compresses nothing, and nothing is there twice: what unpacks to more was made to fill a disk
-                if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or (
-                        sum(part.file_size for part in parts) > path.stat().st_size):
-                    raise zipfile.BadZipFile('its parts are compressed, or overlap')
+                check_archive(parts, path.stat().st_size)
                 broken = archive.testzip() if sums else None
                 for part in parts if not broken else ():
                     if part.filename.endswith('.pkl'):
@@ -200,6 +197,22 @@ def check_whole(path: Path, sums: bool = True) -> None:
         raise Damaged(
             f'The checkpoint {path} is corrupt (checksum of {printable(broken[:300])}). Use another one, such as an '
             f'earlier one.')
+
+
+def check_archive(parts: List[zipfile.ZipInfo], size: int) -> None:
+    """Make sure that parts of an archive take no more room than the archive, before any is read.
+
+    torch compresses no weights, and nothing is there twice: what unpacks to more was made to fill a disk.
+
+    Args:
+        parts: Those to look at.
+        size: Bytes of the archive.
+
+    Raises:
+        zipfile.BadZipFile: If its parts are compressed, or overlap.
+    """
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
+        raise zipfile.BadZipFile('its parts are compressed, or overlap')
 
 
 def _check_pickle(file: BinaryIO) -> None:

@@ -3,22 +3,29 @@
 torch reads an exported program through pickles, `sympify`, names of Python functions and generated code, and falls back
 to older formats where the newer one fails. So what may be in a file is listed here, in full, and nothing falls back.
 """
+import ast
+import functools
 import io
 import json
 import math
 import os
+import pickletools
 import re
+import zipfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, NoReturn, Tuple
+from typing import Any, Callable, Dict, Iterator, NoReturn, Set, Tuple
 
 import torch
 
+from pst_timm.checkpoints.reading import check_archive
+from pst_timm.checkpoints.trust import check_ordinary
 from pst_timm.utils.errors import PSTError
 
 __all__ = ['METADATA', 'load_exported']
 
 METADATA = 'pst_timm.json'
 MOST_BYTES = 2 ** 31  # of a file; the largest model here has a twentieth of it
+MOST_CODE = 2 ** 23  # of a TorchScript archive, unpacked: the one part that torch compresses
 MOST_TEXT = 10_000  # characters of an expression or a guard
 
 # records of an archive of torch.export.save, by whoever reads them
@@ -52,10 +59,26 @@ GUARD = re.compile(
 NAME = re.compile(r'[\w.:+-]*')
 TREES = (None, 'builtins.tuple', 'builtins.list', 'builtins.dict')
 
-# in the code of a TorchScript archive, anywhere: what reaches files, what runs at opening, what hides names
-SCRIPT_WORDS = re.compile(
-    r'\b(?:save|from_file|load|load_tensor|getattr(?!\([\w.]+, "\w+"\))|classes|__setstate__|__getstate__|'
-    r'ops(?!\.prim\.))\b')
+# records of an archive of torch.jit.save, and what its pickles may name beside the classes of its code
+SCRIPT_RECORDS = re.compile('|'.join([
+    r'code/__torch__(?:/\w+)*\.py(?:\.debug_pkl)?', r'data\.pkl', r'constants\.pkl', r'(?:data|constants)/\d+',
+    rf'extra/{re.escape(METADATA)}', r'version', r'byteorder', r'\.format_version', r'\.storage_alignment',
+    r'\.data/(?:version|serialization_id)']))
+SCRIPT_GLOBALS = re.compile(
+    r'collections OrderedDict|torch \w+Storage|torch device|torch\._utils _rebuild_tensor_v2|'
+    r'torch\.jit\._pickle (?:build_(?:int|bool|double|tensor)list|restore_type_tag)')
+# operators of TorchScript with words among the arguments of some overload that reach no file, beside `WORDED`
+SCRIPT_WORDED = (
+    *WORDED, 'Delete', 'Float', 'Int', '__contains__', '__getitem__', '_convolution_mode', '_set_item', 'add', 'any',
+    'clear', 'copy', 'count', 'device', 'dict', 'divide', 'endswith', 'eq', 'find', 'format', 'ge', 'get', 'gt',
+    'index', 'items', 'join', 'keys', 'le', 'len', 'linalg_norm', 'list', 'lower', 'lt', 'ne', 'ord', 'percentFormat',
+    'pop', 'quantile', 'remove', 'replace', 'scatter', 'scatter_', 'scatter_reduce', 'slice', 'sort', 'sorted',
+    'split', 'startswith', 'strip', 'update', 'upper', 'values', 'warn')
+SCRIPT_PRIMITIVES = re.compile(
+    r'ops\.prim\.(?:RaiseException|abs|data|device|dtype|is_cuda|layout|max|min|name|ndim|rangelist|requires_grad|shape|'
+    r'tolist|type)')
+SCRIPT_ROOTS = re.compile(r'torch|ops|__torch__|getattr|fork|awaitable|rpc_\w+')  # names with a meaning of their own
+SCRIPT_TEXT = re.compile(r'(?:(?!\\\n|#\s*type:)[\n -~])*')  # where Python and TorchScript see the same program
 
 
 def load_exported(path: os.PathLike, format: str) -> Tuple[Callable[[torch.Tensor], torch.Tensor], Dict[str, Any]]:
@@ -93,8 +116,9 @@ def load_exported(path: os.PathLike, format: str) -> Tuple[Callable[[torch.Tenso
 
 
 def _read(path: Path) -> bytes:
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise PSTError(f'There is no exported model {path}.')
+    check_ordinary(path)
     try:
         if path.stat().st_size > MOST_BYTES:
             raise PSTError(f'{path} is larger than {MOST_BYTES // 2 ** 30} GiB: no export is.')
@@ -133,15 +157,123 @@ def _parts(message: Any) -> Iterator[Any]:
 # TorchScript
 
 def _open_script(data: bytes) -> Tuple[Callable[[torch.Tensor], torch.Tensor], str]:
-    reader = torch._C.PyTorchFileReader(io.BytesIO(data))  # that of torch.jit.load, so that both see the same records
-    for name in reader.get_all_records():
-        if name.startswith('code/') and not name.endswith('.debug_pkl'):
-            found = SCRIPT_WORDS.search(reader.get_record(name).decode())
-            if found:
-                _refuse(f'{found[0]!r} in its code')
+    records = _records(data, SCRIPT_RECORDS)
+    code = {
+        name[len('code/'):-len('.py')].replace('/', '.'): _parse(read()) for name, read in records.items()
+        if name.endswith('.py')}
+    defined = {
+        f'{place}.{part.name}' for place, tree in code.items() for part in tree.body
+        if isinstance(part, (ast.ClassDef, ast.FunctionDef))}
+    for tree in code.values():
+        _CodeCheck(defined).visit(tree)
+    for name, read in records.items():
+        if name.endswith('pkl'):
+            _check_script_pickle(name, read(), defined)
     files = {METADATA: ''}
     module = torch.jit.load(io.BytesIO(data), map_location='cpu', _extra_files=files)
     return module, files[METADATA]
+
+
+def _records(data: bytes, allowed: 're.Pattern[str]') -> Dict[str, Callable[[], bytes]]:
+    """What reads each record of an archive of torch, by its name; all names are among those that are allowed.
+
+    torch looks a record up without regard to case, and takes a file for another format by how it begins.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        parts = archive.infolist()
+    code = [part for part in parts if part.filename.partition('/')[2].startswith('code/')]
+    if sum(part.file_size for part in code) > MOST_CODE:
+        _refuse(f'more than {MOST_CODE // 2 ** 20} MiB of code')
+    check_archive([part for part in parts if part not in code], len(data))
+    found = [part.filename for part in parts]
+    reader = torch._C.PyTorchFileReader(io.BytesIO(data))  # that of torch's loaders, so that both see the same records
+    names = reader.get_all_records()
+    for name in names:
+        if not allowed.fullmatch(name):
+            _refuse(f'a record {name!r}')
+    root = found[0].partition('/')[0]
+    twice = len({name.casefold() for name in names}) < len(names)
+    if twice or not data.startswith(b'PK\3\4') or sorted(found) != sorted(f'{root}/{name}' for name in names):
+        _refuse('records under the same name, or beside the archive')
+    return {name: functools.partial(reader.get_record, name) for name in names}
+
+
+def _parse(code: bytes) -> ast.Module:
+    text = code.decode('ascii', 'replace')
+    if not SCRIPT_TEXT.fullmatch(text):
+        _refuse('code in other characters, or with continued lines or types in comments')
+    return ast.parse(text)
+
+
+class _CodeCheck(ast.NodeVisitor):
+    """Makes sure that code calls tensor operators and what is defined beside it, and that none of it runs at opening.
+
+    A name of an operator reaches it as an attribute of anything: `torch.save(x, ...)` is `x.save(...)`.
+
+    Args:
+        defined: Full names of the classes and functions of the archive.
+    """
+    def __init__(self, defined: Set[str]) -> None:
+        self.defined = defined
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        if node.name in ('__setstate__', '__getstate__'):
+            _refuse(f'{node.name!r} in its code')
+        self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        root, names = node, []
+        while isinstance(root, ast.Attribute):
+            names.append(root.attr)
+            root = root.value
+        if isinstance(root, ast.Name) and SCRIPT_ROOTS.fullmatch(root.id):
+            name = '.'.join([root.id, *reversed(names)])
+            operator = root.id == 'torch' and len(names) == 1 and _is_harmless(names[0], False)
+            own = name in self.defined or name.rpartition('.')[0] in self.defined  # or one of an Enum
+            if not (operator or own or SCRIPT_PRIMITIVES.fullmatch(name)):
+                _refuse(f'{name[:80]!r} in its code')
+            return
+        for name in names:
+            self._check_name(name)
+        self.visit(root)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if isinstance(node.func, ast.Name) and node.func.id == 'getattr':
+            if len(node.args) != 2 or node.keywords or not isinstance(getattr(node.args[1], 'value', None), str):
+                _refuse("'getattr' of no plain name in its code")
+            self._check_name(node.args[1].value)
+            self.visit(node.args[0])
+        else:
+            self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if SCRIPT_ROOTS.fullmatch(node.id):
+            _refuse(f'{node.id!r} in its code')
+
+    def _check_name(self, name: str) -> None:
+        if not _is_harmless(name, True):
+            _refuse(f'{name[:80]!r} in its code')
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_harmless(name: str, unknown: bool) -> bool:
+    """Whether an operator reaches no file; `unknown` is said of a name that none has."""
+    schemas = torch._C._jit_get_schemas_for_operator(f'aten::{name}')
+    if not schemas:
+        return unknown
+    return name in SCRIPT_WORDED or not any('str' in str(part.type) for s in schemas for part in s.arguments)
+
+
+def _check_script_pickle(name: str, data: bytes, defined: Set[str]) -> None:
+    """Make sure that a pickle names tensors and the classes of the archive's code, which has been looked through."""
+    for opcode, value, _ in pickletools.genops(data):
+        if opcode.name == 'GLOBAL':
+            if not SCRIPT_GLOBALS.fullmatch(value) and value.replace(' ', '.') not in defined:
+                _refuse(f'{value[:80]!r} in {name!r}')
+        elif opcode.name in ('STACK_GLOBAL', 'INST', 'OBJ') or opcode.name.startswith('EXT'):
+            _refuse(f'the instruction {opcode.name} in {name!r}')
+        elif isinstance(value, str) and 'torch.classes' in value:
+            _refuse(f"'torch.classes' in {name!r}")
 
 
 # exported programs
@@ -150,12 +282,10 @@ def _open_program(data: bytes) -> Tuple[Callable[[torch.Tensor], torch.Tensor], 
     from torch.export.pt2_archive import PT2ArchiveReader
     from torch.export.pt2_archive._package import load_pt2  # torch.export.load without its older formats
 
+    names = _records(data, RECORDS)
     reader = PT2ArchiveReader(io.BytesIO(data))
-    names = reader.get_file_names()
-    for name in names:
-        if not RECORDS.fullmatch(name):
-            _refuse(f'a record {name!r}')
-        if name in PICKLES:
+    for name in PICKLES:
+        if name in names:
             _check_pickle(name, reader.read_bytes(name))
     for name, kind in CONFIGS.items():
         if name in names:

@@ -1,6 +1,7 @@
 """An exported file of a stranger is data: none of those that would leave a mark does, and each is refused by name."""
 import io
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -192,15 +193,125 @@ class Later(nn.Module):
         return x + torch.from_file('mark', True, 8).sum()
 
 
-@pytest.mark.parametrize('module, word', [(Writer, '__setstate__|from_file|__getstate__'), (Later, 'from_file')])
+class Same(nn.Module):
+    """A module that does nothing, to write other code into."""
+
+    def forward(self, x):
+        return x
+
+
+def scripted(module):
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(module), file, _extra_files={'pst_timm.json': '{}'})
+    return file.getvalue()
+
+
+@pytest.mark.parametrize('module, word', [
+    (Writer, '__setstate__|torch.from_file|__getstate__'), (Later, 'torch.from_file')])
 def test_a_script_that_writes_files_is_refused(module, word, mark):
     path = mark.with_name('model.pt')
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.script(module()), file, _extra_files={'pst_timm.json': '{}'})
+    path.write_bytes(scripted(module()))
     (mark.parent / 'mark').unlink(missing_ok=True)
-    path.write_bytes(file.getvalue())
     with pytest.raises(PSTError, match=rf"model\.pt is refused: it holds '({word})' in its code"):
         load_exported(path, 'torchscript')
+
+
+CODE = 'code/__torch__/tests/deploy/test_loading.py'
+GLOBAL = b'c__torch__.tests.deploy.test_loading\nSame\n'
+
+
+def in_pickle(name):
+    def changed(records):
+        assert GLOBAL in records['data.pkl']
+        return {**records, 'data.pkl': records['data.pkl'].replace(GLOBAL, b'c' + name + b'\n')}
+    return changed
+
+
+SCRIPTS = {
+    'code by another name': ("a record 'CODE/", lambda r: {
+        name.replace('code/', 'CODE/'): content for name, content in r.items()}),
+    'code twice': ('records under the same name', lambda r: {**r, CODE.replace('tests', 'Tests'): r[CODE]}),
+    'a record of the older format': ("a record 'model.json'", lambda r: {**r, 'model.json': b'{}'}),
+    'a class of C++': ("torch.classes.dist_rpc X' in 'data.pkl'", in_pickle(b'__torch__.torch.classes.dist_rpc\nX')),
+    'a class of Python': ("'os system' in 'data.pkl'", in_pickle(b'os\nsystem')),
+    'a class that is not there': ("Other' in 'data.pkl'", in_pickle(b'__torch__.tests.deploy.test_loading\nOther')),
+    'a pickle of positions': ("'os system' in", lambda r: {
+        **r, f'{CODE}.debug_pkl': b'\x80\x02cos\nsystem\n.'}),
+    'much code': ('MiB of code', lambda r: {**r, CODE: r[CODE] + b' ' * 2 ** 23}),
+}
+
+
+@pytest.mark.parametrize('case', SCRIPTS)
+def test_a_script_of_other_records_is_refused(case, mark):
+    culprit, change = SCRIPTS[case]
+    path = mark.with_name('model.pt')
+    path.write_bytes(rewritten(scripted(Same()), change))
+    with pytest.raises(PSTError, match=rf'pt is refused: it holds .*{re.escape(culprit)}.*Nothing in it was run'):
+        load_exported(path, 'torchscript')
+
+
+def preceded(line):
+    """What puts a line of code before the end of the function."""
+    return lambda records: {
+        **records, CODE: records[CODE].replace(b'    return x', f'    {line}\n    return x'.encode())}
+
+
+@pytest.mark.parametrize('line', [
+    'torch.save(x, "mark")', 'x.save("mark")', '"mark".from_file(True, 8)', 'y = x.save', 'y = getattr(x, "save")',
+    'y = getattr(x, name)', 'y = getattr', 'y = torch', 'torch.autograd.save(x, "mark")', 'ops.aten.save(x, "mark")',
+    'ops.prim.PythonOp(x)', 'y = ops.prim', 'y = __torch__.torch.classes.dist_rpc.X()', 'y = fork(x)',
+    'y = x  # type: Tensor', 'y = \\\n      x', 'torch.\N{LATIN SMALL LETTER LONG S}in(x)',
+    '\ftorch.add(x, x)', 'torch.no_such(x)'])
+def test_a_script_calls_tensor_operators_alone(line, mark):
+    path = mark.with_name('model.pt')
+    path.write_bytes(rewritten(scripted(Same()), preceded(line)))
+    with pytest.raises(PSTError, match=r'pt is refused: it holds .*(in its code|code in other characters)'):
+        load_exported(path, 'torchscript')
+
+
+def test_a_script_with_another_line_is_read(tmp_path):
+    """So that the test above refuses the line, and not that there is one."""
+    path = tmp_path / 'model.pt'
+    path.write_bytes(rewritten(scripted(Same()), preceded('x = torch.add(x, x)')))
+    run, _ = load_exported(path, 'torchscript')
+    assert run(torch.ones(2)).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize('arch, kwargs, options', [
+    ('test_vit', {}, {}),
+    ('mobilenetv3_small_050', {}, {}),
+    ('test_resnet_pst', dict(topk=2, fine_fusion='joint'), dict(reparam=False)),
+    ('test_resnet_pst', dict(topk=2), dict(dtype=torch.float16)),
+])
+def test_scripts_of_other_models_are_read(arch, kwargs, options, tmp_path):
+    export(timm.create_model(arch, **kwargs), tmp_path / 'model.pt', 'torchscript', **options)
+    assert load_exported(tmp_path / 'model.pt', 'torchscript')[1]['architecture'] == arch
+
+
+@pytest.mark.parametrize('format', ['torchscript', 'exported-program'])
+def test_archives_that_unpack_to_more_are_refused(format, good, tmp_path):
+    path = tmp_path / 'model'
+    with zipfile.ZipFile(io.BytesIO(good[format])) as archive, zipfile.ZipFile(path, 'w') as packed:
+        for name in archive.namelist():
+            bomb = name.endswith(('data/0', 'weight_0'))
+            packed.writestr(name, archive.read(name), zipfile.ZIP_DEFLATED if bomb else zipfile.ZIP_STORED)
+    with pytest.raises(PSTError, match='its parts are compressed, or overlap'):
+        load_exported(path, format)
+
+
+@pytest.mark.parametrize('format', ['torchscript', 'exported-program'])
+def test_an_archive_behind_something_else_is_refused(format, good, tmp_path):
+    path = tmp_path / 'model'
+    path.write_bytes(b'\0\0\0\0PTMF' + good[format])
+    with pytest.raises(PSTError, match=r'model is refused|model cannot be read'):
+        load_exported(path, format)
+
+
+@pytest.mark.parametrize('format', FORMATS)
+def test_a_pipe_is_called_by_its_name(format, tmp_path):
+    os.mkfifo(tmp_path / 'model')
+    with pytest.raises(PSTError, match='model is not an ordinary file, but a pipe or device'):
+        load_exported(tmp_path / 'model', format)
 
 
 def test_an_onnx_file_reads_no_other_file(good, mark):
