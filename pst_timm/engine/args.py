@@ -178,7 +178,7 @@ def _wrong_together(args: Namespace) -> Iterator[str]:
     for key, value in args.model_kwargs.items():
         most = 1000 if re.search('depth|layers|blocks', key) else TOO_LARGE
         values = value if isinstance(value, (list, tuple)) else [value]
-        if key not in ('topk', 'train_topk') and any(type(v) is int and v > most for v in values):
+        if any(type(v) is int and v > most for v in values):
             yield f'--model-kwargs {key}={value}: no model is that large, expected at most {most}.'
 
 
