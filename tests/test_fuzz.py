@@ -20,10 +20,12 @@ from pst_timm.checkpoints.trust import COMMON_ARGS
 from pst_timm.engine import factories
 from pst_timm.engine.args import read_yaml, train_args, validate_args
 from pst_timm.engine.flags import TRAIN_FLAGS, VALIDATE_FLAGS
+from pst_timm.engine.training import prepare
 from pst_timm.hub.publishing import publish
 from pst_timm.hub.registry import register_weights
 from pst_timm.utils.errors import PSTError
 from tests.checkpoints.helpers import build
+from tests.engine.helpers import tiny_train_args, write_images
 from tests.hub.conftest import registry  # noqa: F401, fixture
 
 SECONDS = float(os.environ.get('PST_TIMM_FUZZ_SECONDS', 600))
@@ -73,9 +75,14 @@ CONFIGS = st.one_of(
         'pretrained_cfg': mostly(CFGS), 'model_args': mostly(MODEL_ARGS), 'num_classes': JUNK, 'label_names': JUNK,
         'labels': JUNK, 'label_descriptions': JUNK, 'global_pool': JUNK, 'num_features': JUNK}),
     JUNK)
+OPTIMIZERS = st.fixed_dictionaries({
+    'state': mostly(st.dictionaries(st.integers(0, 3), mostly(st.dictionaries(
+        st.sampled_from(['momentum_buffer', 'step', 'x']), st.one_of(JUNK, TENSORS), max_size=2)), max_size=2)),
+    'param_groups': mostly(st.just('as they are'))})
 CHECKPOINTS = st.fixed_dictionaries({}, optional={
     'arch': mostly(st.just('test_resnet_pst')), 'args': mostly(RUN_ARGS.map(lambda args: argparse.Namespace(
-        **{str(k): v for k, v in args.items()}))), 'epoch': JUNK, 'metric': JUNK, 'position': JUNK,
+        **{str(k): v for k, v in args.items()}))), 'epoch': mostly(st.just(0)), 'metric': JUNK,
+    'position': mostly(st.just([1, 0])), 'optimizer': mostly(OPTIMIZERS), 'saver': JUNK, 'stream': JUNK,
     'facts': METADATA, 'state_dict_ema': st.one_of(JUNK, TENSORS),
     'change': st.dictionaries(st.one_of(st.sampled_from(['fc.bias', 'fc.weight', 'conv1.0.weight']), TEXTS), TENSORS,
                               max_size=2)})
@@ -140,9 +147,20 @@ def open_config(config, weights, folder, doors):
 def open_checkpoint(content, weights, folder, doors):
     content = dict(content)
     content['state_dict'] = {**weights, **content.pop('change', {})}
+    data = folder / 'source' / 'data'
+    if not data.exists():
+        write_images(data, {'train': 1, 'validation': 1})
+    args = tiny_train_args(data, folder / 'source' / 'runs', batch_size=2, overwrite=True, model_ema=True)
+    if isinstance(content.get('optimizer'), dict) and content['optimizer'].get('param_groups') == 'as they are':
+        content['optimizer']['param_groups'] = factories.optimizer_for(args, build()).state_dict()['param_groups']
     path = folder / 'source' / 'last.pth.tar'
     torch.save(content, path)
     through_the_doors(path, folder, doors)
+    args.resume = str(path)
+    try:
+        prepare(args).hold.close()
+    except PSTError as e:
+        assert str(e).isprintable()
 
 
 def open_yaml(text, weights, folder, doors):

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 import pst_timm
 from pst_timm.checkpoints import create_model, load_model, load_trunk
+from pst_timm.checkpoints.reading import tensors_in
 from pst_timm.checkpoints.schema import check_facts, parse_json
 from pst_timm.checkpoints.trust import NEVER, check_model_args, check_origin, check_size
 from pst_timm.cli import main
@@ -563,7 +564,7 @@ def test_the_key_that_does_not_fit_is_named(facts, said):
 
 def test_what_cannot_harm_is_mended():
     checked = check_facts('the file', {
-        'metric': float('nan'), 'epoch': None,
+        'epoch': None,
         'pretrained_cfg': {'label_names': ['a\nb', 'c\x1b[31m'], 'url': 'http://x', 'custom_load': 'hf', 'tag': 'x'}})
     replaced = '\N{REPLACEMENT CHARACTER}'
     assert checked == {'pretrained_cfg': {'label_names': [f'a{replaced}b', f'c{replaced}[31m']}}
@@ -577,6 +578,13 @@ def test_what_cannot_harm_is_mended():
 def test_json_is_read_strictly(text, said):
     with pytest.raises(PSTError, match=f'the file is not JSON as it should be.*{said}'):
         parse_json(text, 'the file')
+
+
+def test_every_tensor_has_a_name_that_can_be_shown():
+    one = torch.ones(1)
+    content = {'a': [one, 5], 10 ** 5000: one, '\x1b' * 100: {'b': one}, 'a.0': one}
+    names = [name for name, _ in tensors_in(content)]
+    assert names == ['a.0', 'int', '\N{REPLACEMENT CHARACTER}' * 60 + '....b', 'a.0']
 
 
 # files that are none

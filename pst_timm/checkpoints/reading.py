@@ -364,7 +364,8 @@ def tensors_in(value: Any, name: str = '') -> Iterator[Tuple[str, torch.Tensor]]
         yield name, value
     elif isinstance(value, (dict, list, tuple)):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from tensors_in(entry, f'{name}.{short(str(key))}'.lstrip('.'))
+            shown = key if isinstance(key, int) and abs(key) < 10 ** 9 else short(key)  # str() has its limits
+            yield from tensors_in(entry, f'{name}.{shown}' if name else str(shown))
 
 
 def check_dense(tensors: Iterable[Tuple[str, torch.Tensor]], path: Path) -> None:
