@@ -185,10 +185,12 @@ def _records(data: bytes, allowed: 're.Pattern[str]') -> Dict[str, Callable[[], 
     """
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         parts = archive.infolist()
-    code = [part for part in parts if part.filename.partition('/')[2].startswith('code/')]
-    if sum(part.file_size for part in code) > MOST_CODE:
+    kinds: Dict[bool, List[zipfile.ZipInfo]] = {True: [], False: []}
+    for part in parts:
+        kinds[part.filename.partition('/')[2].startswith('code/')].append(part)
+    if sum(part.file_size for part in kinds[True]) > MOST_CODE:
         _refuse(f'more than {MOST_CODE // 2 ** 20} MiB of code')
-    check_archive([part for part in parts if part not in code], len(data))
+    check_archive(kinds[False], len(data))
     found = [part.filename for part in parts]
     reader = torch._C.PyTorchFileReader(io.BytesIO(data))  # that of torch's loaders, so that both see the same records
     names = reader.get_all_records()
@@ -303,7 +305,7 @@ def _check_storage(name: str, records: Dict[str, Callable[[], bytes]], before: L
     known = kind in SCRIPT_STORAGES and re.fullmatch(r'(?:cpu|cuda)(?::\d+)?', str(device)) and record in records
     if not known or not isinstance(count, int):
         _refuse(f'a tensor in {name!r} of {kind!r} on {device!r} from {record!r}')
-    if count * SCRIPT_STORAGES[kind] > len(records[record]()):
+    if not 0 <= count * SCRIPT_STORAGES[kind] <= len(records[record]()):
         _refuse(f'a tensor of {count} elements in {name!r}, which is more than is there')
 
 

@@ -291,6 +291,7 @@ class Held(nn.Module):
 
 @pytest.mark.parametrize('old, new, said', [
     (b'M' + struct.pack('<H', 300), b'J' + struct.pack('<i', 30000), 'tensor of 30000 elements'),
+    (b'M' + struct.pack('<H', 300) + b't', b'J' + struct.pack('<i', -1) + b't', 'tensor of -1 elements'),
     (b'FloatStorage', b'DoubleStorage', 'tensor of 300 elements'),
     (b'X\1\0\0\0000', b'X\1\0\0\0001', "from 'data/1'"),
     (b'X\3\0\0\0cpu', b'X\4\0\0\0meta', "on 'meta'"),
