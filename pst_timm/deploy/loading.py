@@ -13,7 +13,7 @@ import pickletools
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, NoReturn, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NoReturn, Set, Tuple
 
 import torch
 
@@ -64,9 +64,13 @@ SCRIPT_RECORDS = re.compile('|'.join([
     r'code/__torch__(?:/\w+)*\.py(?:\.debug_pkl)?', r'data\.pkl', r'constants\.pkl', r'(?:data|constants)/\d+',
     rf'extra/{re.escape(METADATA)}', r'version', r'byteorder', r'\.format_version', r'\.storage_alignment',
     r'\.data/(?:version|serialization_id)']))
+SCRIPT_STORAGES = {  # and the bytes of an element
+    f'torch {kind}Storage': size for kind, size in dict(
+        Double=8, Float=4, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1).items()}
 SCRIPT_GLOBALS = re.compile(
-    r'collections OrderedDict|torch \w+Storage|torch device|torch\._utils _rebuild_tensor_v2|'
+    rf'{"|".join(SCRIPT_STORAGES)}|collections OrderedDict|torch device|torch\._utils _rebuild_tensor_v2|'
     r'torch\.jit\._pickle (?:build_(?:int|bool|double|tensor)list|restore_type_tag)')
+SCRIPT_REFUSED = ('STACK_GLOBAL', 'INST', 'OBJ', 'PERSID', 'MEMOIZE', 'DUP', 'FRAME', 'EXT1', 'EXT2', 'EXT4')
 # operators of TorchScript with words among the arguments of some overload that reach no file, beside `WORDED`
 SCRIPT_WORDED = (
     *WORDED, 'Delete', 'Float', 'Int', '__contains__', '__getitem__', '_convolution_mode', '_set_item', 'add', 'any',
@@ -166,9 +170,9 @@ def _open_script(data: bytes) -> Tuple[Callable[[torch.Tensor], torch.Tensor], s
         if isinstance(part, (ast.ClassDef, ast.FunctionDef))}
     for tree in code.values():
         _CodeCheck(defined).visit(tree)
-    for name, read in records.items():
+    for name in records:
         if name.endswith('pkl'):
-            _check_script_pickle(name, read(), defined)
+            _check_script_pickle(name, records, defined)
     files = {METADATA: ''}
     module = torch.jit.load(io.BytesIO(data), map_location='cpu', _extra_files=files)
     return module, files[METADATA]
@@ -181,10 +185,12 @@ def _records(data: bytes, allowed: 're.Pattern[str]') -> Dict[str, Callable[[], 
     """
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         parts = archive.infolist()
-    code = [part for part in parts if part.filename.partition('/')[2].startswith('code/')]
-    if sum(part.file_size for part in code) > MOST_CODE:
+    kinds: Dict[bool, List[zipfile.ZipInfo]] = {True: [], False: []}
+    for part in parts:
+        kinds[part.filename.partition('/')[2].startswith('code/')].append(part)
+    if sum(part.file_size for part in kinds[True]) > MOST_CODE:
         _refuse(f'more than {MOST_CODE // 2 ** 20} MiB of code')
-    check_archive([part for part in parts if part not in code], len(data))
+    check_archive(kinds[False], len(data))
     found = [part.filename for part in parts]
     reader = torch._C.PyTorchFileReader(io.BytesIO(data))  # that of torch's loaders, so that both see the same records
     names = reader.get_all_records()
@@ -264,16 +270,43 @@ def _is_harmless(name: str, unknown: bool) -> bool:
     return name in SCRIPT_WORDED or not any('str' in str(part.type) for s in schemas for part in s.arguments)
 
 
-def _check_script_pickle(name: str, data: bytes, defined: Set[str]) -> None:
-    """Make sure that a pickle names tensors and the classes of the archive's code, which has been looked through."""
-    for opcode, value, _ in pickletools.genops(data):
+def _check_script_pickle(name: str, records: Dict[str, Callable[[], bytes]], defined: Set[str]) -> None:
+    """Make sure that a pickle names tensors and the classes of the archive's code, which has been looked through.
+
+    A tensor is ('storage', its type, its record, device, number of elements); torch takes the last on trust.
+    """
+    before: List[Tuple[str, Any]] = []  # instructions and what each puts on the stack, if it is a plain value
+    memo: Dict[int, Any] = {}
+    for opcode, value, _ in pickletools.genops(records[name]()):
         if opcode.name == 'GLOBAL':
             if not SCRIPT_GLOBALS.fullmatch(value) and value.replace(' ', '.') not in defined:
                 _refuse(f'{value[:80]!r} in {name!r}')
-        elif opcode.name in ('STACK_GLOBAL', 'INST', 'OBJ') or opcode.name.startswith('EXT'):
+        elif opcode.name in SCRIPT_REFUSED or (opcode.name == 'PROTO' and before):
             _refuse(f'the instruction {opcode.name} in {name!r}')
         elif isinstance(value, str) and 'torch.classes' in value:
             _refuse(f"'torch.classes' in {name!r}")
+        if 'PUT' in opcode.name:
+            memo[value] = before[-1][1]
+            continue
+        if 'GET' in opcode.name:
+            value = memo[value]
+        if opcode.name == 'BINPERSID':
+            _check_storage(name, records, before[-7:])
+        before = [*before[-6:], (opcode.name, value)]
+
+
+def _check_storage(name: str, records: Dict[str, Callable[[], bytes]], before: List[Tuple[str, Any]]) -> None:
+    kinds, values = [kind for kind, _ in before], [value for _, value in before[1:-1]]
+    plain = len(before) == 7 and all(isinstance(value, (str, int)) for value in values)
+    if not plain or kinds[0] != 'MARK' or kinds[-1] != 'TUPLE':
+        _refuse(f'a tensor in {name!r} of another make')
+    _, kind, key, device, count = values
+    record = f'{name.removesuffix(".pkl")}/{key}'
+    known = kind in SCRIPT_STORAGES and re.fullmatch(r'(?:cpu|cuda)(?::\d+)?', str(device)) and record in records
+    if not known or not isinstance(count, int):
+        _refuse(f'a tensor in {name!r} of {kind!r} on {device!r} from {record!r}')
+    if not 0 <= count * SCRIPT_STORAGES[kind] <= len(records[record]()):
+        _refuse(f'a tensor of {count} elements in {name!r}, which is more than is there')
 
 
 # exported programs

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import zipfile
 
 import onnx
@@ -275,6 +276,41 @@ def test_a_script_with_another_line_is_read(tmp_path):
     path.write_bytes(rewritten(scripted(Same()), preceded('x = torch.add(x, x)')))
     run, _ = load_exported(path, 'torchscript')
     assert run(torch.ones(2)).tolist() == [2, 2]
+
+
+class Held(nn.Module):
+    """A module that gives its weights away."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('weight', torch.ones(300))
+
+    def forward(self, x):
+        return self.weight
+
+
+@pytest.mark.parametrize('old, new, said', [
+    (b'M' + struct.pack('<H', 300), b'J' + struct.pack('<i', 30000), 'tensor of 30000 elements'),
+    (b'M' + struct.pack('<H', 300) + b't', b'J' + struct.pack('<i', -1) + b't', 'tensor of -1 elements'),
+    (b'FloatStorage', b'DoubleStorage', 'tensor of 300 elements'),
+    (b'X\1\0\0\0000', b'X\1\0\0\0001', "from 'data/1'"),
+    (b'X\3\0\0\0cpu', b'X\4\0\0\0meta', "on 'meta'"),
+    (b'M' + struct.pack('<H', 300) + b't', b'J' + struct.pack('<i', 30000) + b'\x80\2q\x20M\1\0000h\x20t', 'PROTO'),
+    (b'X\7\0\0\0storage', b')0X\7\0\0\0storage', 'of another make'),
+])
+def test_a_tensor_that_claims_more_than_its_record_is_refused(old, new, said, tmp_path):
+    """torch would show what lies in memory behind it."""
+    path = tmp_path / 'model.pt'
+    data = scripted(Held())
+    path.write_bytes(data)
+    assert load_exported(path, 'torchscript')[0](torch.zeros(1)).sum() == 300
+
+    def changed(records):
+        assert old in records['data.pkl']
+        return {**records, 'data.pkl': records['data.pkl'].replace(old, new)}
+    path.write_bytes(rewritten(data, changed))
+    with pytest.raises(PSTError, match=f'pt is refused: it holds .*{said}'):
+        load_exported(path, 'torchscript')
 
 
 @pytest.mark.parametrize('arch, kwargs, options', [
