@@ -2,6 +2,7 @@
 import logging
 import os
 import random
+import signal
 from pathlib import Path
 
 # before torch is imported: as many processes as there are cores may run tests, and the models are small
@@ -15,6 +16,11 @@ from pst_timm.engine import progress
 from tests.engine.helpers import write_images
 
 PLOT_SUMMARY = progress.plot_summary
+
+# nohup, or a shell that starts the tests in the background, would have all their processes ignore these
+for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -189,7 +189,7 @@ def test_labels_are_not_counted_from_the_end_nor_twice(images, tmp_path, labels)
 def test_results_are_not_written_over_the_weights(images, tmp_path):
     save_file(state_of(3), tmp_path / 'good.safetensors')
     before = (tmp_path / 'good.safetensors').read_bytes()
-    with pytest.raises(PSTError, match='is what is read'):
+    with pytest.raises(PSTError, match='holds no results'):
         validate(tiny_validate_args(
             images, checkpoint=str(tmp_path / 'good.safetensors'), results_file=str(tmp_path / 'good.safetensors')))
     assert (tmp_path / 'good.safetensors').read_bytes() == before
