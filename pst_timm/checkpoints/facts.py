@@ -9,7 +9,7 @@ from pst_timm.utils.errors import PSTError
 
 from .fetching import fetch
 from .reading import Checkpoint
-from .trust import check_origin, read_config
+from .trust import check_origin, read_model_config
 
 __all__ = [
     'DATA_KEYS', 'as_plain', 'attention_settings', 'complete', 'describe', 'first_line', 'inference_settings',
@@ -70,10 +70,10 @@ def look_up(name: str, pretrained: bool = False) -> Tuple[str, Dict[str, Any], D
     try:
         source, plain = parse_model_name(name)
         if source == 'local-dir':
-            cfg, arch, model_args = read_config(Path(plain))
+            cfg, arch, model_args = read_model_config(Path(plain))
             return arch, model_args, dict(cfg, source=source, file=plain)
         if source is not None:
-            cfg, arch, model_args = read_config(fetch(plain, 'config.json').parent)
+            cfg, arch, model_args = read_model_config(fetch(plain, 'config.json').parent)
             return arch, model_args, dict(cfg, source=source, hf_hub_id=plain)
         named = get_pretrained_cfg(plain) if '.' in plain or pretrained else None
         return split_model_name_tag(plain)[0], {}, named.to_dict() if named is not None else {}

@@ -21,7 +21,7 @@ from pst_timm.utils.errors import PSTError
 
 from .rules import printable, short
 from .schema import check_facts, parse_json
-from .trust import check_ordinary, read_config
+from .trust import check_ordinary, read_model_config
 
 __all__ = [
     'FACTS_KEY', 'HEADER_KEY', 'PICKLES', 'Checkpoint', 'Damaged', 'check_archive', 'check_dense', 'check_finite',
@@ -267,7 +267,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
     facts = check_facts(path, parse_json(header.get(HEADER_KEY) or '{}', f'{path}: the entry {HEADER_KEY}'))
     checkpoint = Checkpoint(path, check_weights(weights, path), **facts)
     if checkpoint.arch is None and (path.parent / 'config.json').exists():
-        checkpoint.pretrained_cfg, checkpoint.arch, checkpoint.model_args = read_config(path.parent)
+        checkpoint.pretrained_cfg, checkpoint.arch, checkpoint.model_args = read_model_config(path.parent)
     return checkpoint
 
 

@@ -23,7 +23,7 @@ from pst_timm.utils.errors import PSTError
 from . import rules
 from .schema import CONFIG, MOST_JSON, check_facts, parse_json
 
-__all__ = ['check_model_args', 'check_ordinary', 'check_origin', 'check_size', 'is_local_arch', 'read_config']
+__all__ = ['check_model_args', 'check_ordinary', 'check_origin', 'check_size', 'is_local_arch', 'read_model_config']
 
 MOST_BLOCKS = 256  # of one kind, in a model that a file describes
 MOST_WIDTH = 8192
@@ -47,7 +47,7 @@ def check_ordinary(path: Path) -> None:
         raise PSTError(f'{path} is not an ordinary file, but a {"folder" if path.is_dir() else "pipe or device"}.')
 
 
-def read_config(folder: Path) -> Tuple[Dict[str, Any], str, Dict[str, Any]]:
+def read_model_config(folder: Path) -> Tuple[Dict[str, Any], str, Dict[str, Any]]:
     """What timm's config.json in a folder says: preprocessing, architecture and arguments, each as far as it may.
 
     Raises:

@@ -14,6 +14,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils import natural_key
 
 from pst_timm.utils.errors import PSTError, did_you_mean
+from pst_timm.utils.files import read_text
 
 from .images import first_of, scan_folder
 
@@ -242,8 +243,8 @@ def read_class_map(path: str, folder: Optional[str] = None) -> Dict[Any, int]:
 
 def _listed_classes(path: str, found: Path) -> Dict[Any, int]:
     try:
-        lines = [line.strip() for line in found.read_text(encoding='utf-8-sig').split('\n')]
-    except (OSError, UnicodeDecodeError) as e:
+        lines = [line.strip() for line in read_text(found).split('\n')]
+    except (OSError, ValueError) as e:
         raise PSTError(f'--class-map {path}: not a text file in UTF-8 ({e}).') from e
     while lines and not lines[-1]:
         lines.pop()

@@ -9,8 +9,6 @@ import torch.nn as nn
 from pst_timm.checkpoints.trunk import load_trunk
 from pst_timm.utils.errors import PSTError, did_you_mean
 
-from . import factories
-
 __all__ = ['Frozen', 'apply_transfer']
 
 _logger = logging.getLogger(__name__)
@@ -95,7 +93,6 @@ def load_start(model: nn.Module, source: str) -> None:
     """Load the trunk of a model, see `load_trunk`; errors as in `apply_transfer`."""
     try:
         _logger.info(f'Trunk from {source}: {load_trunk(model, source)}.')
-        factories.check_finite_weights(model, source)
     except (ValueError, RuntimeError, OSError) as e:
         error = type(e) if isinstance(e, PSTError) else PSTError
         raise error(f'--trunk-checkpoint {source}: {e}') from e

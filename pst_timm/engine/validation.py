@@ -132,7 +132,6 @@ def open_model(args: Namespace) -> nn.Module:
         raise PSTError(
             f'The weights of {source} know {own} classes, not {model.num_classes}: another classifier would give '
             f'random answers. Leave --num-classes out.')
-    factories.check_finite_weights(model, source)
     args.model = args.model or model.pretrained_cfg['architecture']
     args.num_classes, args.in_chans = model.num_classes, model.pretrained_cfg['input_size'][0]
     return model

@@ -139,7 +139,7 @@ def read_text(path: os.PathLike) -> str:
         content = file.read(LONGEST + 1)
     if len(content) > LONGEST:
         raise ValueError(f'it has more than {LONGEST >> 20} MiB')
-    return content.decode('utf-8-sig').replace('\r\n', '\n')
+    return io.TextIOWrapper(io.BytesIO(content), encoding='utf-8-sig').read()
 
 
 def read_class_names(path: Optional[os.PathLike]) -> Optional[List[str]]:
