@@ -607,3 +607,8 @@ def test_a_header_larger_than_its_file_is_refused(tmp_path):
     path.write_bytes(struct.pack('<Q', 2 ** 62) + b'{}')
     with pytest.raises(PSTError, match='cannot be read'):
         load_model(path)
+
+
+def test_a_null_in_the_preprocessing_says_nothing():
+    assert check_facts('the file', {'pretrained_cfg': {'input_size': None, 'crop_pct': 0.9}}) == {
+        'pretrained_cfg': {'crop_pct': 0.9}}

@@ -114,7 +114,10 @@ def check_facts(source: Union[str, PathLike], facts: Any, schema: Mapping[str, r
         if unknown is not None:
             raise rules.Unfit(f'one of {", ".join(schema)}', (rules.short(unknown),))
         check_budget(facts)
-        return {k: v for k, v in rules.mapping(schema)(facts).items() if v is not None}
+        checked = {k: v for k, v in rules.mapping(schema)(facts).items() if v is not None}
+        if 'pretrained_cfg' in checked:  # a null there is as good as nothing said
+            checked['pretrained_cfg'] = {k: v for k, v in checked['pretrained_cfg'].items() if v is not None}
+        return checked
     except rules.Unfit as e:
         at = rules.printable('.'.join(e.path).replace('.[', '[')[:200])
         raise PSTError(
