@@ -29,7 +29,8 @@ ROOMS = {
     'visualize': UPSTAIRS,
     'deploy': UPSTAIRS | {'engine'},
     'study': UPSTAIRS | {'engine'},
-    'commands': UPSTAIRS | {'engine', 'hub', 'benchmark', 'visualize', 'deploy', 'study'},
+    'review': UPSTAIRS | {'engine'},
+    'commands': UPSTAIRS | {'engine', 'hub', 'benchmark', 'visualize', 'deploy', 'study', 'review'},
     'cli': {'utils'},
 }
 LATER = ('matplotlib', 'sklearn', 'scipy', *(f'pst_timm.{room}' for room in ROOMS if room not in FLOOR | {'models'}))

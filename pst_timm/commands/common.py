@@ -7,11 +7,14 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Any, Callable, List, Optional
+from typing import TYPE_CHECKING, Any, Callable, List, Optional
 
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.parsing import ArgumentParser
 from pst_timm.utils.streams import flush_output, forgive_letters
+
+if TYPE_CHECKING:
+    from pst_timm.review.answers import Subject
 
 __all__ = [
     'CHECKPOINT_HELP',
@@ -24,10 +27,12 @@ __all__ = [
     'add_ema_flag',
     'add_output',
     'add_overwrite',
+    'add_reading_flags',
     'add_source',
     'at_least',
     'fail',
     'files_of',
+    'open_subject_of',
     'run',
 ]
 
@@ -162,6 +167,27 @@ def add_overwrite(parser: argparse.ArgumentParser, what: str = 'a file') -> None
     """Add --overwrite."""
     parser.add_argument(
         '--overwrite', action='store_true', help=f'replace {what} that is there already (default: refuse to)')
+
+
+def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what says how a model answers to images: which weights, attention, size, device and batches."""
+    add_ema_flag(parser)
+    add_attention_flags(parser)
+    parser.add_argument('--img-size', type=at_least(32), help="height and width (default: the model's)")
+    parser.add_argument('--device', default='', help='cpu, cuda, cuda:1, mps, ... (default: the best there is)')
+    parser.add_argument('-b', '--batch-size', type=at_least(1), default=64, help='images at a time (default: 64)')
+    parser.add_argument(
+        '-j', '--workers', type=at_least(0), default=0,
+        help='processes that read images, 0 for the one that computes (default: 0)')
+
+
+def open_subject_of(args: argparse.Namespace, source: str) -> 'Subject':
+    """The model that is to answer, as the flags of `add_reading_flags` say; errors as in `open_subject`."""
+    from pst_timm.review.answers import open_subject
+
+    return open_subject(
+        source, use_ema=args.use_ema, topk=args.topk, fine_fusion=args.fine_fusion, img_size=args.img_size,
+        device=args.device)
 
 
 def files_of(source: str) -> List[Path]:

@@ -5,7 +5,7 @@
 A page says what it wants by a mark, alone in its line; what follows, up to the line `<!-- end -->`, is made anew:
 
     <!-- study NAME BLOCK -->    of results/study/NAME: setting, models, question1 to question5, plots
-    <!-- performance NAME -->    the table results/performance/NAME.csv
+    <!-- table FOLDER/NAME -->   the table results/FOLDER/NAME.csv
 
 so that no number is typed in. Marks within fenced code are left alone.
 """
@@ -55,10 +55,10 @@ def fill_page(path: Path, root: Path, studies: Mapping[str, 'StudyData']) -> str
     from pst_timm.study.tables import BLOCKS, study_block
     from pst_timm.utils.pages import fill_text
 
-    def performance(words: List[str]) -> str:
+    def table(words: List[str]) -> str:
         if len(words) != 1:
-            raise PSTError(f'{path}: unknown mark {" ".join(["performance", *words])!r}; known is "performance NAME".')
-        return performance_block(root / 'results' / 'performance', words[0])
+            raise PSTError(f'{path}: unknown mark {" ".join(["table", *words])!r}; known is "table FOLDER/NAME".')
+        return table_block(root / 'results', words[0])
 
     def study(words: List[str]) -> str:
         if len(words) != 2 or words[1] not in (*BLOCKS, 'plots'):
@@ -80,10 +80,10 @@ def fill_page(path: Path, root: Path, studies: Mapping[str, 'StudyData']) -> str
         text = path.read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as e:
         raise PSTError(f'{path} cannot be read as a page ({e}).') from None
-    return fill_text(text, {'performance': performance, 'study': study})
+    return fill_text(text, {'table': table, 'study': study})
 
 
-def performance_block(folder: Path, name: str) -> str:
+def table_block(folder: Path, name: str) -> str:
     """How something was measured, and the table of it, numbers with a decimal point cut to three places."""
     from pst_timm.utils.files import read_csv
     from pst_timm.utils.markdown import prose
@@ -92,7 +92,7 @@ def performance_block(folder: Path, name: str) -> str:
     def cell(value: str) -> str:
         return f'{float(value):.3f}' if re.fullmatch(r'-?\d+\.\d+(e-?\d+)?', value) else prose(value)
 
-    if not re.fullmatch(r'\w[\w.-]*', name):
+    if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name):
         raise PSTError(f'{name!r} is no name of a table in {folder}.')
     rows = [{prose(key): cell(value) for key, value in row.items()} for row in read_csv(folder / f'{name}.csv')]
     path = folder / f'{name}.json'

@@ -220,12 +220,12 @@ def warn_once(message: str) -> None:
     _logger.warning(message)
 
 
-def find_images(folder: os.PathLike, limit: int) -> Tuple[List[Path], int]:
+def find_images(folder: os.PathLike, limit: Optional[int] = None) -> Tuple[List[Path], int]:
     """Images in a folder and the folders in it, by name; evenly spaced ones if there are more than the limit.
 
     Args:
         folder: The folder.
-        limit: Most images to return.
+        limit: Most images to return, all if None.
 
     Returns:
         The images, and how many there are in all.
@@ -240,5 +240,5 @@ def find_images(folder: os.PathLike, limit: int) -> Tuple[List[Path], int]:
     if not found.paths:
         raise PSTError(f'The folder {folder} has no images ({", ".join(EXTENSIONS)}).')
     paths = sorted(map(Path, found.paths))
-    count = min(limit, len(paths))
+    count = len(paths) if limit is None else min(limit, len(paths))
     return [paths[i * len(paths) // count] for i in range(count)], len(paths)

@@ -132,16 +132,16 @@ TABLE = [
     BadInput('report: study without files', ['report'], 'study.json', write('results/study/a/other', '')),
     BadInput('report: cut table', ['report'], 't.csv', make(
         write('results/performance/t.csv', 'a,b\n1\n'), write('results/performance/t.json', '{"setting": "x"}'),
-        write('README.md', '<!-- performance t -->\n<!-- end -->\n'))),
+        write('README.md', '<!-- table performance/t -->\n<!-- end -->\n'))),
     BadInput('report: table without its setting', ['report'], 't.json', make(
         write('results/performance/t.csv', 'a,b\n1,2\n'), write('results/performance/t.json', '[1]'),
-        write('README.md', '<!-- performance t -->\n<!-- end -->\n'))),
+        write('README.md', '<!-- table performance/t -->\n<!-- end -->\n'))),
     BadInput('report: mark of nothing', ['report'], 'README.md', make(
         write('results/x', ''), write('README.md', '<!-- study a nonsense -->\n'))),
     BadInput('report: page that is no text', ['report'], 'README.md', make(
         write('results/x', ''), write('README.md', b'\xff\xfe\x00'))),
     BadInput('report: way out of the results', ['report'], '../../secret', make(
-        write('results/x', ''), write('README.md', '<!-- performance ../../secret -->\n'))),
+        write('results/x', ''), write('README.md', '<!-- table ../../secret -->\n'))),
     BadInput('study: missing configuration', ['study', 'gone.yaml', '--data-dir', '.'], 'gone.yaml'),
     BadInput('study: a list', ['study', 's.yaml', '--data-dir', '.'], 's.yaml', write('s.yaml', '- a\n')),
     BadInput('study: broken YAML', ['study', 's.yaml', '--data-dir', '.'], 's.yaml', write('s.yaml', 'a: [\n')),

@@ -411,9 +411,9 @@ an old table
 <!-- a remark -->
 ~~~md
 ```
-<!-- performance parts -->
+<!-- table performance/parts -->
 ~~~
-<!-- performance figures -->
+<!-- table performance/figures -->
 kept, as there was no end
 
   <!-- study cpu indented -->
@@ -427,16 +427,16 @@ def test_only_marked_blocks_change():
     def make(kind, words):
         return f'{kind}: {"+".join(words)}\ntwo lines'
 
-    filled = fill_text(PAGE, {kind: partial(make, kind) for kind in ('study', 'performance')})
+    filled = fill_text(PAGE, {kind: partial(make, kind) for kind in ('study', 'table')})
     expected = PAGE.replace('an old table', 'study: cpu+models\ntwo lines')
     expected = expected.replace(
-        'figures -->\n', 'figures -->\n\nperformance: figures\ntwo lines\n\n<!-- end -->\n')
+        'figures -->\n', 'figures -->\n\ntable: performance/figures\ntwo lines\n\n<!-- end -->\n')
     expected = expected.replace('plots -->\n', 'plots -->\n\nstudy: cpu+plots\ntwo lines\n\n')
     assert filled == expected
 
 
 PIECES = st.sampled_from([
-    'text', '', '```', '````py', '~~~', '<!-- end -->', '<!-- study cpu models -->', '<!-- performance parts -->',
+    'text', '', '```', '````py', '~~~', '<!-- end -->', '<!-- study cpu models -->', '<!-- table performance/parts -->',
     'see `<!-- study cpu setting -->`', '<!-- other -->', '| a | b |'])
 
 
@@ -444,7 +444,7 @@ PIECES = st.sampled_from([
 @given(st.lists(PIECES, max_size=14))
 def test_filling_twice_is_filling_once(pieces):
     def filled_with(text, content):
-        return fill_text(text, {kind: lambda words: content for kind in ('study', 'performance')})
+        return fill_text(text, {kind: lambda words: content for kind in ('study', 'table')})
 
     text = '\n'.join(pieces)
     filled = filled_with(text, 'a block')
@@ -502,15 +502,15 @@ def test_what_was_not_run_says_how_to_once_in_a_page(checkout, small):
     assert filled.count(line.replace('gpu', 'cpu')) == 2 and '| `resnet18` |' in filled
 
 
-def test_performance_tables(checkout, capsys):
+def test_tables_of_results(checkout, capsys):
     folder = checkout / 'results/performance'
     folder.mkdir()
     (folder / 'parts.csv').write_text('part,ms,count\nwhole,1.23456,3\nhalf,5.1e-02,-\n')
     (folder / 'parts.json').write_text('{"setting": "here, today"}')
-    (checkout / 'README.md').write_text('<!-- performance parts -->\n')
+    (checkout / 'README.md').write_text('<!-- table performance/parts -->\n')
     assert main(['--root', str(checkout)]) == 0
     assert (checkout / 'README.md').read_text() == (
-        '<!-- performance parts -->\n\nhere, today.\n\n| part | ms | count |\n| --- | --- | --- |\n'
+        '<!-- table performance/parts -->\n\nhere, today.\n\n| part | ms | count |\n| --- | --- | --- |\n'
         '| whole | 1.235 | 3 |\n| half | 0.051 | - |\n\n<!-- end -->\n')
     (folder / 'parts.json').write_text('{}')
     assert main(['--root', str(checkout)]) == 1
@@ -522,12 +522,12 @@ def test_performance_tables(checkout, capsys):
 
 
 @pytest.mark.parametrize('mark', [
-    'study cpu model', 'study cpu', 'study', 'performance', 'performance parts fast', 'performance parts'])
+    'study cpu model', 'study cpu', 'study', 'table', 'table performance/parts fast', 'table performance/parts'])
 def test_unknown_marks_are_named(checkout, capsys, mark):
     (checkout / 'README.md').write_text(f'<!-- {mark} -->\n')
     assert main(['--root', str(checkout)]) == 1
     error = capsys.readouterr().err
-    assert 'parts.csv cannot be read' in error if mark == 'performance parts' else (
+    assert 'parts.csv cannot be read' in error if mark == 'table performance/parts' else (
         f'README.md: unknown mark {mark!r}' in error)
     assert (checkout / 'README.md').read_text() == f'<!-- {mark} -->\n'
 

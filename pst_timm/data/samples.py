@@ -1,0 +1,168 @@
+"""Images one by one with what is known of each: name, label, and how it looks before it is prepared for a model."""
+import os
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import ImageDataset
+from torch.utils.data import Dataset, default_collate
+
+from pst_timm.utils.errors import PSTError
+
+from .datasets import class_indices
+from .images import find_images, open_image, read_image
+
+__all__ = ['LOOKS', 'Look', 'Sample', 'Samples', 'collate_samples', 'look_of']
+
+NO_LABEL = -1
+
+
+class Look(NamedTuple):
+    """How an image looks, before it is prepared for a model."""
+    brightness: float
+    """Mean of the luma, from 0 to 1."""
+    contrast: float
+    """Standard deviation of the luma, from 0 to 0.5."""
+    sharpness: float
+    """Mean absolute difference of neighbouring pixels' luma, over both axes: blur lowers it, noise raises it."""
+    width: float
+    """In pixels."""
+    height: float
+    """In pixels."""
+
+
+LOOKS = Look._fields
+
+
+def look_of(image: Image.Image) -> Look:
+    """How an image looks."""
+    luma = np.asarray(image.convert('L'), np.float32) / 255
+    steps = [np.abs(np.diff(luma, axis=axis)).mean() for axis in (0, 1) if luma.shape[axis] > 1]
+    return Look(float(luma.mean()), float(luma.std()), float(np.mean(steps)) if steps else 0., *map(float, image.size))
+
+
+class Sample(NamedTuple):
+    """An image as a model takes it, and what is known of it."""
+    index: int
+    image: torch.Tensor
+    """(C, H, W), prepared."""
+    label: int
+    """`NO_LABEL` where there is none."""
+    look: Tuple[float, ...]
+    """A `Look`, as plain numbers."""
+
+
+class Samples(Dataset):
+    """Images with their names; those that cannot be read are None, so that the others keep their places."""
+
+    def __init__(
+            self,
+            names: Sequence[str],
+            read: Callable[[int], Tuple[Image.Image, int]],
+            transform: Callable[[Image.Image], torch.Tensor],
+            class_names: Optional[Sequence[str]] = None,
+    ):
+        """
+        Args:
+            names: What each image is called: its path, relative to the data where that is a folder.
+            read: Gives image and label of an index; raises `PSTError` or `OSError` where it cannot be read.
+            transform: What makes a tensor (C, H, W) of an image.
+            class_names: Names of the classes in the order of the labels; None where there are no labels.
+        """
+        self.names = list(names)
+        self.read = read
+        self.transform = transform
+        self.class_names = list(class_names) if class_names is not None else None
+
+    @classmethod
+    def labelled(
+            cls,
+            dataset: ImageDataset,
+            transform: Callable[[Image.Image], torch.Tensor],
+            class_names: Sequence[str] = (),
+    ) -> 'Samples':
+        """Those of a dataset that `open_dataset` has opened, labels by class name.
+
+        Args:
+            dataset: The dataset.
+            transform: See above.
+            class_names: Names in the order of the model's outputs, which the data may have some of; if empty, those
+                of the data in their own order.
+
+        Raises:
+            PSTError: If it is a stream, or has a class that the model does not know.
+        """
+        if not isinstance(dataset, ImageDataset):
+            raise PSTError('The data is a stream or a list of its own: unpack it to a folder of class folders first.')
+        found = class_indices(dataset)
+        if found is None:
+            raise PSTError('The data does not tell its classes: put the images of each class into a folder of its name.')
+        names = list(class_names) or sorted(found, key=found.get)
+        places = {name: i for i, name in enumerate(names)}
+        unknown = sorted(str(name) for name in found if name not in places)
+        if unknown:
+            raise PSTError(
+                f'The model knows no class {unknown[0]!r} ({len(unknown)} of {len(found)} folders are none of its '
+                f'{len(names)} classes, the first of which is {names[0]!r}): name the folders after its classes.')
+        labels = {i: places[name] for name, i in found.items()}
+        return cls(dataset.filenames(), _Reader(dataset, labels), transform, names)
+
+    @classmethod
+    def loose(
+            cls,
+            paths: Sequence[os.PathLike],
+            transform: Callable[[Image.Image], torch.Tensor],
+            mode: str = 'RGB',
+    ) -> 'Samples':
+        """Image files, and all those in folders, without labels.
+
+        Args:
+            paths: Files and folders.
+            transform: See above.
+            mode: One of `MODES`.
+
+        Raises:
+            PSTError: If there is no image.
+        """
+        files: List[Path] = []
+        for path in map(Path, paths):
+            files += find_images(path)[0] if path.is_dir() else [path]
+        if not files:
+            raise PSTError('No images are named.')
+        return cls([str(path) for path in files], _Files(files, mode), transform)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Optional[Sample]:
+        try:
+            image, label = self.read(index)
+        except (PSTError, OSError):
+            return None
+        return Sample(index, self.transform(image), label, tuple(look_of(image)))
+
+
+class _Reader:
+    def __init__(self, dataset: ImageDataset, labels: Dict[int, int]):
+        self.dataset, self.labels = dataset, labels
+
+    def __call__(self, index: int) -> Tuple[Image.Image, int]:
+        file, label = self.dataset.reader[index]
+        with file:
+            return read_image(file, self.dataset.input_img_mode), self.labels[label]
+
+
+class _Files:
+    def __init__(self, paths: List[Path], mode: str):
+        self.paths, self.mode = paths, mode
+
+    def __call__(self, index: int) -> Tuple[Image.Image, int]:
+        return open_image(self.paths[index], self.mode), NO_LABEL
+
+
+def collate_samples(samples: Sequence[Optional[Sample]]) -> Optional[Any]:
+    """The samples that could be read as one `Sample` of batches; None where none could."""
+    kept = [sample for sample in samples if sample is not None]
+    return default_collate(kept) if kept else None
