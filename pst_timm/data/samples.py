@@ -98,7 +98,7 @@ class Samples(Dataset):
             raise PSTError('The data is a stream or a list of its own: unpack it to a folder of class folders first.')
         found = class_indices(dataset)
         if found is None:
-            raise PSTError('The data does not tell its classes: put the images of each class into a folder of its name.')
+            raise PSTError('The data does not tell its classes: give each class a folder of its name.')
         names = list(class_names) or sorted(found, key=found.get)
         places = {name: i for i, name in enumerate(names)}
         unknown = sorted(str(name) for name in found if name not in places)
