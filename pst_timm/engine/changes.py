@@ -13,6 +13,7 @@ from pst_timm.checkpoints.facts import as_plain
 from pst_timm.checkpoints.reading import FACTS_KEY
 from pst_timm.data.datasets import check_class_names
 from pst_timm.utils.errors import PSTError
+from pst_timm.utils.markdown import plain
 
 from .flags import keys_with_role
 from .recovery import Position, position_of, resume
@@ -82,9 +83,9 @@ def check_changes(
     changed = changed_settings(saved, args)
     if 'opt' in changed and not args.no_resume_opt:
         raise PSTError(
-            f'--opt {args.opt} cannot go on from {path}, which holds the state of {_brief(changed["opt"])}: take that '
-            f'one, or add --no-resume-opt to begin with a fresh state.')
-    told = [f'--{k.replace("_", "-")} {getattr(args, k)} (was {_brief(v)})' for k, v in changed.items()]
+            f'--opt {args.opt} cannot go on from {path}, which holds the state of '
+            f'{plain(as_plain(changed["opt"]), 60)}: take that one, or add --no-resume-opt to begin afresh.')
+    told = [f'--{k.replace("_", "-")} {getattr(args, k)} (was {plain(as_plain(v), 60)})' for k, v in changed.items()]
     other = _other_stream(saved, stream)
     within = [f'--{k.replace("_", "-")}' for k in ORDER if k in changed] + other
     if position.step and within:
@@ -106,12 +107,6 @@ def _other_stream(saved: Dict[str, Any], stream: Stream) -> List[str]:
         f'{getattr(stream, k)} {what} (were {then[k]})' for k, what in words.items()
         if isinstance(then.get(k), int) and then[k] != getattr(stream, k)]
     return found if len(found) < 2 else [text for text in found if words['batches'] not in text]
-
-
-def _brief(value: Any, most: int = 60) -> str:
-    """What a file says, for a message: no control characters, and not too long."""
-    text = ''.join(c if c.isprintable() else '?' for c in str(as_plain(value)))
-    return text if len(text) <= most else f'{text[:most]}...'
 
 
 def _label_names(saved: Dict[str, Any]) -> Optional[List[str]]:
