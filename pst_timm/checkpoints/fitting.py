@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 
 from pst_timm.utils.errors import PSTError
+from pst_timm.utils.markdown import plain
 
 __all__ = ['check_fit', 'load_weights', 'misfits']
 
@@ -33,7 +34,7 @@ def misfits(
     if missing:
         found.append(f'{len(missing)} tensors are missing (the first: {missing[0]})')
     if surplus:
-        found.append(f'{len(surplus)} are unknown to it (the first: {surplus[0]})')
+        found.append(f'{len(surplus)} are unknown to it (the first: {plain(surplus[0], 200)})')
     if differ:
         found.append(
             f'{len(differ)} have another shape (the first: {differ[0]}, {tuple(weights[differ[0]].shape)} where '

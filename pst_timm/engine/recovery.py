@@ -24,6 +24,7 @@ from pst_timm.checkpoints.reading import (
 from pst_timm.checkpoints.rules import Unfit, short
 from pst_timm.checkpoints.schema import check_budget
 from pst_timm.utils.errors import PSTError
+from pst_timm.utils.markdown import plain
 
 __all__ = [
     'STATES', 'AtomicSaver', 'Position', 'check_checkpoint', 'check_there', 'find_newest', 'position_of',
@@ -406,5 +407,5 @@ def _why(error: Exception, saved: Dict[str, Any], task: TrainingTask) -> str:
             arch = saved.get('arch')
             named = isinstance(arch, str) and arch.isprintable() and len(arch) < 100
             return (f'it is of {arch}, and ' if named else '') + f'{"; ".join(found)}.'
-    text = str(error).strip().split('\n')[0] or type(error).__name__
+    text = plain(str(error).strip().split('\n')[0] or type(error).__name__, 1000)
     return text if text.endswith('.') else f'{text}.'

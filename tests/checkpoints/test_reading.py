@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from pst_timm.checkpoints.building import build_model, create_model, load_model
+from pst_timm.checkpoints.fitting import misfits
 from pst_timm.checkpoints.reading import is_file, read_checkpoint
 from pst_timm.utils.errors import PSTError
 from tests.checkpoints.helpers import Payload, build, images, logits, run_args, save_checkpoint
@@ -221,3 +222,9 @@ def test_older_files_lack_the_counters_of_batch_norms(tmp_path):
     weights = {k: v for k, v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
     torch.save(weights, tmp_path / 'old.pth')
     assert torch.equal(logits(load_model(tmp_path / 'old.pth', arch='test_resnet_pst')), logits(model))
+
+
+def test_the_name_of_a_strange_tensor_does_not_steer_a_terminal():
+    own = build().state_dict()
+    found = misfits(own, {**own, '\x1b[2J\U0008f6d2\u202e' + 1000 * 'x': torch.zeros(1)})
+    assert len(found) == 1 and found[0].isprintable() and len(found[0]) < 300
