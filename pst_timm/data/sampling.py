@@ -26,6 +26,7 @@ _logger = logging.getLogger(__name__)
 
 SAMPLERS = ('balanced', 'sqrt', 'effective')
 LARGEST_FILE = 256 * 2 ** 20  # bytes of a file of weights, several million images
+LARGEST_WEIGHT = 1e9  # beside which one of 1 would be nothing
 DRAW = 2  # tells the generator of the draw from those of the batches, which have the same seed
 
 
@@ -79,7 +80,7 @@ def open_train_images(args: Namespace, dataset: Dataset) -> Optional[TrainImages
         weights = weights * read_weights(args.hard_examples, _names_of(dataset))
     chances = weights / weights.sum()
     if getattr(args, 'rank', 0) == 0:
-        _say(given, TrainImages(labels, chances))
+        _say(given[:bool(args.sampler) + bool(args.hard_examples)], TrainImages(labels, chances))
     return TrainImages(labels, chances)
 
 
@@ -178,9 +179,10 @@ def read_weights(path: str, names: Sequence[str]) -> np.ndarray:
     for number, row in enumerate(rows, 2):
         name = row['image'].replace(os.sep, '/')
         weight = _number(row['weight'])
-        if not 0 <= weight < math.inf:
-            raise PSTError(f'{where}, line {number} gives {listed([name])} the weight {listed([row["weight"]])}: '
-                           f'expected a finite number from 0 up.')
+        if not 0 <= weight <= LARGEST_WEIGHT:
+            raise PSTError(
+                f'{where}, line {number} gives {listed([name])} the weight {listed([row["weight"]])}: expected a '
+                f'number from 0 to {LARGEST_WEIGHT:g}.')
         if name in found:
             raise PSTError(f'{where}, line {number} names {listed([name])} again: expected one weight for an image.')
         found[name] = weight
@@ -195,8 +197,8 @@ def read_weights(path: str, names: Sequence[str]) -> np.ndarray:
     if absent := sum(name not in found for name in names):
         _logger.warning(f'{where} does not name {absent} of the {len(names)} training images: they get the weight 1.')
     weights = np.array([found.get(name, 1.) for name in names])
-    if not 0 < weights.sum() < math.inf:
-        raise PSTError(f'{where} leaves nothing to draw from: the weights have a sum of {weights.sum():g}.')
+    if not weights.any():
+        raise PSTError(f'{where} leaves nothing to draw from: all weights are 0.')
     return weights
 
 
