@@ -6,7 +6,7 @@ import tarfile
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NoReturn, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Set, Tuple
 
 import torch
 from PIL import EpsImagePlugin, ImageMode
@@ -19,8 +19,8 @@ from .images import MODES, UnreadableImage, as_seen, first_of, listed, open_imag
 from .readers import FolderReader, TarReader, read_class_map
 
 __all__ = [
-    'BadImages', 'check_class_names', 'check_classes', 'check_mapped_names', 'class_names', 'create_eval_dataset',
-    'is_folder_or_tar', 'open_dataset',
+    'BadImages', 'CheckedImageDataset', 'check_class_names', 'check_classes', 'check_mapped_names', 'class_names',
+    'create_eval_dataset', 'is_folder_or_tar', 'open_dataset',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -99,6 +99,8 @@ class CheckedImageDataset(ImageDataset):
             target_transform=dataset.target_transform,
         )
         self.bad_images = bad_images
+        self.class_transforms: Dict[int, Callable] = {}
+        """Transforms of the images of some classes, by class index, instead of `transform`."""
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         for i in range(index, index + len(self)):
@@ -116,7 +118,8 @@ class CheckedImageDataset(ImageDataset):
         target = -1 if target is None else target
         if self.target_transform is not None:
             target = self.target_transform(target)
-        return (image if self.transform is None else self.transform(image)), target
+        transform = self.class_transforms.get(target, self.transform)
+        return (image if transform is None else transform(image)), target
 
 
 class SeenStream(IterableImageDataset):

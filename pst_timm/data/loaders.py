@@ -4,7 +4,7 @@ import math
 import warnings
 from argparse import Namespace
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
 
 import torch
@@ -18,6 +18,7 @@ from pst_timm.utils.errors import PSTError
 from . import augment  # noqa: F401  (mends what --aa asks of Pillow)
 from .datasets import (
     BadImages,
+    CheckedImageDataset,
     check_class_names,
     check_classes,
     class_names,
@@ -27,6 +28,7 @@ from .datasets import (
 )
 from .images import listed
 from .on_device import DeviceLoader, RandomCrop, check_flags, check_memory, reading_loader, store, storing_transform
+from .sampling import TrainImages, draw_with, open_train_images, rare_classes
 
 __all__ = [
     'TrainData', 'TrainSplits', 'bad_images', 'checked_batches', 'create_eval_loader', 'create_train_data',
@@ -40,6 +42,8 @@ class TrainSplits(NamedTuple):
     """The data of a training run, opened."""
     train: Dataset
     evaluation: Optional[Dataset]
+    images: Optional[TrainImages] = None
+    """What is known of the training images, where a flag needs to know it."""
 
 
 class TrainData(NamedTuple):
@@ -107,8 +111,13 @@ def open_train_splits(args: Namespace, in_chans: int) -> TrainSplits:
             f'apart: give each class a folder of its own.')
     if args.num_classes is not None:
         check_classes(dataset, args.num_classes, True, args.train_split)
+    images = open_train_images(args, dataset)
+    if args.rare_aa and not isinstance(dataset, CheckedImageDataset):
+        raise PSTError(
+            f'--rare-aa {args.rare_aa} needs images that are read one by one with their class (a folder, a .tar file, '
+            f'hfds/): leave it out.')
     if not args.val_split:
-        return TrainSplits(dataset, None)
+        return TrainSplits(dataset, None, images)
     dataset_eval = create_eval_dataset(args, args.val_split, args.val_num_samples)
     check_class_names(
         class_names(dataset_eval), names, f'the {args.val_split!r} split', f'the {args.train_split!r} split')
@@ -120,7 +129,7 @@ def open_train_splits(args: Namespace, in_chans: int) -> TrainSplits:
         _logger.warning(
             f'Training and validation read the same images, {dataset.reader.root}: the accuracy will tell nothing '
             f"new. Add a split, or --val-split '' for no validation.")
-    return TrainSplits(dataset, dataset_eval)
+    return TrainSplits(dataset, dataset_eval, images)
 
 
 def create_train_data(
@@ -145,7 +154,8 @@ def create_train_data(
     interpolation = args.train_interpolation
     if args.no_aug or not interpolation:
         interpolation = data_config['interpolation']
-    loader = create_loader(
+    create = partial(
+        create_loader,
         dataset,
         batch_size=args.batch_size,
         is_training=True,
@@ -162,7 +172,6 @@ def create_train_data(
         color_jitter_prob=args.color_jitter_prob,
         grayscale_prob=args.grayscale_prob or 0.,
         gaussian_blur_prob=args.gaussian_blur_prob or 0.,
-        auto_augment=args.aa,
         num_aug_repeats=args.aug_repeats,
         interpolation=interpolation,
         distributed=args.distributed,
@@ -171,6 +180,12 @@ def create_train_data(
         worker_seeding=args.worker_seeding,
         **_loader_kwargs(args, data_config, dtype),
     )
+    if args.rare_aa:
+        create(auto_augment=args.rare_aa)
+        _augment_rare(args, dataset, splits.images)
+    loader = create(auto_augment=args.aa)
+    if splits.images is not None and splits.images.chances is not None:
+        loader = draw_with(loader, splits.images.chances, args.seed)
     if len(loader) == 0:
         raise PSTError(
             f'The {args.train_split!r} split has fewer images than one batch of {args.batch_size} in each of '
@@ -189,6 +204,18 @@ def create_train_data(
             args, splits.evaluation, data_config, args.validation_batch_size or args.batch_size, dtype,
             distributed=args.distributed)
     return TrainData(loader, evaluation, mixup_fn)
+
+
+def _augment_rare(args: Namespace, dataset: CheckedImageDataset, images: TrainImages) -> None:
+    """Keep the transform that a dataset has for the images of rare classes."""
+    rare = rare_classes(images.labels, args.rare_below)
+    dataset.class_transforms = dict.fromkeys(rare, dataset.transform)
+    if is_primary(args):
+        names = class_names(dataset)
+        _logger.log(
+            logging.INFO if rare else logging.WARNING,
+            f'--rare-below {args.rare_below}: {len(rare)} classes have fewer images'
+            + (f' ({listed([names[i] if names else i for i in rare])}).' if rare else ', so --rare-aa does nothing.'))
 
 
 def _check_memory(args: Namespace, splits: TrainSplits, data_config: Dict[str, Any]) -> None:

@@ -40,6 +40,7 @@ def check_flags(args: Namespace) -> None:
     if not args.no_aug:
         refused += [
             ('aa', args.aa, off),
+            ('rare_aa', args.rare_aa, off),
             ('color_jitter', args.color_jitter, "set it to 0 (0.4 is timm's default)"),
             ('grayscale_prob', args.grayscale_prob, off),
             ('gaussian_blur_prob', args.gaussian_blur_prob, off),

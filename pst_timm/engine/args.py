@@ -207,6 +207,22 @@ def _wrong_in_training(args: Namespace) -> Iterator[str]:
             f'another --validation-batch-size.')
     if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size % 2:
         yield f'Mixup and CutMix need an even --batch-size, got {args.batch_size}.'
+    yield from _wrong_in_balance(args)
+
+
+def _wrong_in_balance(args: Namespace) -> Iterator[str]:
+    if args.use_multi_epochs_loader and (args.sampler or args.hard_examples):
+        yield (
+            '--use-multi-epochs-loader begins an epoch before it is told which one: leave it out for --sampler and '
+            '--hard-examples, whose draw depends on the epoch.')
+    if args.logit_adjust and args.bce_loss:
+        yield '--logit-adjust is for the softmax, and --bce-loss takes each class for itself: choose one.'
+    if args.hard_loss_warmup is not None and args.hard_loss_fraction is None:
+        yield f'--hard-loss-warmup {args.hard_loss_warmup} is for --hard-loss-fraction: add it, or leave it out.'
+    if bool(args.rare_aa) != (args.rare_below is not None):
+        yield '--rare-aa says how, and --rare-below which classes are augmented: give both, or none.'
+    if args.rare_aa and args.no_aug:
+        yield f'--rare-aa {args.rare_aa} and --no-aug exclude each other: choose one.'
 
 
 def _wrong_in_validation(args: Namespace) -> Iterator[str]:

@@ -28,7 +28,7 @@ WITHOUT_EFFECT = {
     'head_init_bias', 'lr_base', 'lr_base_size', 'lr_base_scale', 'device_modules',
 }
 # flags that decide which images a batch of an epoch has
-ORDER = ('batch_size', 'grad_accum_steps', 'seed', 'aug_repeats', 'epoch_repeats')
+ORDER = ('batch_size', 'grad_accum_steps', 'seed', 'aug_repeats', 'epoch_repeats', 'sampler')
 COUNTERS = ('step', 'lookahead_step')  # what optimizers count in their parameter groups
 
 
@@ -38,6 +38,8 @@ class Stream(NamedTuple):
     batches: int
     images: Optional[int]
     """Images of the training split, None where nobody knows."""
+    draw: Optional[int] = None
+    """What tells their chances to be drawn from others, None where each comes once in an epoch."""
 
 
 def changed_settings(saved: Dict[str, Any], args: Namespace) -> Dict[str, Any]:
@@ -106,7 +108,12 @@ def _other_stream(saved: Dict[str, Any], stream: Stream) -> List[str]:
     found = [
         f'{getattr(stream, k)} {what} (were {then[k]})' for k, what in words.items()
         if isinstance(then.get(k), int) and then[k] != getattr(stream, k)]
-    return found if len(found) < 2 else [text for text in found if words['batches'] not in text]
+    found = found if len(found) < 2 else [text for text in found if words['batches'] not in text]
+    images, drawn = then.get('images'), then.get('draw')
+    same = isinstance(images, int) and images == stream.images  # others have other weights anyway
+    if same and (drawn if isinstance(drawn, int) else None) != stream.draw:
+        found.append('images drawn with other weights')
+    return found
 
 
 def _label_names(saved: Dict[str, Any]) -> Optional[List[str]]:

@@ -286,19 +286,34 @@ def schedule_for(args: Namespace, optimizer: torch.optim.Optimizer, updates_per_
         raise PSTError(f'--sched {args.sched}: {e}') from e
 
 
-def create_task(args: Namespace, model: nn.Module, device: torch.device, dtype: torch.dtype) -> TrainingTask:
-    """Wrap the model in timm's task: classification, or distillation if a teacher is named."""
+def create_task(
+        args: Namespace,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        criterion: Optional[nn.Module] = None,
+) -> TrainingTask:
+    """Wrap the model in timm's task: classification, or distillation if a teacher is named.
+
+    Args:
+        args: Arguments of a training run.
+        model: The model, on its device.
+        device: The device.
+        dtype: Precision of the weights.
+        criterion: Loss of the labels; timm's as the arguments say if None.
+    """
+    criterion_kwargs = dict(
+        loss_type='bce' if args.bce_loss else 'ce',
+        smoothing=args.smoothing,
+        soft_targets=args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None,
+        **(dict(
+            bce_target_thresh=args.bce_target_thresh,
+            bce_sum=args.bce_sum,
+            pos_weight=args.bce_pos_weight,
+        ) if args.bce_loss else {}),
+    )
     kwargs = dict(
-        criterion_kwargs=dict(
-            loss_type='bce' if args.bce_loss else 'ce',
-            smoothing=args.smoothing,
-            soft_targets=args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None,
-            **(dict(
-                bce_target_thresh=args.bce_target_thresh,
-                bce_sum=args.bce_sum,
-                pos_weight=args.bce_pos_weight,
-            ) if args.bce_loss else {}),
-        ),
+        **(dict(criterion_kwargs=criterion_kwargs) if criterion is None else dict(criterion=criterion)),
         device=device,
         dtype=dtype,
         verbose=False,

@@ -434,6 +434,22 @@ TRAIN_FLAGS: FlagGroups = [
         _flag('--drop-path', float, None, 'Stochastic depth.', **_UNIT),
         _flag('--drop-block', float, None, 'DropBlock, where the model has it.', **_UNIT),
     ]),
+    ('balance and hard examples', [
+        _flag('--sampler', str, None, 'Draw images with replacement so that classes come alike often (balanced), or '
+              'half of the way (sqrt), or by their effective number of images (effective).',
+              choices=('balanced', 'sqrt', 'effective')),
+        _flag('--hard-examples', str, None, 'CSV file with the columns image and weight, such as `pst-timm audit` '
+              'writes: draw images as often as their weights say, times those of --sampler.', source=True),
+        _flag('--logit-adjust', float, None, 'Add this times the logarithm of the share of each class to the logits in '
+              'the training loss; 1 is the usual strength.', above=0., high=100.),
+        _flag('--hard-loss-fraction', float, None, 'Of each batch, only this share with the largest losses counts.',
+              above=0., high=1.),
+        _flag('--hard-loss-warmup', int, None, 'Epochs at the start in which all losses count; --warmup-epochs if '
+              'unset.', low=0),
+        _flag('--rare-aa', str, None, 'Automatic augmentation instead of --aa for the images of rare classes.',
+              check=checks.auto_augment),
+        _flag('--rare-below', int, None, 'Rare classes have fewer training images than this.', low=1),
+    ]),
     ('batch norm', [
         _flag('--bn-momentum', float, None, 'Momentum of the batch norms, where the model takes it.', **_UNIT),
         _flag('--bn-eps', float, None, 'Epsilon of the batch norms, where the model takes it.', low=0.),

@@ -10,7 +10,7 @@ from timm.utils import is_primary
 from torch.utils.data import Dataset
 
 from pst_timm.data.datasets import class_names
-from pst_timm.data.loaders import worker_ended
+from pst_timm.data.loaders import TrainSplits, worker_ended
 from pst_timm.utils.errors import Interrupted, PSTError
 
 __all__ = ['check_ranks', 'explain', 'leave_group', 'on_first']
@@ -49,24 +49,29 @@ def leave_group(args: Namespace) -> None:
         dist.destroy_process_group()
 
 
-def check_ranks(args: Namespace, dataset: Dataset) -> None:
-    """Make sure that all processes see the same classes, in the same order, and as many images.
+def check_ranks(args: Namespace, splits: TrainSplits) -> None:
+    """Make sure that all processes see the same classes, in the same order, as many images, and weights of them.
 
     Raises:
         PSTError: In all of them, if they do not.
     """
     if not args.distributed:
         return
-    names = class_names(dataset)
+    names = class_names(splits.train)
     digest = hashlib.sha256('\n'.join(names).encode(errors='surrogatepass')).hexdigest() if names else None
     everyone: List[Any] = [None] * args.world_size
-    dist.all_gather_object(everyone, (digest, names and len(names), _length(dataset)))
+    draw = splits.images.digest if splits.images is not None else None
+    dist.all_gather_object(everyone, (digest, names and len(names), _length(splits.train), draw))
     odd = [rank for rank, seen in enumerate(everyone) if seen != everyone[0]]
     if odd:
         def words(rank: int) -> str:
             return f'{everyone[rank][2]} images of {everyone[rank][1]} classes'
 
         same = words(0) == words(odd[0])
+        if everyone[odd[0]][:3] == everyone[0][:3]:
+            raise PSTError(
+                f'Process {odd[0]} has other weights of the images than process 0: give all of them the same flags and '
+                f'the same --hard-examples.')
         raise PSTError(
             f'Process {odd[0]} sees other training data than process 0: '
             f'{"classes of other names, or in another order" if same else f"{words(odd[0])}, not {words(0)}"}. Let all '

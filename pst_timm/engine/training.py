@@ -40,6 +40,7 @@ from .dry_run import check_channels, check_input, check_recipe
 from .flags import recipe
 from .folder import claim_folder, is_in, remove_leftovers, remove_recovery, remove_run, remove_states_beyond
 from .inference import evaluate
+from .losses import create_loss
 from .processes import check_ranks, explain, leave_group, on_first
 from .progress import RunLog, StepTimer, format_metrics
 from .protocols import TrainStepAware
@@ -228,7 +229,7 @@ def train_one_epoch(run: Run, epoch: int, stop: StopSignals) -> Tuple[Dict[str, 
 def start_epoch(run: Run, epoch: int) -> None:
     """Set everything that depends on the epoch, and on nothing else."""
     args, loader = run.args, run.data.train
-    for part in (loader.dataset, loader.sampler):
+    for part in (loader.dataset, loader.sampler, getattr(run.task, 'criterion', None)):
         if hasattr(part, 'set_epoch'):
             part.set_epoch(epoch)
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
@@ -431,7 +432,7 @@ def _prepare(args: Namespace, hold: ExitStack) -> Run:
     in_chans = expected_channels(args)
     check_channels(args, in_chans)
     splits = open_train_splits(args, in_chans)
-    check_ranks(args, splits.train)
+    check_ranks(args, splits)
     if not explicit_classes and (names := class_names(splits.train)):
         args.num_classes = len(names)
         _logger.info(f'The {args.train_split!r} split has {len(names)} classes, and so gets the model.')
@@ -459,7 +460,8 @@ def _prepare(args: Namespace, hold: ExitStack) -> Run:
         model = factories.sync_batchnorm(model, device)
     if args.torchscript:
         model = factories.script(model)
-    task = factories.create_task(args, model, device, dtype)
+    shares = splits.images.class_shares(args.num_classes) if splits.images is not None else None
+    task = factories.create_task(args, model, device, dtype, create_loss(args, shares))
     if args.kd_model_name:
         teacher = Namespace(**dict(vars(args), model=args.kd_model_name))
         check_input(teacher, task.teacher.model, data_config, args.batch_size, splits.train)
@@ -473,7 +475,9 @@ def _prepare(args: Namespace, hold: ExitStack) -> Run:
             device=torch.device('cpu') if args.model_ema_force_cpu else None,
         )
 
-    stream = Stream(args.world_size, len(data.train), len(splits.train) if hasattr(splits.train, '__len__') else None)
+    stream = Stream(
+        args.world_size, len(data.train), len(splits.train) if hasattr(splits.train, '__len__') else None,
+        splits.images.digest if splits.images is not None else None)
     start = Position()
     if checkpoint is not None:
         start = load_run(args, checkpoint, saved, task, optimizer, loss_scaler, stream, class_names(splits.train))
