@@ -1,5 +1,13 @@
 """One door from a source (model name, hf-hub: name, folder, file) to a model. Knows the models."""
-from .building import build_model, create_model, label_names, load_model, open_checkpoint, preprocessing
+from .building import (
+    build_model,
+    create_model,
+    label_names,
+    load_model,
+    open_checkpoint,
+    preprocessing,
+    temperature_of,
+)
 from .conversion import Conversion, convert
 from .facts import attention_settings, inference_settings
 from .fitting import load_weights
@@ -9,5 +17,5 @@ from .trunk import load_trunk
 __all__ = [
     'Checkpoint', 'Conversion', 'attention_settings', 'build_model', 'check_finite', 'convert',
     'create_model', 'inference_settings', 'label_names', 'load_model', 'load_trunk', 'load_weights', 'open_checkpoint',
-    'preprocessing', 'read_checkpoint',
+    'preprocessing', 'read_checkpoint', 'temperature_of',
 ]

@@ -24,6 +24,7 @@ from .trust import check_model_args, check_size, is_local_arch
 
 __all__ = [
     'build_model', 'check_model_name', 'create_model', 'label_names', 'load_model', 'open_checkpoint', 'preprocessing',
+    'temperature_of',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -80,13 +81,17 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
 def _create_from_config(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A model from a folder or repository that the user has named."""
     arch, told, cfg = look_up(name)
+    temperature = cfg.pop('temperature', None)  # of which timm knows nothing
     told = {**told, 'pretrained_cfg': cfg, 'pretrained_model_args': told}
     kwargs = {**told, **{k: v for k, v in kwargs.items() if v is not None}}
     if pretrained and name.startswith('local-dir:'):
         check_folder(Path(cfg['file']))
     if not pretrained:
         _check_told(name, arch, told)
-    return _create_checked(name, arch, pretrained=pretrained, told=told, **kwargs)
+    model = _create_checked(name, arch, pretrained=pretrained, told=told, **kwargs)
+    if temperature and pretrained and model.num_classes == cfg.get('num_classes'):
+        model.pretrained_cfg['temperature'] = temperature
+    return model
 
 
 def _create_checked(
@@ -382,3 +387,8 @@ def label_names(model: nn.Module) -> list:
     known = list(model.pretrained_cfg.get('label_names') or ())
     # a classifier that was replaced has other classes
     return known if len(known) == model.num_classes else []
+
+
+def temperature_of(model: nn.Module) -> Optional[float]:
+    """What the logits of a classifier were divided by for calibrated probabilities, in its weights; None if nothing."""
+    return model.pretrained_cfg.get('temperature')

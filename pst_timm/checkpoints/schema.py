@@ -42,6 +42,8 @@ PRETRAINED_CFG = {
     'paper_name': rules.text(1000),
     'paper_ids': rules.either(rules.text(1000), rules.each(rules.text(1000), 0, 100)),
     'notes': rules.each(rules.text(10_000), 0, 1000),
+    # ours: what the logits were divided by for calibrated probabilities, in the weights
+    'temperature': rules.real(1e-3, 1e3),
 }
 
 # the arguments of a run that are used again; all others are carried along as plain values

@@ -69,6 +69,8 @@ def read_model_config(folder: Path) -> Tuple[Dict[str, Any], str, Dict[str, Any]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as e:
         raise PSTError(f'{path} is not a config.json of timm ({rules.short(repr(e))}).') from None
     cfg = check_facts(path, {'pretrained_cfg': cfg})['pretrained_cfg']
+    if config.get('temperature') is not None:  # beside what is timm's, which takes no other names there
+        cfg['temperature'] = config['temperature']
     arch, model_args = check_origin(path, arch, model_args or {})
     classes = model_args.get('num_classes', cfg.get('num_classes'))
     if classes is not None and cfg.setdefault('num_classes', classes) != classes:

@@ -1,5 +1,6 @@
 """What the commands share: how they parse, how they end, and the flags that mean the same in all of them."""
 import argparse
+import math
 import os
 import re
 import signal
@@ -33,6 +34,7 @@ __all__ = [
     'fail',
     'files_of',
     'open_subject_of',
+    'positive',
     'run',
 ]
 
@@ -115,6 +117,17 @@ def at_least(least: int) -> Callable[[str], int]:
     return convert
 
 
+def positive(text: str) -> float:
+    """The `type` of a flag that takes finite numbers above zero."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f'expected a number above 0, got {text!r}')
+    return number
+
+
 def add_source(parser: argparse.ArgumentParser, name: str = 'source', names: bool = True, **kwargs: Any) -> None:
     """Add what a model is taken from.
 
@@ -159,8 +172,8 @@ def add_attention_flags(
 
 
 def add_output(parser: argparse.ArgumentParser, what: str = 'file to write', **kwargs: Any) -> None:
-    """Add --output, a path."""
-    parser.add_argument('--output', type=Path, help=what, **kwargs)
+    """Add -o and --output, a path."""
+    parser.add_argument('-o', '--output', type=Path, help=what, **kwargs)
 
 
 def add_overwrite(parser: argparse.ArgumentParser, what: str = 'a file') -> None:

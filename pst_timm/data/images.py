@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Collection, FrozenSet, List, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from timm.data import get_img_extensions
 
 from pst_timm.utils.errors import PSTError
@@ -75,6 +75,8 @@ def read_image(file: Union[os.PathLike, BinaryIO], mode: str = 'RGB') -> Image.I
     try:
         with Image.open(file, formats=_formats()) as image:
             return as_seen(image, mode)
+    except UnidentifiedImageError as e:  # whose text repeats the path, or tells the address of a file in memory
+        raise UnreadableImage('cannot identify image file') from e
     except Exception as e:  # what Pillow's decoders raise over damaged bytes is no short list
         raise UnreadableImage(str(e) or type(e).__name__) from e
 

@@ -1,7 +1,6 @@
 """Images one by one with what is known of each: name, label, and how it looks before it is prepared for a model."""
 import os
-from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -12,9 +11,9 @@ from torch.utils.data import Dataset, default_collate
 from pst_timm.utils.errors import PSTError
 
 from .datasets import class_indices
-from .images import find_images, open_image, read_image
+from .images import UnreadableImage, find_images, open_image, read_image
 
-__all__ = ['LOOKS', 'Look', 'Sample', 'Samples', 'collate_samples', 'look_of']
+__all__ = ['LOOKS', 'Look', 'Sample', 'Samples', 'Unread', 'collate_samples', 'look_of']
 
 NO_LABEL = -1
 
@@ -54,8 +53,14 @@ class Sample(NamedTuple):
     """A `Look`, as plain numbers."""
 
 
+class Unread(NamedTuple):
+    """An image that cannot be read."""
+    index: int
+    reason: str
+
+
 class Samples(Dataset):
-    """Images with their names; those that cannot be read are None, so that the others keep their places."""
+    """Images with their names; those that cannot be read are `Unread`, so that the others keep their places."""
 
     def __init__(
             self,
@@ -126,21 +131,22 @@ class Samples(Dataset):
         Raises:
             PSTError: If there is no image.
         """
-        files: List[Path] = []
-        for path in map(Path, paths):
-            files += find_images(path)[0] if path.is_dir() else [path]
+        files: List[str] = []
+        for path in map(os.fspath, paths):
+            files += map(str, find_images(path)[0]) if os.path.isdir(path) else [path]
         if not files:
             raise PSTError('No images are named.')
-        return cls([str(path) for path in files], _Files(files, mode), transform)
+        return cls(files, _Files(files, mode), transform)
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Optional[Sample]:
+    def __getitem__(self, index: int) -> Union[Sample, Unread]:
         try:
             image, label = self.read(index)
-        except (PSTError, OSError):
-            return None
+        except (PSTError, OSError) as e:
+            # of the sentence around it, only why: the name is known
+            return Unread(index, str(e.__cause__ if isinstance(e.__cause__, UnreadableImage) else e))
         return Sample(index, self.transform(image), label, tuple(look_of(image)))
 
 
@@ -155,14 +161,16 @@ class _Reader:
 
 
 class _Files:
-    def __init__(self, paths: List[Path], mode: str):
+    def __init__(self, paths: List[str], mode: str):
         self.paths, self.mode = paths, mode
 
     def __call__(self, index: int) -> Tuple[Image.Image, int]:
+        if not os.path.exists(self.paths[index]):
+            raise UnreadableImage('there is no such file')
         return open_image(self.paths[index], self.mode), NO_LABEL
 
 
-def collate_samples(samples: Sequence[Optional[Sample]]) -> Optional[Any]:
-    """The samples that could be read as one `Sample` of batches; None where none could."""
-    kept = [sample for sample in samples if sample is not None]
-    return default_collate(kept) if kept else None
+def collate_samples(samples: Sequence[Union[Sample, Unread]]) -> Tuple[Optional[Any], List[Unread]]:
+    """The samples that could be read as one `Sample` of batches, None where none could; and the others."""
+    kept = [sample for sample in samples if isinstance(sample, Sample)]
+    return default_collate(kept) if kept else None, [sample for sample in samples if isinstance(sample, Unread)]

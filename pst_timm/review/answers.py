@@ -19,6 +19,7 @@ from pst_timm.engine.args import validate_args
 from pst_timm.utils.cost import check_image_memory
 from pst_timm.utils.devices import check_device, choose_threads
 from pst_timm.utils.errors import PSTError
+from pst_timm.utils.markdown import plain
 from pst_timm.utils.progress import progress_bar
 
 __all__ = ['Outputs', 'Subject', 'answers', 'open_labelled', 'open_loose', 'open_subject']
@@ -58,6 +59,8 @@ class Outputs(NamedTuple):
     """float64 (N, 5): a `Look` each, before preprocessing."""
     broken: List[str]
     """Names of the images that could not be read."""
+    reasons: Sequence[str] = ()
+    """Why not, one for each of these."""
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -73,11 +76,12 @@ class Outputs(NamedTuple):
         """
         parts = list(parts)
         broken = [name for part in parts for name in part.broken]
+        reasons = [reason for part in parts for reason in part.reasons]
         kept = [part for part in parts if part.names]
         if not kept:
             raise PSTError(f'Not one of the {len(broken)} images could be read, such as {listed(broken, 1)}.')
         arrays = (np.concatenate([getattr(part, key) for part in kept]) for key in cls._fields[1:5])
-        return cls([name for part in kept for name in part.names], *arrays, broken)
+        return cls([name for part in kept for name in part.names], *arrays, broken, reasons)
 
 
 def open_subject(
@@ -169,6 +173,7 @@ def answers(
         batch_size: int = 64,
         workers: int = 0,
         title: str = 'Answers',
+        show: bool = True,
 ) -> Iterator[Outputs]:
     """What a model gives for images, batch by batch in their order, each batch with what was left out of it.
 
@@ -178,19 +183,20 @@ def answers(
         batch_size: Images at a time.
         workers: Processes that read images, 0 for this one.
         title: Name in the bar.
+        show: Whether there is a bar, where standard error is a terminal.
 
     Raises:
         PSTError: If the model gives NaN or infinite logits.
     """
     loader = DataLoader(samples, batch_size, num_workers=workers, collate_fn=collate_samples)
     with plain_worker_errors():
-        for i, batch in enumerate(progress_bar(loader, len(loader), title)):
-            here = range(i * batch_size, min((i + 1) * batch_size, len(samples)))
-            read = set(batch.index.tolist()) if batch is not None else set()
-            broken = [samples.names[k] for k in here if k not in read]
+        for batch, unread in progress_bar(loader, len(loader), title, show):
+            broken = [samples.names[image.index] for image in unread]
+            reasons = [image.reason for image in unread]
             if broken:
-                _logger.warning(f'Skipped {len(broken)} image(s) that cannot be read: {listed(broken)}.')
-            yield _answer(subject, samples, batch, broken)
+                told = [f'{plain(name, 300)} ({plain(reason, 300)})' for name, reason in zip(broken, reasons)]
+                _logger.warning(f'Skipped {len(broken)} image(s) that cannot be read: {listed(told)}.')
+            yield _answer(subject, samples, batch, broken)._replace(reasons=reasons)
 
 
 @torch.inference_mode()

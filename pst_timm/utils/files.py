@@ -5,16 +5,17 @@ import json
 import os
 import secrets
 import stat
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence
 
 from safetensors import SafetensorError
 
 from .errors import PSTError
 
 __all__ = [
-    'check_output', 'columns_of', 'read_class_names', 'read_csv', 'read_text', 'write_csv', 'write_json',
-    'write_text', 'write_whole',
+    'check_output', 'columns_of', 'read_class_names', 'read_csv', 'read_text', 'staged', 'write_csv',
+    'write_json', 'write_text', 'write_whole',
 ]
 
 LONGEST = 64 * 2 ** 20  # bytes of a text that a person wrote
@@ -48,15 +49,15 @@ def check_output(path: os.PathLike, overwrite: bool = False, inputs: Iterable[os
         raise PSTError(f'{path} is there already: name another file, or add --overwrite to replace it.')
 
 
-def write_whole(path: os.PathLike, write: Callable[[str], Any]) -> None:
-    """Have a file written beside the one it replaces, and moved there when it is complete.
+@contextmanager
+def staged(path: os.PathLike) -> Iterator[str]:
+    """A new file beside the one it replaces, by name; moved there at the end of the block, gone after an error in it.
 
     Args:
         path: The file.
-        write: Called with the name to write to.
 
     Raises:
-        PSTError: If the file cannot be written; what was there before is untouched.
+        PSTError: If the file cannot be made or moved; what was there before is untouched.
     """
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}{path.suffix}')
@@ -68,15 +69,33 @@ def write_whole(path: os.PathLike, write: Callable[[str], Any]) -> None:
     try:
         modes = stat.S_IMODE(os.fstat(handle).st_mode)
         os.close(handle)
-        write(str(temporary))
-        os.chmod(temporary, modes)
-        os.replace(temporary, path)
-    except OSError as e:
-        raise PSTError(f'Cannot write {path}: {e.strerror or e}.') from e
-    except (RuntimeError, SafetensorError) as e:  # torch reports a full disk as a RuntimeError
-        raise PSTError(f'Cannot write {path}: {e}.') from e
+        yield str(temporary)
+        try:
+            os.chmod(temporary, modes)
+            os.replace(temporary, path)
+        except OSError as e:
+            raise PSTError(f'Cannot write {path}: {e.strerror or e}.') from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: os.PathLike, write: Callable[[str], Any]) -> None:
+    """Have a file written beside the one it replaces, and moved there when it is complete.
+
+    Args:
+        path: The file.
+        write: Called with the name to write to.
+
+    Raises:
+        PSTError: If the file cannot be written; what was there before is untouched.
+    """
+    with staged(path) as temporary:
+        try:
+            write(temporary)
+        except OSError as e:
+            raise PSTError(f'Cannot write {path}: {e.strerror or e}.') from e
+        except (RuntimeError, SafetensorError) as e:  # torch reports a full disk as a RuntimeError
+            raise PSTError(f'Cannot write {path}: {e}.') from e
 
 
 def write_text(path: os.PathLike, text: str) -> None:

@@ -10,8 +10,15 @@ __all__ = ['ArgumentParser']
 class ArgumentParser(argparse.ArgumentParser):
     """A parser that takes no abbreviations, and whose errors are one line with the nearest valid spelling."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, intermixed: bool = False, **kwargs: Any):
+        """
+        Args:
+            args: For `argparse.ArgumentParser`.
+            intermixed: Whether flags may stand between the words of one list.
+            kwargs: For `argparse.ArgumentParser`.
+        """
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.intermixed = intermixed
 
     def error(self, message: str) -> NoReturn:
         """Print one line and leave with exit code 2."""
@@ -23,7 +30,8 @@ class ArgumentParser(argparse.ArgumentParser):
             namespace: Optional[argparse.Namespace] = None,
     ) -> argparse.Namespace:
         """Parse the words of a command line (`sys.argv` if None); all of them must be known."""
-        parsed, unknown = self.parse_known_args(args, namespace)
+        parse = self.parse_known_intermixed_args if self.intermixed else self.parse_known_args
+        parsed, unknown = parse(args, namespace)
         if unknown:
             # what follows an unknown flag is its value as a rule
             wrong = next((word for word in unknown if word.startswith('-')), unknown[0])
