@@ -20,6 +20,7 @@ COMMANDS: Dict[str, Command] = {
     'list': Command('list', 'the models of this package and the weights that come with it'),
     'train': Command('train', 'train a model'),
     'validate': Command('validate', 'evaluate models'),
+    'audit': Command('audit', 'what is wrong with a folder of images: labels, copies, leakage'),
     'visualize': Command('visualize', 'draw what PST looks at in an image'),
     'export': Command('export', 'write a model for deployment'),
     'convert': Command('convert', 'training checkpoint to safetensors and back'),
