@@ -1,5 +1,6 @@
 """Images one by one with what is known of each: name, label, and how it looks before it is prepared for a model."""
 import os
+from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -12,6 +13,7 @@ from pst_timm.utils.errors import PSTError
 
 from .datasets import class_indices
 from .images import UnreadableImage, find_images, open_image, read_image
+from .readers import FolderReader
 
 __all__ = ['LOOKS', 'Look', 'Sample', 'Samples', 'Unread', 'collate_samples', 'look_of']
 
@@ -68,6 +70,7 @@ class Samples(Dataset):
             read: Callable[[int], Tuple[Image.Image, int]],
             transform: Callable[[Image.Image], torch.Tensor],
             class_names: Optional[Sequence[str]] = None,
+            paths: Optional[Sequence[Path]] = None,
     ):
         """
         Args:
@@ -75,8 +78,10 @@ class Samples(Dataset):
             read: Gives image and label of an index; raises `PSTError` or `OSError` where it cannot be read.
             transform: What makes a tensor (C, H, W) of an image.
             class_names: Names of the classes in the order of the labels; None where there are no labels.
+            paths: File of each image; None where they have none of their own.
         """
         self.names = list(names)
+        self.paths = list(paths) if paths is not None else None
         self.read = read
         self.transform = transform
         self.class_names = list(class_names) if class_names is not None else None
@@ -112,7 +117,10 @@ class Samples(Dataset):
                 f'The model knows no class {unknown[0]!r} ({len(unknown)} of {len(found)} folders are none of its '
                 f'{len(names)} classes, the first of which is {names[0]!r}): name the folders after its classes.')
         labels = {i: places[name] for name, i in found.items()}
-        return cls(dataset.filenames(), _Reader(dataset, labels), transform, names)
+        paths = None
+        if isinstance(dataset.reader, FolderReader):
+            paths = [Path(name) for name in dataset.filenames(absolute=True)]
+        return cls(dataset.filenames(), _Reader(dataset, labels), transform, names, paths)
 
     @classmethod
     def loose(
@@ -136,7 +144,23 @@ class Samples(Dataset):
             files += map(str, find_images(path)[0]) if os.path.isdir(path) else [path]
         if not files:
             raise PSTError('No images are named.')
-        return cls(files, _Files(files, mode), transform)
+        return cls(files, _Files(files, mode), transform, paths=[*map(Path, files)])
+
+    def subset(
+            self,
+            indices: Sequence[int],
+            transform: Optional[Callable[[Image.Image], torch.Tensor]] = None,
+    ) -> 'Samples':
+        """Some of the images, perhaps as another model takes them.
+
+        Args:
+            indices: Their places here.
+            transform: See above; None for this one.
+        """
+        paths = [self.paths[i] for i in indices] if self.paths is not None else None
+        return Samples(
+            [self.names[i] for i in indices], _Chosen(self.read, indices), transform or self.transform,
+            self.class_names, paths)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -158,6 +182,14 @@ class _Reader:
         file, label = self.dataset.reader[index]
         with file:
             return read_image(file, self.dataset.input_img_mode), self.labels[label]
+
+
+class _Chosen:
+    def __init__(self, read: Callable[[int], Tuple[Image.Image, int]], indices: Sequence[int]):
+        self.read, self.indices = read, [int(i) for i in indices]
+
+    def __call__(self, index: int) -> Tuple[Image.Image, int]:
+        return self.read(self.indices[index])
 
 
 class _Files:

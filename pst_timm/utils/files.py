@@ -113,10 +113,20 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> List[str]:
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
-def write_csv(path: os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as a CSV file with a header, see `write_whole`; a column that a row does not have is empty there."""
+def write_csv(path: os.PathLike, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
+    """Write rows as a CSV file with a header, see `write_whole`; a column that a row does not have is empty there.
+
+    Args:
+        path: The file.
+        rows: The rows.
+        columns: Those there are even where there are no rows; the others follow.
+    """
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns_of(rows), lineterminator='\n')
+    # the writer does not quote what only readers take for the end of a line
+    returns = any('\r' in str(value) for row in rows for value in row.values())
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys([*columns, *columns_of(rows)])), lineterminator='\n',
+        quoting=csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL)
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())

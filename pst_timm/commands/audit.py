@@ -1,0 +1,148 @@
+"""`pst-timm audit`: what is wrong with a folder of images."""
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+from pst_timm.utils.errors import PSTError
+
+from .common import (
+    ArgumentParser,
+    add_overwrite,
+    add_reading_flags,
+    add_source,
+    at_least,
+    files_of,
+    open_subject_of,
+    run,
+)
+
+RANKINGS = ('self-confidence', 'confident-learning')  # also in a room that needs torch
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """`pst-timm audit`; returns the exit code."""
+    words: List[str] = list(sys.argv[1:] if argv is None else argv)
+    at = words.index('--') if '--' in words else len(words)
+    parser = ArgumentParser(
+        prog='pst-timm audit', usage='%(prog)s SOURCE --data-dir DATA -o FOLDER [flags] [-- flags of pst-timm train]',
+        description='Look for leakage between splits, wrong labels, duplicates, outliers, odd sizes and broken files. '
+                    'Nothing is deleted or moved.')
+    add_source(parser, nargs='?', metavar='SOURCE')
+    parser.add_argument('--data-dir', required=True, help='folder of class folders, or of splits with such, or .tar')
+    parser.add_argument('--split', default='validation', help='split to audit (default: %(default)s)')
+    parser.add_argument(
+        '--against', nargs='*', metavar='SPLIT',
+        help='splits in which copies are looked for too, none if empty (default: all that are there)')
+    parser.add_argument(
+        '--cross', type=at_least(2), metavar='K',
+        help='have all images scored by models that have not seen them: train K, each on the others of K folds')
+    parser.add_argument('--config', metavar='FILE', help='recipe of --cross, YAML (default: that of SOURCE)')
+    parser.add_argument('--seed', type=at_least(0), default=0, help='seed of the folds (default: %(default)s)')
+    parser.add_argument('--resume', choices=('auto',), help='go on with folds that are there')
+    parser.add_argument(
+        '--ranking', choices=RANKINGS, default=RANKINGS[0], help='order of wrong labels (default: %(default)s)')
+    parser.add_argument(
+        '--mirror', action='store_true', help='score each image with its mirror image: not for letters and digits')
+    parser.add_argument('-o', '--output', type=Path, required=True, metavar='FOLDER', help='folder to write to')
+    parser.add_argument('--sheet', default='sheet.png', metavar='NAME', help='contact sheet, .png or .pdf')
+    parser.add_argument('--sheet-images', type=at_least(0), default=48, help='most of a kind on it (default: 48)')
+    add_overwrite(parser, 'an audit')
+    add_reading_flags(parser)
+    args = parser.parse_args(words[:at])
+    args.train_flags = words[at + 1:]
+    if args.cross is None and (args.config or args.train_flags or args.resume):
+        parser.error('--config, --resume and flags after -- are for --cross K: add it, or leave them out')
+    if args.source is None and not args.config:
+        parser.error('name a model, or how to train some: --cross K --config FILE')
+    return run(parser.prog, _audit, args)
+
+
+def _audit(args: argparse.Namespace) -> None:
+    from timm.utils import setup_default_logging
+
+    from pst_timm.review.audit import audit, check_folder, open_others, root_of, seen_in_training, write_report
+    from pst_timm.review.crossing import Cross
+    from pst_timm.utils.locks import Locked, locked
+
+    setup_default_logging()
+    read = [*files_of(args.source or ''), *([Path(args.config)] if args.config else [])]
+    check_folder(args.output, args.sheet, args.overwrite, read)
+    flags = train_flags(args) if args.cross else {}
+    subject = open_subject_of(args, args.source) if args.source else None
+    samples, mode = open_samples(args, subject, flags)
+    check_folder(args.output, args.sheet, args.overwrite, read, root_of(samples))
+    others = open_others(mode, samples, args.data_dir, args.against)
+    note = seen_in_training(args.source, args.split) if args.source and not args.cross else None
+    if note:
+        print(note, flush=True)
+    try:
+        args.output.mkdir(exist_ok=True)
+        with locked(args.output / 'audit.lock'):
+            cross = args.cross and Cross(
+                flags, args.cross, args.output / 'folds', args.seed, bool(args.resume),
+                args.overwrite and not args.resume, args.device)
+            report = audit(
+                subject, samples, others, split=args.split, cross=cross or None, ranking=args.ranking,
+                batch_size=args.batch_size, workers=args.workers, mirror=args.mirror)
+            report.notes += [note] if note else []
+            written = write_report(report, args.output, samples, others, args.sheet, args.sheet_images)
+    except Locked as e:
+        raise PSTError(f'Another audit is at work in {args.output} ({e}): choose another --output.') from None
+    except OSError as e:
+        raise PSTError(f'Cannot write to {args.output} ({e.strerror or e}): choose another --output.') from e
+    finally:
+        remove_empty(args.output)
+    print('\n'.join(report.summary()))
+    for path in written:
+        print(f'Written: {path}')
+
+
+def train_flags(args: argparse.Namespace) -> Dict[str, Any]:
+    """Flags of the trainings of --cross: the recipe of SOURCE or --config, and what follows --."""
+    import yaml
+
+    from pst_timm.engine import parse_train_args
+    from pst_timm.review.crossing import recipe_of
+
+    if args.config:
+        return vars(parse_train_args(['--config', args.config, *args.train_flags], 'pst-timm train'))
+    recipe = recipe_of(args.source)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'recipe.yaml')
+        path.write_text(yaml.safe_dump(recipe), encoding='utf-8')
+        return vars(parse_train_args(['--config', str(path), *args.train_flags], 'pst-timm train'))
+
+
+def open_samples(args: argparse.Namespace, subject: Any, flags: Dict[str, Any]) -> Any:
+    """The images of the split, and their mode."""
+    from pst_timm.data.datasets import create_eval_dataset
+    from pst_timm.data.samples import Samples
+    from pst_timm.engine import train_args, validate_args
+    from pst_timm.engine.factories import import_modules
+    from pst_timm.engine.training import expected_channels
+    from pst_timm.review.answers import open_labelled
+
+    channels = None
+    if args.cross:
+        given = train_args(**{key: value for key, value in flags.items() if key != 'data'})
+        import_modules(given.device_modules)
+        channels = expected_channels(given)
+    if subject is not None:
+        if channels not in (None, len(subject.mode)):
+            raise PSTError(
+                f'{args.source} takes images of {len(subject.mode)} channel(s), and the models of the folds would take '
+                f'{channels}: say --in-chans {len(subject.mode)} after --, or leave SOURCE out.')
+        return open_labelled(subject, args.data_dir, args.split), subject.mode
+    found = create_eval_dataset(
+        validate_args(data_dir=args.data_dir, split=args.split, in_chans=channels), args.split, None)
+    return Samples.labelled(found, None), 'L' if channels == 1 else 'RGB'
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder that nothing was written to."""
+    try:
+        folder.rmdir()
+    except OSError:  # not empty, or not there
+        pass
