@@ -20,6 +20,7 @@ COMMANDS: Dict[str, Command] = {
     'list': Command('list', 'the models of this package and the weights that come with it'),
     'train': Command('train', 'train a model'),
     'validate': Command('validate', 'evaluate models'),
+    'monitor': Command('monitor', 'notice when the images of a model in production have moved'),
     'visualize': Command('visualize', 'draw what PST looks at in an image'),
     'export': Command('export', 'write a model for deployment'),
     'convert': Command('convert', 'training checkpoint to safetensors and back'),
