@@ -95,13 +95,19 @@ CONFIG = {
 }
 
 
-def check_facts(source: Union[str, PathLike], facts: Any, schema: Mapping[str, rules.Rule] = FACTS) -> Dict[str, Any]:
+def check_facts(
+        source: Union[str, PathLike],
+        facts: Any,
+        schema: Mapping[str, rules.Rule] = FACTS,
+        about: str = 'its weights',
+) -> Dict[str, Any]:
     """What a file says of its weights, as values that fit.
 
     Args:
         source: The file, for the message.
         facts: What it says: all that may be in a `Checkpoint` but path and weights.
         schema: The rules by name: `FACTS`, or `CONFIG` for a whole config.json.
+        about: What it tells of, for the message.
 
     Returns:
         A copy, without what is not set.
@@ -123,7 +129,7 @@ def check_facts(source: Union[str, PathLike], facts: Any, schema: Mapping[str, r
     except rules.Unfit as e:
         at = rules.printable('.'.join(e.path).replace('.[', '[')[:200])
         raise PSTError(
-            f'{source}: what it tells about its weights is garbled{f" at {at}" if at else ""}: expected {e.expected}'
+            f'{source}: what it tells about {about} is garbled{f" at {at}" if at else ""}: expected {e.expected}'
             f'{rules.shown(facts, e.path)}. Use another file.') from None
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from .base import Metric
 
-__all__ = ['Calibration', 'calibration_error', 'fit_temperature']
+__all__ = ['Calibration', 'calibration_error', 'confidence_error', 'fit_temperature']
 
 _logger = logging.getLogger(__name__)
 
@@ -21,12 +21,17 @@ def calibration_error(logits: torch.Tensor, target: torch.Tensor, bins: int = 15
         bins: Bins of equal width over the confidence.
     """
     confidence, prediction = logits.softmax(dim=-1).max(dim=-1)
-    correct = prediction.eq(target).to(confidence.dtype)
+    return confidence_error(confidence, prediction.eq(target), bins)
+
+
+def confidence_error(confidence: torch.Tensor, right: torch.Tensor, bins: int = 15) -> float:
+    """The same, where no more is known than confidence (N,) and which images (N,) were classified right."""
+    correct = right.to(confidence.dtype)
     index = (confidence * bins).long().clamp(max=bins - 1)
     # sum over bins of n_b / N * |accuracy - confidence| = |sum of (correct - confidence) in the bin| / N
     gaps = torch.zeros(bins, dtype=confidence.dtype, device=confidence.device)
     gaps.scatter_add_(0, index, correct - confidence)
-    return (gaps.abs().sum() / len(target)).item()
+    return (gaps.abs().sum() / len(right)).item()
 
 
 def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
