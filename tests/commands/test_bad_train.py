@@ -44,6 +44,10 @@ def a_pipe(folder: Path):
     os.mkfifo(folder / 'bad.yaml')
 
 
+def weigh(text):
+    return write('w.csv', text)
+
+
 EMPTY = weights(lambda state: {})
 PREFIXED = weights(lambda state: {f'backbone.{k}': v for k, v in state.items()})
 WRAPPED = weights(lambda state: {'net': {'weights': state}})
@@ -160,6 +164,41 @@ TABLE = [
     bad('teacher-tag', '--kd-model-name resnet18.a1_in2k', 'resnet18.a1_in1k'),
     bad('teacher-without-weights', '--kd-model-name resnet18_pst', 'resnet18_pst'),
     bad('teacher-of-other-classes', '--kd-model-name test_resnet_pst', 'knows 10 classes'),
+    # balance and hard examples
+    bad('sampler-unknown', '--sampler uniform', "got 'uniform'"),
+    bad('sampler-of-kept-workers', '--sampler sqrt --use-multi-epochs-loader', '--use-multi-epochs-loader'),
+    bad('weights-missing', '--hard-examples none.csv', 'none.csv is no file'),
+    bad('weights-a-folder', '--hard-examples images', 'images is no file'),
+    bad('weights-a-pipe', '--hard-examples bad.yaml', 'bad.yaml is no file', a_pipe),
+    bad('weights-empty', '--hard-examples w.csv', 'w.csv is empty', write('w.csv', '')),
+    bad('weights-binary', '--hard-examples w.csv', 'w.csv', write('w.csv', b'PK\3\4\0\0\xff\xfe')),
+    bad('weights-without-column', '--hard-examples w.csv', 'no column weight', weigh('image,loss\nclass0/0.png,1\n')),
+    bad('weights-cut-off', '--hard-examples w.csv', 'line 3', weigh('image,weight\nclass0/0.png,1\nclass0/1.p')),
+    bad('weights-negative', '--hard-examples w.csv', 'line 2 gives class0/0.png',
+        weigh('image,weight\nclass0/0.png,-1\n')),
+    bad('weights-no-number', '--hard-examples w.csv', 'the weight nan', weigh('image,weight\nclass0/0.png,nan\n')),
+    bad('weights-huge', '--hard-examples w.csv', '1e300', weigh('image,weight\nclass0/0.png,1e300\n')),
+    bad('weights-twice', '--hard-examples w.csv', 'names class0/0.png again',
+        weigh('image,weight\nclass0/0.png,1\nclass0/0.png,1\n')),
+    bad('weights-of-others', '--hard-examples w.csv', 'none of the training',
+        weigh('image,weight\ntrain/class0/0.png,1\n')),
+    bad('weights-of-nothing', '--hard-examples w.csv', 'nothing to draw from',
+        weigh('image,weight\n' + ''.join(f'class{c}/{i}.png,0\n' for c in range(3) for i in range(16)))),
+    bad('weights-that-leave-a-class-out', '--hard-examples w.csv --logit-adjust 1', '--logit-adjust 1',
+        weigh('image,weight\n' + ''.join(f'class1/{i}.png,0\n' for i in range(16)))),
+    bad('adjust-zero', '--logit-adjust 0', '--logit-adjust'),
+    bad('adjust-infinite', '--logit-adjust inf', '--logit-adjust'),
+    bad('adjust-binary', '--logit-adjust 1 --bce-loss', '--bce-loss'),
+    bad('fraction-zero', '--hard-loss-fraction 0', '--hard-loss-fraction'),
+    bad('fraction-above-one', '--hard-loss-fraction 1.5', '--hard-loss-fraction'),
+    bad('loss-warmup-alone', '--hard-loss-warmup 2', '--hard-loss-warmup 2'),
+    bad('loss-warmup-negative', '--hard-loss-fraction 0.5 --hard-loss-warmup -1', '--hard-loss-warmup'),
+    bad('rare-aa-alone', '--rare-aa rand-m9', '--rare-below'),
+    bad('rare-below-alone', '--rare-below 9', '--rare-aa'),
+    bad('rare-aa-unknown', '--rare-aa autoaugment --rare-below 9', '--rare-aa'),
+    bad('rare-below-one', '--rare-aa rand-m9 --rare-below 0', '--rare-below'),
+    bad('rare-aa-without-augmentation', '--rare-aa rand-m9 --rare-below 9 --no-aug', '--no-aug'),
+    bad('rare-aa-on-the-device', '--rare-aa rand-m9 --rare-below 9 --data-on-device', '--rare-aa rand-m9'),
     # YAML
     config('latin-1', 'experiment: Größe'.encode('latin-1'), 'bad.yaml, line 1 is not text in UTF-8'),
     config('key-twice', 'epochs: 1\nlr: 0.1\nepochs: 2', "line 3: 'epochs' is there twice"),

@@ -67,6 +67,19 @@ def test_webdataset_shards_train(tmp_path, workers):
     assert again.history == result.history
 
 
+@pytest.mark.parametrize('flags', [
+    dict(sampler='balanced'), dict(hard_examples='weights.csv'), dict(logit_adjust=1.),
+    dict(rare_aa='rand-m5', rare_below=3)], ids=lambda flags: next(iter(flags)))
+def test_shards_do_not_tell_their_labels_beforehand(tmp_path, flags):
+    pytest.importorskip('webdataset')
+    splits = {'train': write_shards(tmp_path, 'train', 1, 12)}
+    (tmp_path / '_info.json').write_text(json.dumps(dict(splits=splits)))
+    args = tiny_train_args(tmp_path, tmp_path / 'runs', dataset='wds/', val_split='', **flags)
+    with pytest.raises(PSTError, match=rf'^--{next(iter(flags)).replace("_", "-")} .* needs the labels') as e:
+        train(args)
+    assert len(str(e.value).splitlines()) == 1 and not (tmp_path / 'runs').exists()
+
+
 def test_shards_that_are_missing_or_empty_are_no_epoch(tmp_path):
     """timm's reader logs the error and goes on: to the end of an epoch without an image."""
     pytest.importorskip('webdataset')
