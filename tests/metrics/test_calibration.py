@@ -78,8 +78,12 @@ def test_a_refit_finds_the_temperature_and_measures_it_on_other_images(scale):
 
 
 def test_a_refit_of_what_is_calibrated_does_not_help():
-    """On their own images any fit lowers the loss; on others, one of two images a half raises it."""
-    logits, target = drawn(40, 1., seed=3)
-    fit = refit_temperature(logits, target)
-    assert F.cross_entropy(logits / fit.temperature, target).item() < fit.loss < fit.loss_refitted
-    assert not fit.helps
+    """On its own images any fit lowers the loss; on others it raises it, on average over many draws of few images."""
+    raised = []
+    for seed in range(20):
+        logits, target = drawn(40, 1., seed)
+        fit = refit_temperature(logits, target)
+        assert F.cross_entropy(logits / fit.temperature, target).item() <= fit.loss
+        raised.append(fit.loss_refitted - fit.loss)
+        assert fit.helps == (fit.loss_refitted < fit.loss and fit.ece_refitted < fit.ece)
+    assert sum(raised) > 0
