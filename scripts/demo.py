@@ -20,10 +20,10 @@ from timm.data import create_transform, resolve_data_config
 from timm.utils import setup_default_logging
 
 from pst_timm.checkpoints import load_model
+from pst_timm.checkpoints.folder import save_folder
 from pst_timm.commands.common import fail
 from pst_timm.data.images import open_image
 from pst_timm.engine import Interrupted, PSTError, parse_train_args, parse_validate_args, train, validate
-from pst_timm.hub.publishing import save_folder
 from pst_timm.utils.tables import format_table
 from pst_timm.visualize.view import visualize
 

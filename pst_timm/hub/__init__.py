@@ -8,11 +8,12 @@ from pst_timm.checkpoints import (
     load_model,
     read_checkpoint,
 )
+from pst_timm.checkpoints.folder import save_folder
 from pst_timm.utils.cost import count_gmacs
 from pst_timm.utils.errors import PSTError, Unavailable, did_you_mean
 
 from .card import Accuracy, model_card
-from .publishing import Publication, publish, save_folder
+from .publishing import Publication, publish
 from .registry import register_weights
 
 HubError, HubUnavailable = PSTError, Unavailable  # their names before there was one root of errors

@@ -2,37 +2,28 @@
 import json
 import os
 import re
-import shutil
 import tempfile
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
-import timm
-import torch
 import torch.nn as nn
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
-from timm.models import save_for_hf, split_model_name_tag
+from timm.models import split_model_name_tag
 
-from pst_timm.checkpoints import attention_settings, build_model, inference_settings, label_names, open_checkpoint
+from pst_timm.checkpoints import attention_settings, build_model, open_checkpoint
+from pst_timm.checkpoints.folder import CARD, check_target, save_folder
 from pst_timm.checkpoints.reading import Checkpoint
-from pst_timm.metrics.agreement import compare_logits
 from pst_timm.models import ResNetPST
-from pst_timm.models.digest import digest_note
 from pst_timm.utils.errors import PSTError
-from pst_timm.utils.files import check_output, read_csv, write_text, write_whole
+from pst_timm.utils.files import read_csv, write_text
 from pst_timm.utils.waiting import TIMEOUT
 
 from .card import Accuracy, model_card
-from .upload import CARD, CONFIG, FILES, WEIGHTS, Upload
+from .upload import Upload
 
-__all__ = ['Publication', 'publish', 'save_folder']
-
-TOLERANCE = 1e-5  # of the largest logit, between the checkpoint's model and the published one
-
+__all__ = ['Publication', 'publish']
 
 class Publication(NamedTuple):
     """What `publish` did."""
@@ -44,60 +35,6 @@ class Publication(NamedTuple):
     """Whether the weights are the moving average."""
     accuracy: Optional[Accuracy]
     """What the card tells of the accuracy."""
-
-
-def save_folder(
-        model: nn.Module,
-        folder: os.PathLike,
-        class_names: Optional[Sequence[str]] = None,
-        data_config: Optional[Dict[str, Any]] = None,
-) -> None:
-    """Write model.safetensors and timm's config.json, if they give the same model again.
-
-    Args:
-        model: A model with its weights.
-        folder: Folder to write, made if there is none.
-        class_names: Names of the classes in the order of the outputs, those that the model knows if None.
-        data_config: Preprocessing at test time, where it differs from the model's: timm's `test_input_size`,
-            `test_crop_pct`.
-
-    Raises:
-        PSTError: If the class names do not fit, the folder cannot be written, or what is read again differs.
-    """
-    if class_names and len(class_names) != model.num_classes:
-        raise PSTError(f'{len(class_names)} class names for a model of {model.num_classes} classes.')
-    names = list(class_names or label_names(model))
-    config: Dict[str, Any] = {'label_names': names, 'pretrained_cfg': {'notes': [digest_note(model.state_dict())]}}
-    if 'label_names' in model.pretrained_cfg:
-        config['pretrained_cfg']['label_names'] = None  # timm writes and reads them at the top of the file
-    folder = Path(folder)
-    try:
-        with tempfile.TemporaryDirectory() as unchecked:
-            save_for_hf(
-                model, unchecked, model_config=config, model_args=inference_settings(model), safe_serialization=True,
-                data_config=data_config)
-            _check_reloaded(model, Path(unchecked))
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in (WEIGHTS, CONFIG):
-                # safetensors writes files that nobody else may read
-                write_whole(folder / name, partial(shutil.copyfile, Path(unchecked, name)))
-    except (OSError, SafetensorError) as e:
-        raise PSTError(f'Cannot write {folder}: {e}.') from e
-
-
-@torch.inference_mode()
-def _check_reloaded(model: nn.Module, folder: Path) -> None:
-    x = torch.randn(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
-    expected = model.eval()(x)
-    try:
-        got = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(x)
-    except RuntimeError as e:
-        raise PSTError(f'What was written cannot be loaded again: {e}') from e
-    difference = compare_logits(got, expected).difference
-    if not difference <= TOLERANCE:
-        raise PSTError(
-            f'What was written gives other logits than the checkpoint (by {difference:.1e} of the largest one). '
-            f'Nothing was published; please report this.')
 
 
 def publish(
@@ -156,7 +93,7 @@ def publish(
     if folder is None and dry_run:
         folder = Path('output', 'publish', repo_id.split('/')[1])
     if folder is not None:
-        _check_folder(Path(folder), Path(checkpoint), overwrite)
+        check_target(Path(folder), Path(checkpoint), overwrite)
     source = open_checkpoint(checkpoint, arch, use_ema)
     model = build_model(source)
     if not isinstance(model, ResNetPST):
@@ -210,29 +147,6 @@ def _kept_or_temporary(folder: Optional[os.PathLike]) -> Iterator[Path]:
     except OSError as e:
         raise PSTError(f'Cannot write to {folder}: {e.strerror}.') from None
     yield folder
-
-
-def _check_folder(folder: Path, checkpoint: Path, overwrite: bool) -> None:
-    """Make sure, before the work, that a folder can take the files, and that nobody loses others by it."""
-    if not os.path.lexists(folder):
-        return
-    if not folder.is_dir():
-        raise PSTError(f'Cannot write to {folder}: it is not a folder. Name a new one.')
-    source = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    if source.is_dir() and os.path.samefile(folder, source):
-        raise PSTError(f'{folder} is where the checkpoint is read from: name another folder.')
-    try:
-        names = sorted(path.name for path in folder.iterdir())
-    except OSError as e:
-        raise PSTError(f'{folder} cannot be read ({e.strerror}).') from None
-    foreign = [name for name in names if name not in FILES]
-    if foreign:
-        raise PSTError(f'{folder} holds other files, such as {foreign[0]}: name a new or empty folder.')
-    if names and not overwrite:
-        raise PSTError(f'{folder} holds {", ".join(names)} already: name another folder, or add --overwrite to replace '
-                       f'what is there.')
-    for name in FILES:
-        check_output(folder / name, overwrite)
 
 
 # what was measured

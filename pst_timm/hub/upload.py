@@ -16,15 +16,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from pst_timm.checkpoints.folder import CONFIG, FILES
 from pst_timm.checkpoints.reading import PICKLES
 from pst_timm.utils.errors import PSTError, Unavailable
 from pst_timm.utils.waiting import SLOWEST, TIMEOUT, Silent, in_time
 
-__all__ = ['CARD', 'CONFIG', 'FILES', 'WEIGHTS', 'Upload']
+__all__ = ['Upload']
 
 _logger = logging.getLogger(__name__)
-
-WEIGHTS, CONFIG, CARD = FILES = ('model.safetensors', 'config.json', 'README.md')
 
 
 class Upload:

@@ -2,7 +2,7 @@
 from .agreement import Agreement, compare_logits
 from .answers import Answers, pack_answers, unpack_answers
 from .base import Metric
-from .calibration import Calibration, calibration_error, fit_temperature
+from .calibration import Calibration, Refit, calibration_error, fit_temperature, refit_temperature
 from .classification import ClassReport, RealLabels
 from .intervals import (
     Difference,
@@ -14,7 +14,7 @@ from .intervals import (
 )
 
 __all__ = [
-    'Agreement', 'Answers', 'Calibration', 'ClassReport', 'Difference', 'Interval', 'Metric', 'RealLabels',
+    'Agreement', 'Answers', 'Calibration', 'ClassReport', 'Difference', 'Interval', 'Metric', 'RealLabels', 'Refit',
     'calibration_error', 'compare_logits', 'fit_temperature', 'image_interval', 'mean_and_sd', 'pack_answers',
-    'paired_difference', 'seed_interval', 'unpack_answers',
+    'paired_difference', 'refit_temperature', 'seed_interval', 'unpack_answers',
 ]

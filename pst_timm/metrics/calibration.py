@@ -1,13 +1,15 @@
 """How far confidence and accuracy lie apart, and the temperature of the smallest loss, which may mend it."""
 import logging
-from typing import Any, Dict, List
+from typing import Any, Dict, List, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .base import Metric
 
-__all__ = ['Calibration', 'calibration_error', 'confidence_error', 'fit_temperature']
+__all__ = [
+    'Calibration', 'Refit', 'calibration_error', 'confidence_error', 'fit_temperature', 'refit_temperature',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -55,6 +57,44 @@ def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
 
         optimizer.step(closure)
         return log_temperature.exp().item()
+
+
+class Refit(NamedTuple):
+    """A temperature, and what one is worth on images that it was not fitted on."""
+    temperature: float
+    """Fitted on all images."""
+    loss: float
+    """Cross-entropy of the logits as they are."""
+    ece: float
+    """Expected calibration error of the logits as they are, from 0 to 1."""
+    loss_refitted: float
+    """The same of logits over a temperature; each half of the images has that of the other half."""
+    ece_refitted: float
+
+    @property
+    def helps(self) -> bool:
+        """Whether both are smaller than they were."""
+        return self.loss_refitted < self.loss and self.ece_refitted < self.ece
+
+
+def refit_temperature(logits: torch.Tensor, target: torch.Tensor, seed: int = 0) -> Refit:
+    """Fit a temperature, and see on halves of the images that it was not fitted on whether one helps.
+
+    Args:
+        logits: Logits (N, classes), of two images or more.
+        target: Labels (N,).
+        seed: What the halves are drawn with.
+    """
+    logits = logits.double()
+    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
+    halves = order[:len(order) // 2], order[len(order) // 2:]
+    refitted = torch.empty_like(logits)
+    for fitted, other in (halves, halves[::-1]):
+        refitted[other] = logits[other] / fit_temperature(logits[fitted], target[fitted])
+    return Refit(
+        fit_temperature(logits, target),
+        F.cross_entropy(logits, target).item(), calibration_error(logits, target),
+        F.cross_entropy(refitted, target).item(), calibration_error(refitted, target))
 
 
 class Calibration(Metric):

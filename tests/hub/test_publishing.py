@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from pst_timm.checkpoints import load_model
 from pst_timm.checkpoints.facts import describe
 from pst_timm.checkpoints.fetching import check_fetchable
+from pst_timm.checkpoints.folder import save_folder
 from pst_timm.cli import main
 from pst_timm.engine import parse_train_args
 from pst_timm.engine.flags import recipe
-from pst_timm.hub.publishing import publish, save_folder
+from pst_timm.hub.publishing import publish
 from pst_timm.utils.errors import PSTError, Unavailable
 from tests.checkpoints.helpers import Payload, build, images, logits, run_args, save_checkpoint
 from tests.helpers import randomize
@@ -363,10 +364,10 @@ def test_a_difference_between_checkpoint_and_folder_is_refused(hub, checkpoint, 
         weights['fc.bias'] += 1e-3
         save_file(weights, path)
 
-    monkeypatch.setattr('pst_timm.hub.publishing.save_for_hf', careless)
+    monkeypatch.setattr('pst_timm.checkpoints.folder.save_for_hf', careless)
     code, message = fails(capsys, checkpoint)
     assert code == 1 and 'cannot be loaded again' in message  # the checksum sees it first
-    monkeypatch.setattr('pst_timm.hub.publishing.digest_note', lambda weights: 'none')
+    monkeypatch.setattr('pst_timm.checkpoints.folder.digest_note', lambda weights: 'none')
     code, message = fails(capsys, checkpoint)
     assert code == 1 and 'gives other logits than the checkpoint' in message
     with pytest.raises(PSTError):

@@ -3,10 +3,11 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pst_timm.metrics.calibration import Calibration, calibration_error
+from pst_timm.metrics.calibration import Calibration, calibration_error, refit_temperature
 
 
 def by_definition(logits, target, bins):
@@ -56,3 +57,33 @@ def test_a_temperature_that_helps_needs_no_word(caplog):
     target = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
     results = results_of(3 * logits, target)
     assert results['ece_calibrated'] < results['ece'] and not caplog.messages
+
+
+def drawn(images, scale, seed=0):
+    """Logits that are `scale` times too large, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(images, 4, generator=generator, dtype=torch.float64)
+    return scale * logits, torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+@pytest.mark.parametrize('scale', [0.5, 3.])
+def test_a_refit_finds_the_temperature_and_measures_it_on_other_images(scale):
+    logits, target = drawn(2000, scale)
+    fit = refit_temperature(logits.float(), target)
+    assert fit.temperature == pytest.approx(scale, rel=0.1) and fit.helps
+    assert fit.loss == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-5)
+    best = F.cross_entropy(logits / fit.temperature, target).item()
+    assert best < fit.loss_refitted < best + 0.01  # no images are better at a temperature that is not theirs
+    assert fit.ece_refitted < 0.05 < fit.ece
+
+
+def test_a_refit_of_what_is_calibrated_does_not_help():
+    """On its own images any fit lowers the loss; on others it raises it, on average over many draws of few images."""
+    raised = []
+    for seed in range(20):
+        logits, target = drawn(40, 1., seed)
+        fit = refit_temperature(logits, target)
+        assert F.cross_entropy(logits / fit.temperature, target).item() <= fit.loss
+        raised.append(fit.loss_refitted - fit.loss)
+        assert fit.helps == (fit.loss_refitted < fit.loss and fit.ece_refitted < fit.ece)
+    assert sum(raised) > 0
