@@ -168,7 +168,7 @@ def _pairs(indices: np.ndarray) -> np.ndarray:
 
 
 def _compare(thumbs: np.ndarray, pairs: np.ndarray, others: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """Correlation (P,) of pairs of thumbnails, and root of the mean squared difference (P,) of their grey from 0 to 1."""
+    """Correlation (P,) of pairs of thumbnails, and root of the mean squared difference (P,) of their grey, 0 to 1."""
     alike, apart = [np.zeros(0)], [np.zeros(0)]
     for chunk in np.array_split(pairs, 1 + len(pairs) // 100_000):
         a, b = thumbs[chunk[:, 0]], others[chunk[:, 1]]
