@@ -243,7 +243,12 @@ def _chunks(count: int, width: int) -> List[int]:
     return [min(most, count - start) for start in range(0, count, most)]
 
 
-def shares_test(first: np.ndarray, second: np.ndarray, permutations: int, rng: np.random.Generator) -> Tuple[float, float]:
+def shares_test(
+        first: np.ndarray,
+        second: np.ndarray,
+        permutations: int,
+        rng: np.random.Generator,
+) -> Tuple[float, float]:
     """The chi-squared statistic of two samples' counts by class, with the p-value of `mmd_test`.
 
     It needs no least count in a class, as the chi-squared distribution does.

@@ -399,7 +399,8 @@ def check(
         tests,
         _notes(reference, batch, resolution),
         {'reference': reference.accuracy, 'estimated': estimated, 'measured': measured, 'interval': interval},
-        {**calibration_of(batch, logits), 'reference_ece': reference.ece, 'reference_temperature': reference.temperature},
+        {**calibration_of(batch, logits), 'reference_ece': reference.ece,
+         'reference_temperature': reference.temperature},
         resolution,
     )
 
@@ -416,5 +417,5 @@ def _notes(reference: Reference, batch: Batch, resolution: float) -> List[str]:
     if reference.summary.right is None:
         notes.append('The reference has no labels: accuracy is neither estimated nor compared.')
     elif batch.labels is None:
-        notes.append('Accuracy is estimated from confidence (ATC): where a model errs with confidence, it is too large.')
+        notes.append('Accuracy is estimated from confidence (ATC): too high where a model errs with confidence.')
     return notes

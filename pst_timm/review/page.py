@@ -59,8 +59,8 @@ def render(report: Report, reference: Reference, batch: Batch) -> str:
     parts = [
         f'<h1>Images against the reference: {_text(report.architecture)}</h1>',
         f'<p class="verdict {"moved" if moved else "well"}">{_text(verdict)}</p>',
-        f'<p>{report.images:,} images, {report.reference_images:,} in the reference. Where nothing has moved, the chance '
-        f'of an alert, over all tests, is at most {report.alpha:g}.</p>',
+        f'<p>{report.images:,} images, {report.reference_images:,} in the reference. Where nothing has moved, the '
+        f'chance of an alert, over all tests, is at most {report.alpha:g}.</p>',
         _table(('test', 'method', 'statistic', 'p', 'corrected p', ''), rows),
         '<h2>Accuracy and calibration</h2>',
         _table(('', 'reference', 'new images'), _quality(report)),
