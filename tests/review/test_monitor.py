@@ -259,6 +259,26 @@ def test_answers_of_a_file(tmp_path):
     assert read_answers(path, ['1', '3', '4', '5']).labels is None
 
 
+def test_answers_as_predict_writes_them(tmp_path):
+    path = tmp_path / 'predictions.csv'
+    path.write_text('image,class1,probability1,class2,probability2,error\na,dog,0.987654,cat,0.01,\nb,,,,,no image\n'
+                    'c,cat,0.999999,dog,0.000001,\nd,zebra,0.5,dog,0.1,\n')
+    with pytest.raises(PSTError, match="line 5: predicted 'zebra'"):  # counted with those of errors
+        read_answers(path, ['cat', 'dog'])
+    path.write_text(path.read_text().replace('zebra', 'dog'))
+    got = read_answers(path, ['cat', 'dog'])
+    assert got.confidence.tolist() == [0.9877, 1, 0.5] and got.predicted.tolist() == [1, 0, 1]
+
+
+def test_digits_that_a_file_leaves_out_are_no_drift(reference):
+    """A model that is sure of all: 0.9999999 in memory, 0.999999 or 1 in a file."""
+    sure = np.random.default_rng(0).uniform(0.9999990, 0.9999999, 72).astype(np.float32)
+    known = reference._replace(summary=reference.summary._replace(confidence=sure, threshold=float(sure.min())))
+    for shown in (0.999999, 1.):
+        report = check(known, Batch(np.full(72, shown).round(4), np.repeat(np.arange(3), reference.summary.predicted)))
+        assert not report.alert and report.accuracy['estimated'] == 1
+
+
 def test_answers_alone_are_compared(reference, outputs, written, tmp_path, capsys):
     confidence = outputs.probabilities.max(axis=1)
     lines = [f'{c},{CLASSES[k]}' for c, k in zip(confidence, outputs.logits.argmax(axis=1))]
