@@ -7,22 +7,29 @@ and corrupted, are kept in the cache, so that the statistics can be made again w
 """
 import argparse
 import io
+import json
 import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image, ImageFilter
+from scipy.special import softmax
 
-from pst_timm.data.samples import Samples
+from pst_timm.data.drift import Batch, Result, Summary, accuracy_interval, drift_tests, estimated_accuracy, summarize
+from pst_timm.data.samples import LOOKS, Samples
 from pst_timm.review.answers import Outputs, Subject, answers, open_labelled, open_subject
-from pst_timm.utils.files import write_whole
+from pst_timm.utils.files import write_csv, write_json, write_whole
 
 __all__ = ['CORRUPTIONS', 'corrupted', 'main']
 
 CLEAN = 'none'
+ALPHA = 0.01
+COUNTS = (500, 100)  # images of a draw
+FALSE_DRAWS, POWER_DRAWS = 200, 20
+Answers = Dict[Tuple[str, int], Batch]
 SIZE = 224  # pixels of a side for which the radii of the blur are meant, those of ImageNet-C
 
 
@@ -117,7 +124,7 @@ def _save(arrays: Dict[str, np.ndarray], path: str) -> None:
         np.savez(file, **arrays)
 
 
-def collect(source: str, data_dir: Path, split: str, cache: Path, most: int) -> Dict[Tuple[str, int], Any]:
+def collect(source: str, data_dir: Path, split: str, cache: Path, most: int) -> Answers:
     """Answers to all images as they are, and to those of the second half, `most` at most, with each corruption.
 
     The order of the images is drawn first, so that either half is a sample of all of them.
@@ -131,30 +138,150 @@ def collect(source: str, data_dir: Path, split: str, cache: Path, most: int) -> 
     for strength in (3, 2, 4, 1, 5):  # what matters most comes first
         for name in CORRUPTIONS:
             found[name, strength] = cached_answers(subject, samples, second, cache, name, strength)
-    return found
+    return {key: as_batch(value) for key, value in found.items()}
+
+
+def as_batch(arrays: Dict[str, np.ndarray]) -> Batch:
+    """What the tests take, labels included."""
+    probabilities = softmax(arrays['logits'].astype(np.float64), axis=1)
+    return Batch(probabilities.max(axis=1), probabilities.argmax(axis=1), *(
+        arrays[key] for key in ('labels', 'looks', 'embeddings')))
+
+
+def rows_of(batch: Batch, chosen: np.ndarray, labels: bool = True) -> Batch:
+    """Some of the images, with their labels or without."""
+    part = Batch(*(values[chosen] for values in batch))
+    return part if labels else part._replace(labels=None)
+
+
+# ------------------------------------------------------------------------------------------------------- the draws
+
+def unmoved(clean: Batch, classes: int, images: int, fresh: bool) -> Iterator[Tuple[Summary, Batch]]:
+    """References and draws of images like theirs: with halves of their own, or all from the halves of a user."""
+    half = len(clean.confidence) // 2
+    order = np.arange(2 * half)
+    reference = None
+    for draw in range(FALSE_DRAWS):
+        rng = np.random.default_rng([1, images, fresh, draw])
+        if fresh:
+            order = rng.permutation(2 * half)
+        if fresh or reference is None:
+            reference = summarize(rows_of(clean, order[:half]), classes, seed=draw)
+        yield reference, rows_of(clean, rng.choice(order[half:], images, replace=False), labels=False)
+
+
+def moved(reference: Summary, batch: Batch, images: int) -> Iterator[Tuple[Summary, Batch]]:
+    """Draws of corrupted images."""
+    for draw in range(POWER_DRAWS):
+        rng = np.random.default_rng([2, images, draw])
+        yield reference, rows_of(batch, rng.choice(len(batch.confidence), images, replace=False), labels=False)
+
+
+class Tally:
+    """How many draws raised an alert, all in all and by test; kept in the cache, so that it can be gone on with."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.cells: Dict[str, Dict[str, int]] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def count(self, key: str, draws: Iterator[Tuple[Summary, Batch]]) -> Dict[str, int]:
+        """`draws`, `alerts`, and the alerts of each test."""
+        if key not in self.cells:
+            start = time.monotonic()
+            results: List[List[Result]] = [
+                drift_tests(reference, batch, LOOKS, ALPHA, seed) for seed, (reference, batch) in enumerate(draws)]
+            self.cells[key] = {
+                'draws': len(results), 'alerts': sum(any(r.alert for r in found) for found in results),
+                **{r.name: sum(found[i].alert for found in results) for i, r in enumerate(results[0])}}
+            write_json(self.path, self.cells)
+            print(f'{key}: {self.cells[key]}, {time.monotonic() - start:.0f} s', file=sys.stderr)
+        return self.cells[key]
+
+
+def false_alarms(name: str, found: Answers, classes: int, tally: Tally) -> List[Dict[str, Any]]:
+    """A row for each way to draw images that did not move."""
+    rows = []
+    for images, fresh in ((500, True), (500, False), (100, True)):
+        halves = 'new halves for each draw' if fresh else 'one reference for all draws'
+        cell = tally.count(f'{name} {images} {halves}', unmoved(found[CLEAN, 0], classes, images, fresh))
+        low, high = accuracy_interval(cell['alerts'], cell['draws'])
+        rows.append({
+            'data': name, 'reference': halves, 'images': images, 'draws': cell['draws'], 'alerts': cell['alerts'],
+            'share': cell['alerts'] / cell['draws'], '95% interval': f'{low:.3f} to {high:.3f}'})
+    return rows
+
+
+def power(name: str, found: Answers, classes: int, tally: Tally) -> List[Dict[str, Any]]:
+    """A row for each corruption and strength."""
+    clean = found[CLEAN, 0]
+    half = len(clean.confidence) // 2
+    reference = summarize(rows_of(clean, np.arange(half)), classes)
+    rows = []
+    for corruption, (_, levels) in CORRUPTIONS.items():
+        for strength, level in enumerate(levels, 1):
+            batch = found[corruption, strength]
+            cells = {n: tally.count(f'{name} {corruption} {strength} {n}', moved(reference, batch, n)) for n in COUNTS}
+            most = cells[max(COUNTS)]
+            seen = [key for key, count in most.items() if key not in ('draws', 'alerts') and 2 * count >= most['draws']]
+            rows.append({
+                'data': name, 'corruption': corruption, 'strength': strength, 'level': str(level),
+                **{f'{n} images': cells[n]['alerts'] / cells[n]['draws'] for n in sorted(COUNTS)},
+                'accuracy': float((batch.predicted == batch.labels).mean()),
+                'estimated': estimated_accuracy(batch.confidence, reference.threshold),
+                'seen by': ', '.join(seen) or 'none'})
+    return rows
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Measure and write the tables; returns the exit code."""
     parser = argparse.ArgumentParser(prog='python -m scripts.measure_monitoring', description=__doc__.split('\n')[0])
     parser.add_argument('source', help='checkpoint of a model of photographs')
+    parser.add_argument('--model-note', default='', help='what to say of it in the tables')
     parser.add_argument('--data-dir', type=Path, required=True, help='photographs that it was not trained on')
     parser.add_argument('--split', default='val')
     parser.add_argument('--cache', type=Path, required=True, help='folder of the answers')
     parser.add_argument('--output', type=Path, default=Path('results/monitoring'))
     parser.add_argument('--most', type=int, default=1500, help='most images to corrupt (default: %(default)s)')
     args = parser.parse_args(argv)
+    data = {
+        'photos': collect(args.source, args.data_dir, args.split, args.cache / 'photos', args.most),
+        'digits': collect('test_resnet_pst', write_all_digits(args.cache), 'train', args.cache / 'digits', args.most)}
+    tally = Tally(args.cache / 'tally.json')
+    tables: Dict[str, List[Dict[str, Any]]] = {'false_alarms': [], 'power': []}
+    for make, rows in ((false_alarms, tables['false_alarms']), (power, tables['power'])):
+        for name, found in data.items():
+            classes = 1 + int(max(batch[i].max() for batch in found.values() for i in (1, 2)))
+            rows += make(name, found, classes, tally)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, rows in tables.items():
+        write_csv(args.output / f'{name}.csv', rows)
+        write_json(args.output / f'{name}.json', {'setting': setting(data, args.model_note, name)})
+    return 0
+
+
+def write_all_digits(cache: Path) -> Path:
+    """The digits of the demo in one split: either half has its share of those that the model was trained on."""
     from scripts.demo import write_digits
 
-    digits = args.cache / 'digits-images'
+    digits = cache / 'digits-images'
     if not digits.is_dir():
         write_digits(digits)
-        (digits / 'validation').rename(digits / 'rest')
-        for path in sorted((digits / 'rest').rglob('*.png')):  # all in one: either half has its share of both
+        for path in sorted((digits / 'validation').rglob('*.png')):
             path.rename(digits / 'train' / path.parent.name / path.name)
-    collect('test_resnet_pst', digits / 'train', 'train', args.cache / 'digits', args.most)
-    collect(args.source, args.data_dir, args.split, args.cache / 'photos', args.most)
-    return 0
+    return digits / 'train'
+
+
+def setting(data: Dict[str, Answers], note: str, name: str) -> str:
+    """How it was measured, in a sentence without its full stop."""
+    what = []
+    for which, found in data.items():
+        clean = found[CLEAN, 0]
+        right = float((clean.predicted == clean.labels).mean())
+        what.append(f'{which}: {len(clean.labels)} images, half of them the reference, accuracy {100 * right:.1f}%')
+    pools = [len(found['blur', 3].labels) for found in data.values()]
+    draws = f'{FALSE_DRAWS} draws without replacement' if name == 'false_alarms' else (
+        f'share of {POWER_DRAWS} draws with an alert, of {" and ".join(map(str, pools))} of the other half')
+    return f'`--alpha {ALPHA}`, no labels used; {draws}; {"; ".join(what)}{"; " if note else ""}{note}'
 
 
 if __name__ == '__main__':

@@ -19,6 +19,7 @@ ALERT = 3  # exit code, so that a cron job can act
 ACTIONS = {
     'fit': 'write what later images are compared with',
     'check': f'compare new images with it; exit code {ALERT} on an alert',
+    'recalibrate': 'refit the temperature of a model on new labelled images',
 }
 
 
@@ -27,11 +28,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = ArgumentParser(
         prog='pst-timm monitor', formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Notice when the images that a model meets are no longer those it was made for.',
-        epilog='\n'.join(f'  {name:12}{what}' for name, what in ACTIONS.items())
+        epilog='\n'.join(f'  {name:13}{what}' for name, what in ACTIONS.items())
                + '\n\npst-timm monitor ACTION --help tells the flags of an action.')
     parser.add_argument('action', choices=[*ACTIONS], help='see below')
     parser.add_argument('words', nargs=argparse.REMAINDER, metavar='...', help='flags of the action')
     args = parser.parse_args(argv)
+    if args.action == 'recalibrate':
+        from . import recalibrate
+
+        return recalibrate.main(args.words)
     return {'fit': _main_fit, 'check': _main_check}[args.action](args.words)
 
 

@@ -1,5 +1,6 @@
 """What a model's images looked like when all was well, kept in a file, and whether later ones are still like it."""
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -43,6 +44,8 @@ HEADER_KEY = 'pst_timm_monitor'  # entry of the header that holds the facts, as 
 VERSION = 1
 FEW = 50  # images: with fewer, only what leaps to the eye is found
 MOST_BYTES = 256 * 2 ** 20  # of a file that is read
+DECIMALS = 4  # of confidences in a file of answers: some systems write no more, and none writes 1 alike
+COLUMNS = {'probability1': 'confidence', 'class1': 'predicted'}  # as `pst-timm predict` calls them
 MOST_IMAGES = 100_000_000
 MOST_FEATURES = 65_536
 SCHEMA = {
@@ -320,14 +323,16 @@ def read_answers(path: Path, class_names: Sequence[str]) -> Batch:
     """Answers of a model in production: a CSV file with the columns `confidence`, `predicted` and maybe `label`.
 
     Confidence is the largest probability, from 0 to 1; classes are names, or places in the order of the names, counted
-    from 0. Further columns are left alone.
+    from 0. Further columns are left alone. What `pst-timm predict` writes will do, without the lines of errors.
 
     Raises:
         PSTError: If it cannot be read, or a line is not as it should be; names the line.
     """
     path = Path(path)
     _check_size(path)
-    rows = read_csv(path)
+    rows = [{COLUMNS.get(key, key): text for key, text in row.items()} for row in read_csv(path)]
+    lines = [i for i, row in enumerate(rows, 2) if not row.get('error')]
+    rows = [rows[i - 2] for i in lines]
     missing = [key for key in ('confidence', 'predicted') if rows and key not in rows[0]]
     if missing:
         raise PSTError(f'{path} has no column {missing[0]!r}: its first line must name confidence and predicted.')
@@ -347,20 +352,19 @@ def read_answers(path: Path, class_names: Sequence[str]) -> Batch:
                 f'reference, or two of them: give a name such as {rules.short(class_names[0])!r}, or a number from 0.')
         return found
 
-    confidence = np.empty(len(rows))
-    for i, row in enumerate(rows):
+    def share(line: int, text: str) -> float:
         try:
-            confidence[i] = float(row['confidence'])
+            found = float(text)
         except ValueError:
-            confidence[i] = np.nan
-        if not 0 <= confidence[i] <= 1:
-            raise PSTError(
-                f'{path}, line {i + 2}: confidence {rules.short(row["confidence"])!r} is no number from 0 to 1.')
-    predicted = np.array([place(i + 2, 'predicted', row['predicted']) for i, row in enumerate(rows)])
-    labels = None
-    if 'label' in rows[0] and any(row['label'] for row in rows):
-        labels = np.array([place(i + 2, 'label', row['label']) for i, row in enumerate(rows)])
-    return Batch(confidence, predicted, labels)
+            found = math.nan
+        if not 0 <= found <= 1:
+            raise PSTError(f'{path}, line {line}: confidence {rules.short(text)!r} is no number from 0 to 1.')
+        return found
+
+    confidence = np.array([share(line, row['confidence']) for line, row in zip(lines, rows)])
+    columns = ['predicted', *(['label'] if any(row.get('label') for row in rows) else [])]
+    classes = [np.array([place(line, key, row[key]) for line, row in zip(lines, rows)]) for key in columns]
+    return Batch(confidence.round(DECIMALS), *classes)
 
 
 def check(
@@ -383,6 +387,10 @@ def check(
         PSTError: See `drift_tests`.
     """
     summary, images = reference.summary, len(batch.confidence)
+    if batch.looks is None:  # from a file, whose confidences have few digits
+        summary = summary._replace(
+            confidence=summary.confidence.astype(np.float64).round(DECIMALS),
+            threshold=None if summary.threshold is None else round(summary.threshold, DECIMALS))
     tests = drift_tests(summary, batch, LOOKS, alpha, seed)
     resolution = ks_resolution(len(summary.confidence), images, alpha / len(tests))
     estimated = None if summary.threshold is None else estimated_accuracy(batch.confidence, summary.threshold)
@@ -399,7 +407,8 @@ def check(
         tests,
         _notes(reference, batch, resolution),
         {'reference': reference.accuracy, 'estimated': estimated, 'measured': measured, 'interval': interval},
-        {**calibration_of(batch, logits), 'reference_ece': reference.ece, 'reference_temperature': reference.temperature},
+        {**calibration_of(batch, logits), 'reference_ece': reference.ece,
+         'reference_temperature': reference.temperature},
         resolution,
     )
 
@@ -416,5 +425,5 @@ def _notes(reference: Reference, batch: Batch, resolution: float) -> List[str]:
     if reference.summary.right is None:
         notes.append('The reference has no labels: accuracy is neither estimated nor compared.')
     elif batch.labels is None:
-        notes.append('Accuracy is estimated from confidence (ATC): where a model errs with confidence, it is too large.')
+        notes.append('Accuracy is estimated from confidence (ATC): too high where a model errs with confidence.')
     return notes

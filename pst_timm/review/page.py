@@ -59,8 +59,8 @@ def render(report: Report, reference: Reference, batch: Batch) -> str:
     parts = [
         f'<h1>Images against the reference: {_text(report.architecture)}</h1>',
         f'<p class="verdict {"moved" if moved else "well"}">{_text(verdict)}</p>',
-        f'<p>{report.images:,} images, {report.reference_images:,} in the reference. Where nothing has moved, the chance '
-        f'of an alert, over all tests, is at most {report.alpha:g}.</p>',
+        f'<p>{report.images:,} images, {report.reference_images:,} in the reference. Where nothing has moved, the '
+        f'chance of an alert, over all tests, is at most {report.alpha:g}.</p>',
         _table(('test', 'method', 'statistic', 'p', 'corrected p', ''), rows),
         '<h2>Accuracy and calibration</h2>',
         _table(('', 'reference', 'new images'), _quality(report)),
@@ -137,7 +137,7 @@ def _distributions(reference: Reference, batch: Batch) -> Any:
         axes = figure.add_subplot(-(-len(pairs) // 3), 3, i + 1)
         low, high = (float(end(before.min(), now.min()) if end is min else end(before.max(), now.max()))
                      for end in (min, max))
-        edges = np.linspace(low, high if high > low else low + 1, 31)
+        edges = np.linspace(*((low, high) if high > low else (low - 0.5, low + 0.5)), 31)
         for values, color, label in ((before, BEFORE, 'reference'), (now, NOW, 'new')):
             axes.stairs(np.histogram(values, edges)[0] / len(values), edges, color=color, label=label)
         axes.set(title=name, ylabel='share' if i % 3 == 0 else '')
@@ -159,5 +159,5 @@ def _classes(reference: Reference, batch: Batch) -> Any:
     axes.set_yticks(places, [plain(reference.class_names[i], 30) for i in shown], parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel('share of the images (%)')
-    axes.legend(frameon=False)
+    figure.legend(loc='outside upper center', ncols=2, frameon=False)
     return figure
