@@ -115,5 +115,5 @@ class TrainingLoss(nn.Module):
         losses = self.each(output if self.offsets is None else output + self.offsets, target)
         if self.fraction < 1 and self.epoch >= self.warmup:
             # 0.7 of 10 is 7, and a little more in floating point
-            losses = losses.topk(max(1, math.ceil(self.fraction * len(losses) - 1e-9))).values
+            losses = losses.sort(descending=True).values[:max(1, math.ceil(self.fraction * len(losses) - 1e-9))]
         return losses.mean()
