@@ -21,6 +21,7 @@ COMMANDS: Dict[str, Command] = {
     'train': Command('train', 'train a model'),
     'validate': Command('validate', 'evaluate models'),
     'predict': Command('predict', 'the classes of images, with probabilities'),
+    'compare': Command('compare', 'whether a new model may replace an old one'),
     'visualize': Command('visualize', 'draw what PST looks at in an image'),
     'export': Command('export', 'write a model for deployment'),
     'convert': Command('convert', 'training checkpoint to safetensors and back'),

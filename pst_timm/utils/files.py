@@ -99,8 +99,9 @@ def write_whole(path: os.PathLike, write: Callable[[str], Any]) -> None:
 
 
 def write_text(path: os.PathLike, text: str) -> None:
-    """Write a text file, see `write_whole`."""
-    write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding='utf-8', newline='\n'))
+    """Write a text file, see `write_whole`; names of files that are no text are written with the bytes they have."""
+    write_whole(path, lambda temporary: Path(temporary).write_text(
+        text, encoding='utf-8', errors='surrogateescape', newline='\n'))
 
 
 def write_json(path: os.PathLike, value: Any) -> None:
@@ -113,10 +114,20 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> List[str]:
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
-def write_csv(path: os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as a CSV file with a header, see `write_whole`; a column that a row does not have is empty there."""
+def write_csv(
+        path: os.PathLike,
+        rows: Sequence[Mapping[str, Any]],
+        columns: Optional[Sequence[str]] = None,
+) -> None:
+    """Write rows as a CSV file with a header, see `write_whole`; a column that a row does not have is empty there.
+
+    Args:
+        path: The file.
+        rows: The rows, which may be none.
+        columns: Names of the columns, None for those of the rows.
+    """
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns_of(rows), lineterminator='\n')
+    writer = csv.DictWriter(text, columns_of(rows) if columns is None else columns, lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
