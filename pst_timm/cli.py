@@ -23,6 +23,7 @@ COMMANDS: Dict[str, Command] = {
     'predict': Command('predict', 'the classes of images, with probabilities'),
     'audit': Command('audit', 'what is wrong with a folder of images: labels, copies, leakage'),
     'monitor': Command('monitor', 'notice when the images of a model in production have moved'),
+    'compare': Command('compare', 'whether a new model may replace an old one'),
     'visualize': Command('visualize', 'draw what PST looks at in an image'),
     'export': Command('export', 'write a model for deployment'),
     'convert': Command('convert', 'training checkpoint to safetensors and back'),

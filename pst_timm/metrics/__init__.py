@@ -7,14 +7,19 @@ from .classification import ClassReport, RealLabels
 from .intervals import (
     Difference,
     Interval,
+    PairedTest,
+    detectable_difference,
+    holm,
     image_interval,
+    mcnemar,
     mean_and_sd,
     paired_difference,
     seed_interval,
 )
 
 __all__ = [
-    'Agreement', 'Answers', 'Calibration', 'ClassReport', 'Difference', 'Interval', 'Metric', 'RealLabels', 'Refit',
-    'calibration_error', 'compare_logits', 'fit_temperature', 'image_interval', 'mean_and_sd', 'pack_answers',
-    'paired_difference', 'refit_temperature', 'seed_interval', 'unpack_answers',
+    'Agreement', 'Answers', 'Calibration', 'ClassReport', 'Difference', 'Interval', 'Metric', 'PairedTest',
+    'RealLabels', 'Refit', 'calibration_error', 'compare_logits', 'detectable_difference', 'fit_temperature', 'holm',
+    'image_interval', 'mcnemar', 'mean_and_sd', 'pack_answers', 'paired_difference', 'refit_temperature',
+    'seed_interval', 'unpack_answers',
 ]

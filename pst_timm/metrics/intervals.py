@@ -1,16 +1,16 @@
-"""Means and paired differences with 95% intervals, over training runs and over images."""
+"""Means and paired differences with 95% intervals and exact tests, over training runs and over images."""
 import math
 import statistics
 from dataclasses import dataclass
-from typing import Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from pst_timm.utils.errors import PSTError
 
 __all__ = [
-    'Difference', 'Interval', 'image_interval', 'mean_and_sd', 'paired_difference', 'seed_interval',
-    'student_quantile']
+    'Difference', 'Interval', 'PairedTest', 'detectable_difference', 'holm', 'image_interval', 'mcnemar', 'mean_and_sd',
+    'paired_difference', 'seed_interval', 'student_quantile']
 
 LEVEL = 0.95
 
@@ -117,3 +117,61 @@ def paired_difference(
     if right is not None and other_right is not None:
         images = image_interval([right[s] for s in seeds], [other_right[s] for s in seeds])
     return Difference(statistics.fmean(differences), len(seeds), seed_interval(differences), images)
+
+
+class PairedTest(NamedTuple):
+    """How probable it is that chance alone turns as many answers, where neither model is better."""
+    worse: float
+    """As many losses or more."""
+    better: float
+    """As many gains or more."""
+    different: float
+    """A split as uneven or more, to either side."""
+
+
+def mcnemar(lost: int, gained: int) -> PairedTest:
+    """McNemar's exact test of two models on the same images: each change is a loss or a gain with equal chances.
+
+    Args:
+        lost: Images that the one model classifies right and the other, new one wrong.
+        gained: Images that the new one alone classifies right.
+    """
+    changes = lost + gained
+
+    def at_least(count: int) -> float:
+        # P(X >= count) for X ~ B(changes, 1/2), in whole numbers; the shorter tail is summed
+        tail, term = 0, 1
+        short = min(changes - count + 1, count)
+        for k in range(short):
+            tail += term
+            term = term * (changes - k) // (k + 1)
+        whole = 1 << changes
+        return (tail if short == changes - count + 1 else whole - tail) / whole
+
+    worse, better = at_least(lost), at_least(gained)
+    return PairedTest(worse, better, min(1., 2 * min(worse, better)))
+
+
+def holm(p_values: Sequence[float]) -> List[float]:
+    """Holm's adjusted p-values: those at most alpha are rejections with at most alpha for any false one among them."""
+    adjusted, largest = [0.] * len(p_values), 0.
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1., (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def detectable_difference(images: int, changes: int, alpha: float = 0.05, power: float = 0.8) -> float:
+    """The true loss of accuracy that a one-sided McNemar test finds with some power, in percentage points.
+
+    The normal approximation (z(alpha) + z(power)) sqrt(changes) / images, for as many changed answers as there were,
+    and one at least.
+
+    Args:
+        images: Images.
+        changes: Images that one of the two models alone classifies right.
+        alpha: Level of the test.
+        power: Share of the cases in which it is found.
+    """
+    z = statistics.NormalDist().inv_cdf
+    return 100 * (z(1 - alpha) + z(power)) * math.sqrt(max(changes, 1)) / images

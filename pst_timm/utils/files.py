@@ -99,8 +99,9 @@ def write_whole(path: os.PathLike, write: Callable[[str], Any]) -> None:
 
 
 def write_text(path: os.PathLike, text: str) -> None:
-    """Write a text file, see `write_whole`."""
-    write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding='utf-8', newline='\n'))
+    """Write a text file, see `write_whole`; names of files that are no text are written with the bytes they have."""
+    write_whole(path, lambda temporary: Path(temporary).write_text(
+        text, encoding='utf-8', errors='surrogateescape', newline='\n'))
 
 
 def write_json(path: os.PathLike, value: Any) -> None:

@@ -1,4 +1,5 @@
 """Statistics against hand-worked cases, published tables and computations of another kind."""
+import itertools
 import math
 import statistics
 import sys
@@ -12,7 +13,10 @@ from hypothesis.extra.numpy import arrays
 from pst_timm.metrics.intervals import (
     Difference,
     Interval,
+    detectable_difference,
+    holm,
     image_interval,
+    mcnemar,
     mean_and_sd,
     paired_difference,
     seed_interval,
@@ -107,3 +111,63 @@ def test_pairing_of_few_seeds():
 def test_clear_differences_have_both_intervals_away_from_zero(seeds, images, clear):
     found = Difference(1., 2, *(ends and Interval(*ends) for ends in (seeds, images)))
     assert found.is_clear is clear
+
+
+@pytest.mark.parametrize('lost, gained', [(a, b) for a in range(7) for b in range(7 - a)])
+def test_mcnemar_is_the_count_of_all_ways_that_changes_can_fall(lost, gained):
+    ways = [sum(way) for way in itertools.product((0, 1), repeat=lost + gained)]
+    found = mcnemar(lost, gained)
+    assert found.worse == pytest.approx(sum(losses >= lost for losses in ways) / len(ways), abs=1e-15)
+    assert found.better == pytest.approx(sum(losses <= lost for losses in ways) / len(ways), abs=1e-15)
+    uneven = abs(lost - gained)
+    assert found.different == pytest.approx(
+        sum(abs(2 * losses - len(bin(len(ways))[3:])) >= uneven for losses in ways) / len(ways), abs=1e-15)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(0, 3000), st.integers(0, 3000))
+def test_mcnemar_is_a_binomial_test(lost, gained):
+    from scipy.stats import binomtest
+
+    found = mcnemar(lost, gained)
+    assert mcnemar(gained, lost) == (found.better, found.worse, found.different)
+    if lost + gained:
+        for alternative, p in (('greater', found.worse), ('less', found.better), ('two-sided', found.different)):
+            expected = binomtest(lost, lost + gained, 0.5, alternative).pvalue
+            assert p == pytest.approx(expected, rel=1e-8, abs=1e-300), alternative
+    assert found.worse + found.better >= 1 and 0 <= min(found) <= max(found) <= 1
+    fewer = mcnemar(lost + 1, gained).worse
+    assert fewer <= found.worse and (fewer < found.worse or not 1e-300 < found.worse < 0.99)
+
+
+def test_mcnemar_of_very_many_changes():
+    assert mcnemar(0, 0) == (1, 1, 1)
+    assert mcnemar(50_000, 50_000).different == 1
+    assert mcnemar(3000, 0).worse == 0 and mcnemar(3000, 0).better == 1  # 2 ** -3000
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.6]) == [1, 1] and holm([]) == [] and holm([0.2]) == [0.2]
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.01, 0.5))
+def test_holm_rejects_as_the_steps_of_the_procedure_do(p_values, alpha):
+    rejected = set()
+    for rank, (p, i) in enumerate(sorted((p, i) for i, p in enumerate(p_values))):
+        if (len(p_values) - rank) * p > alpha:
+            break
+        rejected.add(i)
+    assert {i for i, p in enumerate(holm(p_values)) if p <= alpha} == rejected
+
+
+@pytest.mark.parametrize('images, rate', [(500, 0.1), (4000, 0.03)])
+def test_what_can_be_detected_is_detected(images, rate):
+    """Of many draws with such a loss, four of five are found, as well as the approximation has it."""
+    drop = detectable_difference(images, round(rate * images)) / 100
+    generator = np.random.default_rng(0)
+    draws = generator.multinomial(images, [(rate + drop) / 2, (rate - drop) / 2, 1 - rate], 2000)
+    found = np.mean([mcnemar(lost, gained).worse <= 0.05 for lost, gained, _ in draws.tolist()])
+    assert 0.72 < found < 0.88
+    assert detectable_difference(100, 0) == detectable_difference(100, 1) > 0
