@@ -138,12 +138,16 @@ def _report(root: Path) -> None:
 
 
 def _draw(studies: Mapping[str, 'StudyData'], root: Path) -> None:
+    from pst_timm.review.power import draw_power
     from pst_timm.study.plots import draw_plots
 
-    for name, study in studies.items():
-        try:
+    power = root / 'results' / 'monitoring' / 'power'
+    try:
+        for name, study in studies.items():
             for path in draw_plots(study, root / 'results' / 'study' / name):
                 print(f'{path}: drawn')
-        except ImportError as e:
-            print(f"No plots, {e}: pip install 'pst_timm[train]' brings what draws them.", file=sys.stderr)
-            return
+        if power.with_suffix('.csv').is_file():
+            draw_power(power.with_suffix('.csv'), power.with_suffix('.png'))
+            print(f'{power}.png: drawn')
+    except ImportError as e:
+        print(f"No plots, {e}: pip install 'pst_timm[train]' brings what draws them.", file=sys.stderr)
