@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from pst_timm.checkpoints import load_model
+from pst_timm.data.images import EXTENSIONS, scan_folder
 from pst_timm.data.readers import in_order
 from pst_timm.engine import train, train_args
 from pst_timm.utils.devices import hardware_name
@@ -71,7 +72,7 @@ def make_subset(source: Path, folder: Path) -> List[str]:
     chosen = [names[i] for i in rng.permutation(len(names))[:CLASSES]]
     for name, size in zip(chosen, class_sizes()):
         for split, other, most in (('train', 'train', size), ('val', 'validation', None)):
-            images = sorted(path for path in (source / split / name).rglob('*') if path.suffix.lower() == '.jpeg')
+            images = [Path(path) for path in sorted(scan_folder(source / split / name, EXTENSIONS).paths)]
             if len(images) < (most or 1):
                 raise PSTError(f'{source / split / name} has {len(images)} images, expected {most or 1} or more.')
             place = folder / other / name
@@ -129,7 +130,7 @@ def spread(values: Sequence[float]) -> str:
 
 def setting(data: Path, seeds: Sequence[int], epochs: int) -> str:
     sizes, head, middle = class_sizes(), PARTS['head'].stop, PARTS['middle'].stop
-    held_out = sum(1 for _ in (data / 'validation').rglob('*.JPEG'))
+    held_out = len(scan_folder(data / 'validation', EXTENSIONS).paths)
     return (
         f'{CLASSES} classes of Tiny ImageNet chosen by seed {CHOICE}, {sum(sizes):,} training images, {sizes[0]} of '
         f'the largest class and {sizes[-1]} of the smallest; {held_out:,} balanced validation images, the last epoch; '
