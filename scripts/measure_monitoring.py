@@ -247,15 +247,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         'photos': collect(args.source, args.data_dir, args.split, args.cache / 'photos', args.most),
         'digits': collect('test_resnet_pst', write_all_digits(args.cache), 'train', args.cache / 'digits', args.most)}
     tally = Tally(args.cache / 'tally.json')
-    tables: Dict[str, List[Dict[str, Any]]] = {'false_alarms': [], 'power': []}
-    for make, rows in ((false_alarms, tables['false_alarms']), (power, tables['power'])):
-        for name, found in data.items():
-            classes = 1 + int(max(batch[i].max() for batch in found.values() for i in (1, 2)))
-            rows += make(name, found, classes, tally)
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, rows in tables.items():
-        write_csv(args.output / f'{name}.csv', rows)
-        write_json(args.output / f'{name}.json', {'setting': setting(data, args.model_note, name)})
+    tables: Dict[str, List[Dict[str, Any]]] = {'false_alarms': [], 'power': []}
+    for which, found in data.items():
+        classes = 1 + int(max(batch[i].max() for batch in found.values() for i in (1, 2)))
+        for name, make in (('false_alarms', false_alarms), ('power', power)):
+            tables[name] += make(which, found, classes, tally)
+            write_csv(args.output / f'{name}.csv', tables[name])
+            write_json(args.output / f'{name}.json', {'setting': setting(data, args.model_note, name)})
     return 0
 
 

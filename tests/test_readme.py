@@ -51,8 +51,8 @@ def test_tables_are_those_of_the_measurements(page):
 
 
 def test_pages_ask_for_what_was_measured():
-    marks = {page.name: re.findall(r'^<!-- ((?:study|performance) .*) -->$', page.read_text(), re.M) for page in PAGES}
-    assert marks['performance.md'] == ['performance figures', 'performance parts', 'performance layers']
+    marks = {page.name: re.findall(r'^<!-- ((?:study|table) .*) -->$', page.read_text(), re.M) for page in PAGES}
+    assert marks['performance.md'] == [f'table performance/{name}' for name in ('figures', 'parts', 'layers')]
     names = {s: [*json.loads((ROOT / f'results/study/{s}/study.json').read_text())['questions']] for s in ['cpu']}
     names['gpu'] = '12345'
     assert sorted(marks['evidence.md']) == sorted(
@@ -76,11 +76,11 @@ def commands(page):
 
 
 @functools.lru_cache
-def help_of(module):
-    """What --help of a command prints."""
+def help_of(module, *action):
+    """What --help of a command prints, or of one of its actions."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
-        import_module(module).main(['--help'])
+        import_module(module).main([*action, '--help'])
     return text.getvalue()
 
 
@@ -103,7 +103,8 @@ def test_commands_are_there_with_the_flags_named(page):
         module, rest = parse(words)
         if module is None:
             continue
-        known = re.findall(r'--[\w-]+', help_of(module))
+        action = [word for word in rest[:1] if word in getattr(import_module(module), 'ACTIONS', ())]
+        known = re.findall(r'--[\w-]+', help_of(module, *action))
         for word in rest:
             if word.startswith('--'):
                 assert word in known, f'{page.name}: {shlex.join(words)} has no {word}'
