@@ -120,7 +120,9 @@ def _names_of(dataset: Dataset) -> List[str]:
         raise PSTError(
             '--hard-examples goes by the names of the images, which this dataset does not tell: use a folder of class '
             'folders or a .tar file, or leave it out.')
-    return [str(name).replace(os.sep, '/') for name in dataset.filenames()]
+    # as text files have them: file systems have names that are no text
+    return [
+        str(name).replace(os.sep, '/').encode('utf-8', 'backslashreplace').decode() for name in dataset.filenames()]
 
 
 def class_weights(counts: Sequence[int], sampler: str) -> np.ndarray:

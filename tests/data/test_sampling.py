@@ -4,6 +4,8 @@ import collections
 import io
 import itertools
 import logging
+import os
+import shutil
 import tarfile
 from types import SimpleNamespace
 
@@ -313,6 +315,15 @@ class TestWeightsOfImages:
             f.truncate(LARGEST_FILE + 1)
         with pytest.raises(PSTError, match='has more than 256 MiB'):
             read_weights(str(tmp_path / 'large.csv'), NAMES)
+
+    def test_names_that_are_no_text(self, images, tmp_path):
+        shutil.copytree(images / 'train' / 'class0', tmp_path / 'class0')
+        shutil.copytree(images / 'train' / 'class1', tmp_path / 'class1')
+        (tmp_path / 'class0' / '3.png').rename(os.fsdecode(os.fsencode(tmp_path) + b'/class0/\xff.png'))
+        dataset = create_eval_dataset(validate_args(data_dir=str(tmp_path)), 'validation', None)
+        path = write_weights(tmp_path, 'image,weight\nclass0/\\udcff.png,9\n')
+        found = open_train_images(train_args(hard_examples=path), dataset)
+        assert sorted(found.chances * (31 + 9)) == pytest.approx([1.] * 31 + [9.])
 
     def test_they_multiply_those_of_the_classes(self, images, tmp_path):
         data = validate_args(data_dir=str(images))

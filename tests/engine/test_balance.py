@@ -377,6 +377,7 @@ class TestResume:
         assert 'Train: 0' not in log and 'Train: 1 [   1/7' not in log
         assert_same_weights(*(load_weights(folder / 'last.pth.tar') for folder in (calm, tmp_path / 'run')))
 
+    @pytest.mark.slow
     def test_with_loader_workers_and_no_recovery_checkpoint(self, lopsided, tmp_path, caplog):
         args = self.calm(lopsided, tmp_path, workers=1)
         assert crash('step:11:SIGKILL', args, tmp_path)[0] == -signal.SIGKILL
