@@ -119,16 +119,11 @@ def open_samples(args: argparse.Namespace, subject: Any, flags: Dict[str, Any]) 
     """The images of the split, and their mode."""
     from pst_timm.data.datasets import create_eval_dataset
     from pst_timm.data.samples import Samples
-    from pst_timm.engine import train_args, validate_args
-    from pst_timm.engine.factories import import_modules
-    from pst_timm.engine.training import expected_channels
+    from pst_timm.engine import validate_args
     from pst_timm.review.answers import open_labelled
+    from pst_timm.review.crossing import input_channels
 
-    channels = None
-    if args.cross:
-        given = train_args(**{key: value for key, value in flags.items() if key != 'data'})
-        import_modules(given.device_modules)
-        channels = expected_channels(given)
+    channels = input_channels(flags) if args.cross else None
     if subject is not None:
         if channels not in (None, len(subject.mode)):
             raise PSTError(

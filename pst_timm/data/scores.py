@@ -16,7 +16,7 @@ __all__ = [
 RANKINGS = ('self-confidence', 'confident-learning')
 LEAST = 1e-12  # probability, so that a loss is finite
 BLOCK = 2 ** 25  # similarities at a time: 128 MiB
-LEAST_SPREAD = 0.1  # of the logarithm of a size: within a factor of 1.6 of the median nothing is odd
+LEAST_SPREAD = 0.15  # of the logarithm of a size: within a factor of 2 of the median nothing is odd
 HEAVIEST = 4.  # weight of a hard image over that of one with no loss
 
 

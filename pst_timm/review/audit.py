@@ -482,13 +482,14 @@ def sheet_of(
         return (samples if split == report.split else others[split]).read(places[split][name])[0]
 
     def labelled(i: int) -> Tile:
+        given, suggested = report.class_names[report.labels[i]], report.class_names[report.suggested[i]]
         return Tile(shown(image(report.split, report.names[i])), [
-            f'{report.class_names[report.labels[i]]}?', f'{report.class_names[report.suggested[i]]} '
-            f'{report.scores.confidence[i]:.0%}', f'given: {report.scores.self_confidence[i]:.2%}', report.names[i]])
+            f'given {given} ({report.scores.self_confidence[i]:.1%})',
+            f'looks like {suggested} ({report.scores.confidence[i]:.0%})', report.names[i]])
 
     wrong = [i for i in report.order if report.wrong[i]]
     headings = {
-        f'Likely wrong labels, the first {min(most, len(wrong))} of {len(wrong)}: given label, suggested one': [
+        f'Likely wrong labels, the first {min(most, len(wrong))} of {len(wrong)}': [
             labelled(i) for i in wrong[:most]]}
     pairs = report.leaks[:most // 2]
     headings[f'Also in another split, the first {len(pairs)} of {len(report.leaks)}: image and copy'] = [

@@ -16,6 +16,7 @@ import torch
 from torchvision.transforms import Compose
 
 from pst_timm.checkpoints import read_checkpoint
+from pst_timm.checkpoints.building import check_model_name
 from pst_timm.checkpoints.facts import as_plain
 from pst_timm.checkpoints.reading import is_file
 from pst_timm.checkpoints.schema import parse_json
@@ -24,13 +25,15 @@ from pst_timm.data.images import listed
 from pst_timm.data.samples import Samples
 from pst_timm.data.scores import stratified_folds
 from pst_timm.engine import train, train_args
+from pst_timm.engine.factories import import_modules
 from pst_timm.engine.flags import keys_with_role
+from pst_timm.engine.training import expected_channels
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import write_json
 
 from .answers import Outputs, Subject, answers, open_subject
 
-__all__ = ['Cross', 'Crossed', 'answers_of', 'cross_answers', 'recipe_of']
+__all__ = ['Cross', 'Crossed', 'answers_of', 'cross_answers', 'input_channels', 'recipe_of']
 
 _logger = logging.getLogger(__name__)
 
@@ -91,6 +94,18 @@ def recipe_of(source: str) -> Dict[str, Any]:
             f'folds go without. Give the flags yourself, after --, to have them.')
     told = {key: value for key, value in checkpoint.recipe.items() if key in TOLD}
     return dict(told, model=arch, model_kwargs=model_args)
+
+
+def input_channels(flags: Mapping[str, Any]) -> int:
+    """Channels of the images that the models of the folds will take, from the flags of their training.
+
+    Raises:
+        PSTError: If the flags name no model that there is.
+    """
+    args = train_args(**{key: value for key, value in flags.items() if key in FREE})
+    import_modules(args.device_modules)
+    check_model_name(args.model)
+    return expected_channels(args)
 
 
 def answers_of(
