@@ -25,6 +25,7 @@ from pst_timm.checkpoints.reading import tensors_in
 from pst_timm.checkpoints.schema import check_facts, parse_json
 from pst_timm.checkpoints.trust import NEVER, check_model_args, check_origin, check_size
 from pst_timm.cli import main
+from pst_timm.commands.recalibrate import main as recalibrate_main
 from pst_timm.deploy.export import FORMATS
 from pst_timm.deploy.loading import load_exported
 from pst_timm.study.cell import run_cell
@@ -221,6 +222,20 @@ def benchmark(source, data, place):
     return main(['benchmark', '--checkpoint', str(source), '-b', '1', '--repeats', '1', '--device', 'cpu'])
 
 
+def predict(source, data, place):
+    return main(['predict', str(source), str(data), '--device', 'cpu', '-o', str(place.work / 'out.csv')])
+
+
+def compare(source, data, place):
+    for models in (['test_resnet_pst.digits', str(source)], [str(source), 'test_resnet_pst.digits']):
+        main(['compare', *models, '--data-dir', str(data), '--device', 'cpu', '--repeats', '1'])
+
+
+def recalibrate(source, data, place):
+    return recalibrate_main([
+        str(source), '--data-dir', str(data), '--device', 'cpu', '--force', '-o', str(place.work / 'calibrated')])
+
+
 def study(source, data, place):
     flags = {k: v for k, v in TINY.items() if k not in ('num_classes', 'device')}
     cell = Cell('cell', 0, dict(flags, epochs=1, initial_checkpoint=str(source)), ['class0', 'class1', 'class2'])
@@ -261,8 +276,9 @@ def register_weights(source, data, place):
 
 DOORS = (
     train_resume, train_initial_checkpoint, train_trunk_checkpoint, train_pretrained_path, train_from_a_folder,
-    train_teacher, validate, publish, convert, export, visualize, benchmark, study, load_the_model, load_a_folder,
-    architecture_from_a_folder, load_the_trunk, load_the_trunk_of_a_folder, load_an_export, register_weights)
+    train_teacher, validate, publish, convert, export, visualize, benchmark, predict, compare, recalibrate, study,
+    load_the_model, load_a_folder, architecture_from_a_folder, load_the_trunk, load_the_trunk_of_a_folder,
+    load_an_export, register_weights)
 
 
 @pytest.mark.parametrize('door', DOORS, ids=lambda door: door.__name__)
@@ -548,6 +564,8 @@ def doubled(times):
     ({'pretrained_cfg': {'first_conv': '../x'}}, 'at pretrained_cfg.first_conv'),
     ({'pretrained_cfg': {'num_classes': 1e3}}, 'at pretrained_cfg.num_classes'),
     ({'pretrained_cfg': {'notes': 'x'}}, 'at pretrained_cfg.notes'),
+    ({'pretrained_cfg': {'temperature': 0}}, 'at pretrained_cfg.temperature: expected a number from 0.001'),
+    ({'pretrained_cfg': {'temperature': float('nan')}}, 'at pretrained_cfg.temperature'),
     ({'recipe': 3}, 'at recipe'),
     ({'recipe': {'\x1b[2J': torch.zeros(1)}}, 'at recipe.\N{REPLACEMENT CHARACTER}'),
     ({'\x1b[2J': 1}, 'at \N{REPLACEMENT CHARACTER}'),
@@ -612,3 +630,11 @@ def test_a_header_larger_than_its_file_is_refused(tmp_path):
 def test_a_null_in_the_preprocessing_says_nothing():
     assert check_facts('the file', {'pretrained_cfg': {'input_size': None, 'crop_pct': 0.9}}) == {
         'pretrained_cfg': {'crop_pct': 0.9}}
+
+
+@pytest.mark.parametrize('temperature', [0, -1, 'hot', [1.], True, 1e99])
+def test_a_temperature_that_cannot_be_is_refused(temperature, place):
+    folder = config_json(place, model_args={}, temperature=temperature)
+    for source in (folder, f'local-dir:{folder}'):
+        with pytest.raises(PSTError, match='at temperature'):
+            load_model(source)

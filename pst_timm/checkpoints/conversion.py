@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from pst_timm.metrics.agreement import compare_logits
+from pst_timm.models.digest import without_digest
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import check_output, write_whole
 
@@ -109,7 +110,9 @@ def convert(
         expected = model.float()(x)
         model.load_state_dict(weights)
         got = model(x)
-    written = Checkpoint(**{**vars(checkpoint), 'weights': weights})
+    # their checksum, where they have one, is that of the source
+    written = Checkpoint(**{
+        **vars(checkpoint), 'weights': weights, 'pretrained_cfg': without_digest(checkpoint.pretrained_cfg)})
     if target.suffix == SAFETENSORS:
         save_safetensors(weights, target, written.facts())
     else:

@@ -27,7 +27,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """`pst-timm compare`; returns the exit code, 3 if the new model is worse."""
     parser = ArgumentParser(
         prog='pst-timm compare',
-        description='Compare two models on the same labelled images, image by image. Exit code 3: the new one is worse.')
+        description='Compare two models on the same labelled images, image by image. '
+                    'Exit code 3: the new one is worse.')
     add_source(parser, 'old', metavar='OLD')
     add_source(parser, 'new', metavar='NEW')
     parser.add_argument('--data-dir', required=True, metavar='DIR', help='labelled images: a folder of class folders')

@@ -1,11 +1,11 @@
 """A checksum that travels with published weights, so that damaged ones are noticed when they are loaded."""
 import hashlib
-from typing import Dict
+from typing import Any, Dict, Mapping
 
 import torch
 import torch.nn as nn
 
-__all__ = ['check_digest', 'digest_note', 'drop_digest']
+__all__ = ['check_digest', 'digest_note', 'drop_digest', 'without_digest']
 
 PREFIX = 'weights sha256 '  # in the notes of a pretrained configuration, which timm keeps and passes on
 
@@ -35,8 +35,14 @@ def check_digest(weights: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str
     return weights
 
 
+def without_digest(cfg: Mapping[str, Any]) -> Dict[str, Any]:
+    """A pretrained configuration for other weights than those that were published with it."""
+    notes = tuple(note for note in cfg.get('notes') or () if not note.startswith(PREFIX))
+    return {k: v for k, v in cfg.items() if k != 'notes'} | ({'notes': notes} if notes else {})
+
+
 def drop_digest(model: nn.Module) -> None:
     """Forget the checksum of a model that was loaded, since training will change its weights."""
-    notes = tuple(note for note in model.pretrained_cfg.pop('notes', None) or () if not note.startswith(PREFIX))
-    if notes:
-        model.pretrained_cfg['notes'] = notes
+    kept = without_digest(model.pretrained_cfg)
+    model.pretrained_cfg.clear()
+    model.pretrained_cfg.update(kept)

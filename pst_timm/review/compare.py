@@ -126,6 +126,8 @@ def compare(
     Raises:
         PSTError: If the two know other classes, or fewer than two images can be read.
     """
+    if old.knows_names and new.knows_names:
+        _order((old.class_names, new.class_names), (old.source, new.source))  # before the data have their say
     data = [open_labelled(subject, data_dir, split) for subject in (old, new)]
     names = [_names(subject, samples) for subject, samples in zip((old, new), data)]
     order = _order(names, (old.source, new.source))

@@ -86,8 +86,9 @@ def test_the_temperature_goes_along(done, tmp_path, capsys):
     told = pytest.approx(done.temperature)
     convert(done.folder, tmp_path / 'model.safetensors')
     convert(tmp_path / 'model.safetensors', tmp_path / 'model.pth.tar')
+    convert(done.folder, tmp_path / 'half.safetensors', 'float16')
     publish(done.folder, 'acme/tiny', dry_run=True, folder=tmp_path / 'published')
-    for source in ('model.safetensors', 'model.pth.tar', 'published'):
+    for source in ('model.safetensors', 'model.pth.tar', 'half.safetensors', 'published'):
         assert temperature_of(load_model(tmp_path / source)) == told, source
     assert temperature_of(load_model(f'local-dir:{tmp_path / "published"}')) == told
     assert temperature_of(load_model(f'local-dir:{tmp_path / "published"}', pretrained=False)) is None
