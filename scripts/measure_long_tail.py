@@ -133,11 +133,12 @@ def setting(data: Path, seeds: Sequence[int], epochs: int) -> str:
     held_out = len(scan_folder(data / 'validation', EXTENSIONS).paths)
     return (
         f'{CLASSES} classes of Tiny ImageNet chosen by seed {CHOICE}, {sum(sizes):,} training images, {sizes[0]} of '
-        f'the largest class and {sizes[-1]} of the smallest; {held_out:,} balanced validation images, the last epoch; '
-        f'head, middle and tail are the {head} largest classes, the next {middle - head} and the {CLASSES - middle} '
-        f'smallest; {RECIPE["model"]} from scratch at {RECIPE["img_size"]} px, {epochs} epochs, batch '
-        f'{RECIPE["batch_size"]}, seeds {", ".join(map(str, seeds))}; {hardware_name(torch.device("cpu"))}, '
-        f'{torch.get_num_threads()} thread(s), bfloat16; torch {torch.__version__}, timm {timm.__version__}')
+        f'the largest class and {sizes[-1]} of the smallest; accuracy in percent on {held_out:,} balanced validation '
+        f'images after the last epoch, mean over the seeds (lowest to highest); head, middle and tail are the {head} '
+        f'largest classes, the next {middle - head} and the {CLASSES - middle} smallest; {RECIPE["model"]} from '
+        f'scratch at {RECIPE["img_size"]} px, {epochs} epochs, batch {RECIPE["batch_size"]}, seeds '
+        f'{", ".join(map(str, seeds))}; {hardware_name(torch.device("cpu"))}, {torch.get_num_threads()} thread(s), '
+        f'bfloat16; torch {torch.__version__}, timm {timm.__version__}')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

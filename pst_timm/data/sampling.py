@@ -73,13 +73,13 @@ def open_train_images(args: Namespace, dataset: Dataset) -> Optional[TrainImages
             f'datasets do not tell: use a folder of class folders or a .tar file, or leave it out.')
     if not (args.sampler or args.hard_examples):
         return TrainImages(labels, None)
-    weights = np.ones(len(labels))
+    weights, show = np.ones(len(labels)), getattr(args, 'rank', 0) == 0
     if args.sampler:
         weights = class_weights(np.bincount(labels), args.sampler)[labels]
     if args.hard_examples:
-        weights = weights * read_weights(args.hard_examples, _names_of(dataset))
+        weights = weights * read_weights(args.hard_examples, _names_of(dataset), show)
     chances = weights / weights.sum()
-    if getattr(args, 'rank', 0) == 0:
+    if show:
         _say(given[:bool(args.sampler) + bool(args.hard_examples)], TrainImages(labels, chances))
     return TrainImages(labels, chances)
 
@@ -152,13 +152,14 @@ def class_weights(counts: Sequence[int], sampler: str) -> np.ndarray:
     return compute_class_weights(counts, total, **method)[1].double().numpy()
 
 
-def read_weights(path: str, names: Sequence[str]) -> np.ndarray:
+def read_weights(path: str, names: Sequence[str], show: bool = True) -> np.ndarray:
     """Read how often each image is to be seen, as `pst-timm audit` writes it.
 
     Args:
         path: CSV file with a header and the columns `image`, a path below the folder of the split with '/' between
             its parts, and `weight`.
         names: Such paths of the training images.
+        show: Whether to say what the file names too much or too little.
 
     Returns:
         Weights (N,) in the order of the names, 1 for those that the file does not name.
@@ -194,9 +195,9 @@ def read_weights(path: str, names: Sequence[str]) -> np.ndarray:
         raise PSTError(
             f'{where} names none of the training images: its first is {listed(unknown, 1)}, and theirs is '
             f'{listed(names, 1)}. Names are paths below the folder of the split.')
-    if unknown:
+    if unknown and show:
         _logger.warning(f'{where} names {len(unknown)} images that are not there: {listed(unknown)}.')
-    if absent := sum(name not in found for name in names):
+    if show and (absent := sum(name not in found for name in names)):
         _logger.warning(f'{where} does not name {absent} of the {len(names)} training images: they get the weight 1.')
     weights = np.array([found.get(name, 1.) for name in names])
     if not weights.any():

@@ -30,6 +30,7 @@ from pst_timm.data.sampling import (
     read_weights,
 )
 from pst_timm.engine import train_args, validate_args
+from pst_timm.engine.flags import TRAIN_FLAGS
 from pst_timm.utils.errors import PSTError
 from tests.engine.helpers import tiny_image
 
@@ -68,6 +69,10 @@ def drawn(chances, seed=42, epoch=0, places=None):
 
 
 class TestWeights:
+    def test_the_flag_offers_all_of_them(self):
+        [choices] = [flag.choices for _, flags in TRAIN_FLAGS for flag in flags if flag.key == 'sampler']
+        assert choices == SAMPLERS
+
     @pytest.mark.parametrize('sampler', SAMPLERS)
     def test_they_are_those_of_the_papers(self, sampler):
         expected = np.array([plain_weight(sampler, n) for n in COUNTS])

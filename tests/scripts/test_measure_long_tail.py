@@ -70,7 +70,8 @@ def test_the_table_is_that_of_the_runs(small, tmp_path, capsys):
             assert [run[key] for run in mine] == pytest.approx(values, abs=0.01)
             assert row[key] == f'{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})'
         assert [run['top1'] for run in mine] == pytest.approx([np.mean(run['classes']) for run in mine], abs=0.01)
-    assert '14 training images, 8 of the largest class and 2 of the smallest; 9 balanced' in written['setting']
+    assert '14 training images, 8 of the largest class and 2 of the smallest; accuracy' in written['setting']
+    assert 'on 9 balanced validation images' in written['setting']
     # started again, it trains nothing and finds the same
     before = (tmp_path / 'out' / 'long_tail.csv').read_bytes()
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / 'work' / 'runs').rglob('last.pth.tar')}
