@@ -213,8 +213,8 @@ def tiny_imagenet(data: Path, work: Path) -> Planted:
 
 
 SETTING = (
-    'A share of 5% of the training labels flipped to another class, drawn evenly; recipes chosen by the accuracy on the '
-    'given labels')
+    'A share of 5% of the training labels flipped to another class, drawn evenly; recipes chosen by the accuracy on '
+    'the given labels')
 SETTINGS = {
     'digits': (
         "digits: the 1,437 training scans of scikit-learn's digits at 32 px, four folds, `test_resnet_pst` for 15 "
