@@ -94,7 +94,7 @@ def plant_copies(train: Path, validation: Path, count: int, seed: int = 0) -> Di
     Returns:
         Kind and original of each copy by name, relative to the splits.
     """
-    images = sorted(path for path in train.rglob('*') if path.is_file())
+    images = sorted(train.glob('*/*'))
     chosen = random.Random(seed + 1).sample(images, count * len(KINDS))
     copies = {}
     for i, path in enumerate(chosen):
@@ -122,11 +122,7 @@ def plant(source: Path, validation: Path, target: Path, count: int) -> Planted:
         return Planted(**yaml.safe_load(record.read_text()))
     shutil.rmtree(target, ignore_errors=True)
     flips = flip_labels(source, target / 'data' / 'train')
-    for path in sorted(validation.rglob('*')):
-        if path.is_file():
-            link = target / 'data' / 'validation' / path.parent.name / path.name
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path.resolve())
+    flip_labels(validation, target / 'data' / 'validation', share=0.)
     copies = plant_copies(target / 'data' / 'train', target / 'data' / 'validation', count)
     write_json(record, dict(flips=flips, copies=copies))
     return Planted(flips, copies)
@@ -217,11 +213,17 @@ def tiny_imagenet(data: Path, work: Path) -> Planted:
 
 
 SETTING = (
-    'A share of 5% of the training labels flipped to another class, drawn evenly. Digits: the 1,437 training scans of '
-    "scikit-learn's digits at 32 px, four folds, test_resnet_pst for 15 epochs. Tiny ImageNet: 10,000 training images "
-    'of 20 classes, drawn by seed, at 64 px, three folds, a resnet18 with one block in each stage for 6 epochs, begun '
-    'with its weights after 3 epochs on the other 180 classes at 48 px; images scored with their mirror images. On one '
-    'core of a processor, bfloat16 for Tiny ImageNet; recipes chosen by the accuracy on the given labels')
+    'A share of 5% of the training labels flipped to another class, drawn evenly; recipes chosen by the accuracy on '
+    'the given labels')
+SETTINGS = {
+    'digits': (
+        "digits: the 1,437 training scans of scikit-learn's digits at 32 px, four folds, `test_resnet_pst` for 15 "
+        'epochs'),
+    'Tiny ImageNet, 20 classes': (
+        'Tiny ImageNet: 10,000 training images of 20 classes drawn by seed, three folds, a `resnet18` with one block '
+        'in each stage for 6 epochs at 64 px, begun with its weights after 3 epochs on the other 180 classes at 48 px, '
+        'on one core of a processor in bfloat16, images scored with their mirror images'),
+}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -244,7 +246,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         copies += measure_copies(name, folder / 'audit' / 'duplicates.csv', planted.copies)
     args.output.mkdir(parents=True, exist_ok=True)
     for name, rows, setting in (
-            ('audit', labels, SETTING),
+            ('audit', labels, '; '.join([SETTING, *(SETTINGS[name] for name in parts)])),
             ('audit_copies', copies, 'Copies of training images planted among the validation images of the same data; '
                                      'in the row "none", pairs that were not planted')):
         write_csv(args.output / f'{name}.csv', rows)

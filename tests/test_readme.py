@@ -104,10 +104,13 @@ def test_commands_are_there_with_the_flags_named(page):
         if module is None:
             continue
         action = [word for word in rest[:1] if word in getattr(import_module(module), 'ACTIONS', ())]
-        known = re.findall(r'--[\w-]+', help_of(module, *action))
-        for word in rest:
-            if word.startswith('--'):
-                assert word in known, f'{page.name}: {shlex.join(words)} has no {word}'
+        at = rest.index('--') if '--' in rest else len(rest)
+        # what follows -- is for the training
+        for part, flags, before in ((module, rest[:at], action), ('pst_timm.commands.train', rest[at + 1:], [])):
+            known = re.findall(r'--[\w-]+', help_of(part, *before)) if flags else ()
+            for word in flags:
+                if word.startswith('--'):
+                    assert word in known, f'{page.name}: {shlex.join(words)} has no {word}'
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -1,9 +1,8 @@
 """`pst-timm audit`: what is wrong with a folder of images."""
 import argparse
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import List, Optional, Sequence
 
 from pst_timm.utils.errors import PSTError
 
@@ -62,16 +61,25 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _audit(args: argparse.Namespace) -> None:
     from timm.utils import setup_default_logging
 
-    from pst_timm.review.audit import audit, check_folder, open_others, root_of, seen_in_training, write_report
-    from pst_timm.review.crossing import Cross
+    from pst_timm.review.audit import (
+        audit,
+        check_folder,
+        open_others,
+        open_split,
+        root_of,
+        seen_in_training,
+        write_report,
+    )
+    from pst_timm.review.crossing import Cross, input_channels, training_flags
     from pst_timm.utils.locks import Locked, locked
 
     setup_default_logging()
     read = [*files_of(args.source or ''), *([Path(args.config)] if args.config else [])]
     check_folder(args.output, args.sheet, args.overwrite, read)
-    flags = train_flags(args) if args.cross else {}
+    flags = training_flags(args.source, args.config, args.train_flags) if args.cross else {}
+    channels = input_channels(flags) if args.cross else None
     subject = open_subject_of(args, args.source) if args.source else None
-    samples, mode = open_samples(args, subject, flags)
+    samples, mode = open_split(subject, args.data_dir, args.split, channels)
     check_folder(args.output, args.sheet, args.overwrite, read, root_of(samples))
     others = open_others(mode, samples, args.data_dir, args.against)
     note = seen_in_training(args.source, args.split) if args.source and not args.cross else None
@@ -97,42 +105,6 @@ def _audit(args: argparse.Namespace) -> None:
     print('\n'.join(report.summary()))
     for path in written:
         print(f'Written: {path}')
-
-
-def train_flags(args: argparse.Namespace) -> Dict[str, Any]:
-    """Flags of the trainings of --cross: the recipe of SOURCE or --config, and what follows --."""
-    import yaml
-
-    from pst_timm.engine import parse_train_args
-    from pst_timm.review.crossing import recipe_of
-
-    if args.config:
-        return vars(parse_train_args(['--config', args.config, *args.train_flags], 'pst-timm train'))
-    recipe = recipe_of(args.source)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, 'recipe.yaml')
-        path.write_text(yaml.safe_dump(recipe), encoding='utf-8')
-        return vars(parse_train_args(['--config', str(path), *args.train_flags], 'pst-timm train'))
-
-
-def open_samples(args: argparse.Namespace, subject: Any, flags: Dict[str, Any]) -> Any:
-    """The images of the split, and their mode."""
-    from pst_timm.data.datasets import create_eval_dataset
-    from pst_timm.data.samples import Samples
-    from pst_timm.engine import validate_args
-    from pst_timm.review.answers import open_labelled
-    from pst_timm.review.crossing import input_channels
-
-    channels = input_channels(flags) if args.cross else None
-    if subject is not None:
-        if channels not in (None, len(subject.mode)):
-            raise PSTError(
-                f'{args.source} takes images of {len(subject.mode)} channel(s), and the models of the folds would take '
-                f'{channels}: say --in-chans {len(subject.mode)} after --, or leave SOURCE out.')
-        return open_labelled(subject, args.data_dir, args.split), subject.mode
-    found = create_eval_dataset(
-        validate_args(data_dir=args.data_dir, split=args.split, in_chans=channels), args.split, None)
-    return Samples.labelled(found, None), 'L' if channels == 1 else 'RGB'
 
 
 def remove_empty(folder: Path) -> None:

@@ -97,7 +97,7 @@ def likeness(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _centred(thumbs: np.ndarray) -> np.ndarray:
-    flat = thumbs.reshape(*thumbs.shape[:-2], -1).astype(np.float32) / 255
+    flat = thumbs.reshape(*thumbs.shape[:-2], thumbs.shape[-2] * thumbs.shape[-1]).astype(np.float32) / 255
     flat = flat - flat.mean(axis=-1, keepdims=True)
     return np.where(flat.std(axis=-1, keepdims=True) < FLAT, 0, flat)
 

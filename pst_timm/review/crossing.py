@@ -7,12 +7,14 @@ import hashlib
 import logging
 import os
 import shutil
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
+import yaml
 from torchvision.transforms import Compose
 
 from pst_timm.checkpoints import read_checkpoint
@@ -24,16 +26,16 @@ from pst_timm.checkpoints.trust import check_origin
 from pst_timm.data.images import listed
 from pst_timm.data.samples import Samples
 from pst_timm.data.scores import stratified_folds
-from pst_timm.engine import train, train_args
+from pst_timm.engine import parse_train_args, train, train_args
 from pst_timm.engine.factories import import_modules
 from pst_timm.engine.flags import keys_with_role
 from pst_timm.engine.training import expected_channels
 from pst_timm.utils.errors import PSTError
-from pst_timm.utils.files import write_json
+from pst_timm.utils.files import write_json, write_text
 
 from .answers import Outputs, Subject, answers, open_subject
 
-__all__ = ['Cross', 'Crossed', 'answers_of', 'cross_answers', 'input_channels', 'recipe_of']
+__all__ = ['Cross', 'Crossed', 'answers_of', 'cross_answers', 'input_channels', 'recipe_of', 'training_flags']
 
 _logger = logging.getLogger(__name__)
 
@@ -94,6 +96,25 @@ def recipe_of(source: str) -> Dict[str, Any]:
             f'folds go without. Give the flags yourself, after --, to have them.')
     told = {key: value for key, value in checkpoint.recipe.items() if key in TOLD}
     return dict(told, model=arch, model_kwargs=model_args)
+
+
+def training_flags(source: Optional[str] = None, config: str = '', words: Sequence[str] = ()) -> Dict[str, Any]:
+    """Flags of the training of the folds.
+
+    Args:
+        source: Training checkpoint whose recipe is taken, if there is no config.
+        config: YAML file, as `pst-timm train --config` takes it.
+        words: Further flags, as typed.
+
+    Raises:
+        PSTError: If one is wrong, or no recipe is known.
+    """
+    if config:
+        return vars(parse_train_args(['--config', config, *words], 'pst-timm train'))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'recipe.yaml')
+        write_text(path, yaml.safe_dump(recipe_of(source)))
+        return vars(parse_train_args(['--config', str(path), *words], 'pst-timm train'))
 
 
 def input_channels(flags: Mapping[str, Any]) -> int:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pst_timm.commands import audit
+from pst_timm.data import scores
 from tests.review.helpers import make_data, make_source
 
 from .bad_inputs import BadInput, parametrize, refused
@@ -154,3 +156,7 @@ def test_audit_refuses(row, start, tmp_path, monkeypatch, capfd):
     assert not (tmp_path / 'out' / 'audit.lock').exists()
     if row.make is None:  # nothing that was not there is there now
         assert sorted(path.name for path in tmp_path.iterdir()) == ['data', 'last.pth.tar', 'recipe.yaml']
+
+
+def test_the_rankings_are_those_of_the_arithmetic():
+    assert audit.RANKINGS == scores.RANKINGS

@@ -118,3 +118,8 @@ def test_prints_name_what_cannot_be_read(tmp_path, workers):
         digest, thumb, look = fingerprint(photo(i))
         assert found.digests[i] == digest and (found.thumbs[i] == thumb).all()
         assert found.looks[i] == pytest.approx(look)
+
+
+def test_a_model_without_near_neighbours_adds_nothing():
+    images = [photo(seed) for seed in range(5)]
+    assert (groups_of(images, np.eye(5)) == -1).all()

@@ -17,8 +17,9 @@ from pst_timm.data.scores import score_labels
 from pst_timm.engine import training
 from pst_timm.review import crossing
 from pst_timm.review.answers import Outputs, Subject, answers, open_labelled, open_subject
-from pst_timm.review.audit import AuditReport, audit, check_folder, open_others, seen_in_training, write_report
+from pst_timm.review.audit import audit, check_folder, open_others, seen_in_training, write_report
 from pst_timm.review.crossing import Cross, cross_answers, recipe_of
+from pst_timm.review.findings import AuditReport
 from pst_timm.review.sheet import Tile, draw_sheet, shown
 from pst_timm.utils.errors import Interrupted, PSTError
 from pst_timm.utils.files import read_csv
