@@ -209,7 +209,7 @@ def _shown(prediction: Prediction, class_names: Sequence[str], width: int, bars:
 
 def _percent(share: float) -> str:
     """A probability that is never shown as certain or impossible."""
-    return ' > 99.9 %' if share > 0.9995 else '  < 0.1 %' if share < 0.0005 else f'{100 * share:7.1f} %'
+    return ' > 99.9%' if share > 0.9995 else '  < 0.1%' if share < 0.0005 else f'{share:8.1%}'
 
 
 def _bar(share: float, bars: str) -> str:

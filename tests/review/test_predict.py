@@ -111,18 +111,18 @@ ONE = Prediction('photos/a.jpg', [1, 0], [0.9312, 0.0688])
 
 def test_the_table_for_people():
     assert render([ONE], 'table', CLASSES, 2) == (
-        'photos/a.jpg\n   93.1 %  ██████████████████▋   class1\n    6.9 %  █▍                    class0\n\n')
+        'photos/a.jpg\n   93.1%  ██████████████████▋   class1\n    6.9%  █▍                    class0\n\n')
     assert render([ONE._replace(classes=[1], probabilities=[0.9312])], 'table', ('x', 'dog', 'a cat'), 1) == (
-        '   93.1 %  dog    photos/a.jpg\n')
+        '   93.1%  dog    photos/a.jpg\n')
     assert render([Prediction('b.jpg', reason='broken')], 'table', CLASSES, 2) == ''
-    assert render([ONE], 'table', CLASSES, 2, '#').splitlines()[1] == '   93.1 %  ###################   class1'
+    assert render([ONE], 'table', CLASSES, 2, '#').splitlines()[1] == '   93.1%  ###################   class1'
 
 
 @pytest.mark.parametrize('share, shown', [
-    (1., '> 99.9 %'), (0.9996, '> 99.9 %'), (0.9994, '99.9 %'), (0.05, '5.0 %'), (0.0006, '0.1 %'), (1e-9, '< 0.1 %')])
+    (1., '> 99.9%'), (0.9996, '> 99.9%'), (0.9994, '99.9%'), (0.05, '5.0%'), (0.0006, '0.1%'), (1e-9, '< 0.1%')])
 def test_nothing_is_certain(share, shown):
     line = render([Prediction('a', [0], [share])], 'table', ['x'], 1)
-    assert line.strip().startswith(f'{shown}  x') and line.index('%') == 8
+    assert line.strip().startswith(f'{shown}  x') and line.index('%') == 7
 
 
 @pytest.mark.parametrize('name', NASTY)

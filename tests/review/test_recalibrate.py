@@ -193,12 +193,14 @@ def test_models_by_name_are_written_here(source, folder):
     assert str(default_folder(source)) == folder
 
 
-def test_models_of_files_are_written_beside_them(tmp_path):
+def test_models_of_files_are_written_beside_them(tmp_path, monkeypatch):
     (tmp_path / 'run.v1').mkdir()
     save_checkpoint(tmp_path / 'run.v1' / 'last.pth.tar', build())
     assert default_folder(str(tmp_path / 'run.v1')) == tmp_path / 'run.v1-calibrated'
     assert default_folder(f'local-dir:{tmp_path / "run.v1"}/') == tmp_path / 'run.v1-calibrated'
     assert default_folder(str(tmp_path / 'run.v1' / 'last.pth.tar')) == tmp_path / 'run.v1' / 'last-calibrated'
+    monkeypatch.chdir(tmp_path / 'run.v1')
+    assert default_folder('.') == tmp_path / 'run.v1-calibrated' and str(default_folder('b.pth')) == 'b-calibrated'
     assert default_folder(str(tmp_path / 'a.v2.safetensors')) == tmp_path / 'a.v2-calibrated'
 
 
