@@ -114,7 +114,7 @@ def _shown(found: 'Comparison') -> str:
         f'{found.images:,} images of {found.classes} classes\n',
         format_table(rows),
         f'\nOther images may bring a change of accuracy from {low:+.2f} to {high:+.2f} points (95%).',
-        f'Answers: {found.lost} from right to wrong (negative flip rate {found.negative_flip_rate:.2f} %), '
+        f'Answers: {found.lost} from right to wrong (negative flip rate {found.negative_flip_rate:.2f}%), '
         f'{found.gained} from wrong to right, {other} wrong in another way.',
         f'Exact McNemar test: p = {found.test.different:.2g}; that the new one is worse: p = {found.test.worse:.2g}.',
     ]

@@ -64,7 +64,7 @@ def _predict(args: argparse.Namespace) -> None:
     from timm.utils import setup_default_logging
 
     from pst_timm.review.answers import open_loose
-    from pst_timm.review.predict import EIGHTHS, calibration_note, heading, predict, render
+    from pst_timm.review.predict import EIGHTHS, calibration_note, heading, predict, readable_names, render
     from pst_timm.utils.files import check_output
     from pst_timm.utils.markdown import plain
 
@@ -78,6 +78,7 @@ def _predict(args: argparse.Namespace) -> None:
     count = f'{len(samples):,} image{"s" if len(samples) > 1 else ""}'
     print(f'{plain(subject.name)}: {len(subject.class_names)} classes, {count} at {size} px, '
           f'{calibration_note(subject, args.temperature)}.', file=sys.stderr)
+    names = readable_names(subject) if args.format == 'table' else subject.class_names
     top = min(args.top, len(subject.class_names))
     with _opened(args.output, args.format) as file:
         bars = EIGHTHS if (file.encoding or '').lower().startswith('utf') else '#'
@@ -85,7 +86,7 @@ def _predict(args: argparse.Namespace) -> None:
         for batch in predict(
                 subject, samples, top, args.temperature, args.batch_size, args.workers,
                 show=args.output is not None or not file.isatty()):
-            file.write(render(batch, args.format, subject.class_names, top, bars))
+            file.write(render(batch, args.format, names, top, bars))
             file.flush()
     if args.output is not None:
         print(f'Written: {args.output}', file=sys.stderr)

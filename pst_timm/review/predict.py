@@ -3,11 +3,14 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
+from collections import Counter
 from typing import BinaryIO, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from pst_timm.checkpoints import temperature_of
 from pst_timm.data.samples import Samples
@@ -17,12 +20,14 @@ from pst_timm.utils.markdown import plain
 from .answers import Outputs, Subject, answers
 
 __all__ = [
-    'EIGHTHS', 'Prediction', 'calibration_note', 'heading', 'listed_paths', 'most_probable', 'predict', 'render']
+    'EIGHTHS', 'Prediction', 'calibration_note', 'heading', 'listed_paths', 'most_probable', 'predict',
+    'readable_names', 'render']
 
 LONGEST_PATH = 1 << 16  # bytes of a line; no system has longer ones
 MOST_NAME = 300  # characters of a path for people
 BAR = 20  # characters
 WIDEST = 30  # characters of a class in the line of its image
+SYNSET = re.compile(r'n\d{8}')
 EIGHTHS = '▏▎▍▌▋▊▉█'
 
 
@@ -114,6 +119,29 @@ def calibration_note(subject: Subject, temperature: float = 1.) -> str:
     return f'probabilities not calibrated (to mend that: pst-timm monitor recalibrate {source} --data-dir ...)'
 
 
+def readable_names(subject: Subject) -> List[str]:
+    """Names of a model's classes for people, in the order of its outputs.
+
+    Described classes by their descriptions, ImageNet's ('n02056570') by their words ('king penguin'), and so those of
+    timm's own models of ImageNet, which know no names; of equal ones, with the name. All others as they are.
+    """
+    def first_word(words: str) -> str:
+        return words.split(',')[0]  # of 'king penguin, Aptenodytes patagonica'
+
+    names, cfg = subject.class_names, subject.model.pretrained_cfg
+    described = dict(cfg.get('label_descriptions') or {})
+    subset = infer_imagenet_subset(cfg)
+    if subset and not subject.knows_names and (cfg.get('hf_hub_id') or '').startswith('timm/'):
+        words = [first_word(words) for words in ImageNetInfo(subset).label_descriptions()]
+    else:
+        if any(map(SYNSET.fullmatch, names)):
+            known = ImageNetInfo('imagenet-22k').label_descriptions(as_dict=True)
+            described = {**{name: first_word(words) for name, words in known.items()}, **described}
+        words = [described.get(name) or name for name in names]
+    counts = Counter(words)
+    return [word if counts[word] == 1 or word == name else f'{word} ({name})' for word, name in zip(words, names)]
+
+
 def listed_paths(file: BinaryIO, source: str) -> Iterator[str]:
     """The paths in a list, one a line, as the system has them; empty lines are left out.
 
@@ -181,7 +209,7 @@ def _shown(prediction: Prediction, class_names: Sequence[str], width: int, bars:
 
 def _percent(share: float) -> str:
     """A probability that is never shown as certain or impossible."""
-    return ' > 99.9 %' if share > 0.9995 else '  < 0.1 %' if share < 0.0005 else f'{100 * share:7.1f} %'
+    return ' > 99.9%' if share > 0.9995 else '  < 0.1%' if share < 0.0005 else f'{share:8.1%}'
 
 
 def _bar(share: float, bars: str) -> str:

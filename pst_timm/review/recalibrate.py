@@ -43,7 +43,9 @@ def default_folder(source: str) -> Path:
     """
     if not source.startswith('local-dir:') and not is_file(source):
         return Path(f'{source.split("@")[0].rsplit("/", 1)[-1].rsplit(":", 1)[-1]}-calibrated')
-    path = Path(os.path.abspath(source.removeprefix('local-dir:')))
+    path = Path(source.removeprefix('local-dir:'))
+    if path.name in ('', '..'):
+        path = Path(os.path.abspath(path))
     name = path.name
     while not path.is_dir() and Path(name).suffix in (SAFETENSORS, *PICKLES):
         name = Path(name).stem

@@ -2,6 +2,8 @@
 import csv
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from pst_timm.review.answers import Outputs, Subject, answers, open_labelled, op
 from pst_timm.review.compare import CHANGES, compare, judge, report, verdict
 from pst_timm.utils.errors import PSTError
 from tests.checkpoints.helpers import run_args, save_checkpoint
-from tests.engine.helpers import write_images
+from tests.engine.helpers import ROOT, script_env, write_images
 from tests.review.helpers import CLASSES, make_source
 
 EACH = 20
@@ -216,3 +218,13 @@ def test_the_exit_code_tells_the_worse_model(models, data, tmp_path, capsys, mon
     assert (tmp_path / 'same.csv').read_text() == 'image,label,old,new,change\n'
     assert main([*words, '-o', str(tmp_path / 'out.json')]) == 1
     assert 'there already' in capsys.readouterr().err
+
+
+def test_the_real_command_ends_with_its_exit_codes(models, data, tmp_path):
+    words = [sys.executable, '-m', 'pst_timm', 'compare', str(models[0]), str(models[1]), '--data-dir', str(data),
+             '--device', 'cpu', '--no-per-class', '--tolerance', '100', '--repeats', '1']
+    for more, code in ((['--max-latency-ratio', '1e-9'], 3), (['--split', 'tset'], 1)):
+        result = subprocess.run(
+            [*words, *more], cwd=ROOT, env=script_env(), capture_output=True, text=True, timeout=300)
+        assert result.returncode == code, result.stderr
+        assert ('The new model is worse: an image takes' in result.stdout) == (code == 3)

@@ -19,7 +19,16 @@ from pst_timm.checkpoints import load_model
 from pst_timm.cli import main
 from pst_timm.data.samples import Samples
 from pst_timm.review.answers import open_loose, open_subject
-from pst_timm.review.predict import Prediction, calibration_note, heading, listed_paths, most_probable, predict, render
+from pst_timm.review.predict import (
+    Prediction,
+    calibration_note,
+    heading,
+    listed_paths,
+    most_probable,
+    predict,
+    readable_names,
+    render,
+)
 from pst_timm.utils.errors import PSTError
 from tests.engine.helpers import ROOT, script_env
 from tests.review.helpers import CLASSES, make_data, make_source
@@ -102,18 +111,18 @@ ONE = Prediction('photos/a.jpg', [1, 0], [0.9312, 0.0688])
 
 def test_the_table_for_people():
     assert render([ONE], 'table', CLASSES, 2) == (
-        'photos/a.jpg\n   93.1 %  ██████████████████▋   class1\n    6.9 %  █▍                    class0\n\n')
+        'photos/a.jpg\n   93.1%  ██████████████████▋   class1\n    6.9%  █▍                    class0\n\n')
     assert render([ONE._replace(classes=[1], probabilities=[0.9312])], 'table', ('x', 'dog', 'a cat'), 1) == (
-        '   93.1 %  dog    photos/a.jpg\n')
+        '   93.1%  dog    photos/a.jpg\n')
     assert render([Prediction('b.jpg', reason='broken')], 'table', CLASSES, 2) == ''
-    assert render([ONE], 'table', CLASSES, 2, '#').splitlines()[1] == '   93.1 %  ###################   class1'
+    assert render([ONE], 'table', CLASSES, 2, '#').splitlines()[1] == '   93.1%  ###################   class1'
 
 
 @pytest.mark.parametrize('share, shown', [
-    (1., '> 99.9 %'), (0.9996, '> 99.9 %'), (0.9994, '99.9 %'), (0.05, '5.0 %'), (0.0006, '0.1 %'), (1e-9, '< 0.1 %')])
+    (1., '> 99.9%'), (0.9996, '> 99.9%'), (0.9994, '99.9%'), (0.05, '5.0%'), (0.0006, '0.1%'), (1e-9, '< 0.1%')])
 def test_nothing_is_certain(share, shown):
     line = render([Prediction('a', [0], [share])], 'table', ['x'], 1)
-    assert line.strip().startswith(f'{shown}  x') and line.index('%') == 8
+    assert line.strip().startswith(f'{shown}  x') and line.index('%') == 7
 
 
 @pytest.mark.parametrize('name', NASTY)
@@ -135,6 +144,28 @@ def test_nasty_names_are_exact_for_programs_and_harmless_for_people(name):
     assert rows[1] == dict(image=name, class1='', probability1='', class2='', probability2='', error=f'no {name}')
     assert rows[2]['image'] == ONE.name and len(rows) == 3
     assert json.loads(render([broken], 'jsonl', ['x'], 1)) == {'image': name, 'error': f'no {name}'}
+
+
+@pytest.mark.parametrize('names, cfg, shown', [
+    (['n02056570', 'cat'], {}, ['king penguin', 'cat']),
+    (['n02056570', 'cat'], {'label_descriptions': {'cat': 'a cat', 'n02056570': 'mine'}}, ['mine', 'a cat']),
+    (['n03126707', 'n02012849'], {}, ['crane (n03126707)', 'crane (n02012849)']),  # for loads, and the bird
+    (['n99999999', 'king penguin'], {}, ['n99999999', 'king penguin']),
+])
+def test_people_read_words(place, names, cfg, shown):
+    subject = open_subject(str(place[0]), device='cpu')._replace(class_names=names)
+    subject.model.pretrained_cfg.update(cfg)
+    assert readable_names(subject) == shown
+
+
+def test_timms_own_models_of_imagenet_are_readable(place):
+    subject = open_subject(str(place[0]), device='cpu')
+    subject = subject._replace(class_names=[f'class {i}' for i in range(1000)], knows_names=False)
+    subject.model.pretrained_cfg.update(num_classes=1000, hf_hub_id='timm/resnet18.a1_in1k')
+    names = readable_names(subject)
+    assert names[145] == 'king penguin' and len(set(names)) == 1000
+    subject.model.pretrained_cfg.update(hf_hub_id='acme/mine')  # a thousand classes of somebody's own
+    assert readable_names(subject) == subject.class_names
 
 
 def test_what_probabilities_are_is_said(place):

@@ -12,11 +12,13 @@ from PIL import Image
 from pst_timm.checkpoints import convert, load_model, read_checkpoint, temperature_of
 from pst_timm.cli import main
 from pst_timm.commands.recalibrate import main as command
+from pst_timm.engine import train
 from pst_timm.hub.publishing import publish
 from pst_timm.review.answers import Outputs, Subject, answers, open_labelled, open_loose, open_subject
 from pst_timm.review.recalibrate import bake_temperature, default_folder, recalibrate
 from pst_timm.utils.errors import PSTError
 from tests.checkpoints.helpers import build, images, run_args, save_checkpoint
+from tests.engine.helpers import tiny_train_args, write_images
 from tests.review.helpers import CLASSES, make_source
 
 TRUE = 2.5  # by which the logits are too large
@@ -193,12 +195,14 @@ def test_models_by_name_are_written_here(source, folder):
     assert str(default_folder(source)) == folder
 
 
-def test_models_of_files_are_written_beside_them(tmp_path):
+def test_models_of_files_are_written_beside_them(tmp_path, monkeypatch):
     (tmp_path / 'run.v1').mkdir()
     save_checkpoint(tmp_path / 'run.v1' / 'last.pth.tar', build())
     assert default_folder(str(tmp_path / 'run.v1')) == tmp_path / 'run.v1-calibrated'
     assert default_folder(f'local-dir:{tmp_path / "run.v1"}/') == tmp_path / 'run.v1-calibrated'
     assert default_folder(str(tmp_path / 'run.v1' / 'last.pth.tar')) == tmp_path / 'run.v1' / 'last-calibrated'
+    monkeypatch.chdir(tmp_path / 'run.v1')
+    assert default_folder('.') == tmp_path / 'run.v1-calibrated' and str(default_folder('b.pth')) == 'b-calibrated'
     assert default_folder(str(tmp_path / 'a.v2.safetensors')) == tmp_path / 'a.v2-calibrated'
 
 
@@ -217,3 +221,18 @@ def test_the_command(place, tmp_path, capsys):
     assert command([*words, '-o', str(tmp_path), '--overwrite']) == 1
     assert 'is where the checkpoint is read from' in capsys.readouterr().err
     assert source.read_bytes() == before
+
+
+def test_settings_and_size_are_those_that_it_was_calibrated_at(place, tmp_path):
+    subject = open_subject(str(place[0]), device='cpu', topk=2, img_size=96)
+    recalibrate(subject, place[1], tmp_path / 'out', force=True)
+    model = load_model(tmp_path / 'out')
+    assert model.inference_settings()['topk'] == 2 and tuple(model.pretrained_cfg['input_size']) == (3, 96, 96)
+    assert open_subject(str(tmp_path / 'out'), device='cpu').input_size == (3, 96, 96)
+
+
+def test_what_is_trained_on_is_calibrated_no_more(done, tmp_path):
+    data = write_images(tmp_path / 'data', {'train': 4, 'validation': 2})
+    result = train(tiny_train_args(
+        data, tmp_path / 'runs', model=f'local-dir:{done.folder}', pretrained=True, epochs=1, batch_size=4))
+    assert temperature_of(load_model(result.best_checkpoint)) is None
