@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter
 from scipy.special import softmax
 
 from pst_timm.data.drift import Batch, Result, Summary, accuracy_interval, drift_tests, estimated_accuracy, summarize
-from pst_timm.data.samples import LOOKS, Samples
+from pst_timm.data.samples import LOOKS, Samples, look_of
 from pst_timm.review.answers import Outputs, Subject, answers, open_labelled, open_subject
 from pst_timm.utils.files import write_csv, write_json, write_whole
 
@@ -106,17 +106,25 @@ def cached_answers(
     if not path.is_file():
         start = time.monotonic()
 
-        def read(i: int) -> Tuple[Image.Image, int]:
-            image, label = samples.read(chosen[i])
-            return (image if name == CLEAN else corrupted(image, name, strength, int(chosen[i]))), label
-
-        part = Samples([samples.names[i] for i in chosen], read, subject.transform, samples.class_names)
+        part = Samples(
+            [samples.names[i] for i in chosen], lambda i: _read(samples, int(chosen[i]), name, strength),
+            subject.transform, samples.class_names)
         got = Outputs.gather(answers(subject, part, 100))
         arrays = {key: getattr(got, key) for key in ('logits', 'embeddings', 'labels', 'looks')}
         write_whole(path, partial(_save, arrays))
         print(f'{path}: {len(chosen)} images, {time.monotonic() - start:.0f} s', file=sys.stderr)
     with np.load(path) as file:
-        return dict(file)
+        arrays = dict(file)
+    if arrays['looks'].shape[1] != len(LOOKS):  # of a version that looked at less
+        looks = (look_of(_read(samples, int(i), name, strength)[0]) for i in chosen)
+        arrays['looks'] = np.array(list(looks), np.float64)
+        write_whole(path, partial(_save, arrays))
+    return arrays
+
+
+def _read(samples: Samples, index: int, name: str, strength: int) -> Tuple[Image.Image, int]:
+    image, label = samples.read(index)
+    return (image if name == CLEAN else corrupted(image, name, strength, index)), label
 
 
 def _save(arrays: Dict[str, np.ndarray], path: str) -> None:

@@ -6,7 +6,7 @@ of silence: where nothing has moved, the chance of one alert or more over all of
 import math
 import warnings
 from types import ModuleType
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -15,13 +15,14 @@ from pst_timm.utils.errors import PSTError
 __all__ = [
     'DIMENSIONS', 'MOST_EMBEDDINGS', 'MOST_ROWS', 'Batch', 'Result', 'Summary', 'accuracy_interval', 'accuracy_test',
     'atc_threshold', 'distribution_test', 'drift_tests', 'estimated_accuracy', 'holm', 'ks_resolution',
-    'median_distance', 'mmd_test', 'projection_to', 'shares_test', 'summarize']
+    'median_distance', 'mmd_test', 'permutation_p', 'projection_to', 'shares_test', 'summarize']
 
 DIMENSIONS = 128  # of the embeddings that are kept: those with more are projected
 MOST_EMBEDDINGS = 1000  # kept, and looked at among the new ones: the test takes the square of this
 MOST_ROWS = 10_000  # confidences and looks kept
 LEAST_PERMUTATIONS = 2000
-CHUNK = 2 ** 22  # numbers of permutations at a time
+CHUNK, MOST_AT_ONCE = 2 ** 22, 250  # numbers of permutations at a time, and permutations
+ENOUGH = 50  # permutations with a statistic as large: the p-value is known to a seventh of it, and no alert
 
 
 class Batch(NamedTuple):
@@ -208,8 +209,8 @@ def mmd_test(
         rng: Where they come from.
 
     Returns:
-        The squared discrepancy, and the p-value (1 + permutations with as large a one) / (1 + permutations), which is
-        exact: at most a share p of samples from one distribution has a p-value of at most p.
+        The squared discrepancy, and its p-value by `permutation_p`, which is exact: at most a share p of samples from
+        one distribution has a p-value of at most p.
     """
     n, m = len(x), len(y)
     points = np.concatenate([x, y]).astype(np.float64)
@@ -227,20 +228,38 @@ def mmd_test(
     seen = np.zeros((n + m, 1), np.float32)
     seen[n:] = 1
     observed = estimates(seen)[0]
-    as_large = 0
-    for count in _chunks(permutations, n + m):
+
+    def as_large(count: int) -> np.ndarray:
         second = np.zeros((n + m, count), np.float32)
         chosen = rng.random((count, n + m)).argpartition(m - 1, axis=1)[:, :m]
         second[chosen.T, np.arange(count)] = 1
         # what differs by rounding alone is as large
-        as_large += int((estimates(second) >= observed - 1e-6 * abs(observed) - 1e-9).sum())
-    return float(observed), (1 + as_large) / (1 + permutations)
+        return estimates(second) >= observed - 1e-6 * abs(observed) - 1e-9
+
+    return float(observed), permutation_p(as_large, permutations, n + m)
 
 
-def _chunks(count: int, width: int) -> List[int]:
-    """How many permutations of so many numbers to make at a time."""
-    most = max(1, CHUNK // width)
-    return [min(most, count - start) for start in range(0, count, most)]
+def permutation_p(as_large: Callable[[int], np.ndarray], permutations: int, width: int = 1) -> float:
+    """The p-value of a statistic among those of permutations, exact in its level.
+
+    Where it is plain that nothing has moved, not all of them are made (Besag and Clifford, "Sequential Monte Carlo
+    p-values", 1991).
+
+    Args:
+        as_large: Makes so many permutations; tells which have a statistic as large as the one seen.
+        permutations: Most to make.
+        width: Numbers of each.
+
+    Returns:
+        (1 + those as large) / (1 + permutations); or `ENOUGH` over how many it took to find so many.
+    """
+    found = made = 0
+    while made < permutations:
+        hits = found + np.cumsum(as_large(min(max(1, CHUNK // width), MOST_AT_ONCE, permutations - made)))
+        if hits[-1] >= ENOUGH:
+            return ENOUGH / (made + int(np.searchsorted(hits, ENOUGH)) + 1)
+        found, made = int(hits[-1]), made + len(hits)
+    return (1 + found) / (1 + permutations)
 
 
 def shares_test(
@@ -266,11 +285,12 @@ def shares_test(
     expected = both * (n / total)
     weight = 1 / expected + 1 / np.maximum(both - expected, 1e-12)
     observed = float(((second - expected) ** 2 @ weight))
-    as_large = 0
-    for count in _chunks(permutations, len(both)):
+
+    def as_large(count: int) -> np.ndarray:
         drawn = rng.multivariate_hypergeometric(both, n, count, method='marginals')
-        as_large += int(((drawn - expected) ** 2 @ weight >= observed * (1 - 1e-9) - 1e-9).sum())
-    return observed, (1 + as_large) / (1 + permutations)
+        return (drawn - expected) ** 2 @ weight >= observed * (1 - 1e-9) - 1e-9
+
+    return observed, permutation_p(as_large, permutations, len(both))
 
 
 def distribution_test(first: np.ndarray, second: np.ndarray) -> Tuple[float, float]:

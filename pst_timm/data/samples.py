@@ -28,6 +28,9 @@ class Look(NamedTuple):
     """Standard deviation of the luma, from 0 to 0.5."""
     sharpness: float
     """Mean absolute difference of neighbouring pixels' luma, over both axes: blur lowers it, noise raises it."""
+    grain: float
+    """Mean absolute second difference over both axes, over `sharpness`: noise raises it, compression, resizing and blur
+    lower it or raise it even where they leave `sharpness` as it was."""
     width: float
     """In pixels."""
     height: float
@@ -41,7 +44,10 @@ def look_of(image: Image.Image) -> Look:
     """How an image looks."""
     luma = np.asarray(image.convert('L'), np.float32) / 255
     steps = [np.abs(np.diff(luma, axis=axis)).mean() for axis in (0, 1) if luma.shape[axis] > 1]
-    return Look(float(luma.mean()), float(luma.std()), float(np.mean(steps)) if steps else 0., *map(float, image.size))
+    sharpness = float(np.mean(steps)) if steps else 0.
+    fine = np.diff(np.diff(luma, 2, axis=0), 2, axis=1) if min(luma.shape) > 2 else np.zeros(1)
+    grain = float(np.abs(fine).mean()) / sharpness if sharpness else 0.
+    return Look(float(luma.mean()), float(luma.std()), sharpness, grain, *map(float, image.size))
 
 
 class Sample(NamedTuple):

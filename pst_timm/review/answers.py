@@ -56,7 +56,7 @@ class Outputs(NamedTuple):
     labels: np.ndarray
     """int64 (N,), -1 where there is none."""
     looks: np.ndarray
-    """float64 (N, 5): a `Look` each, before preprocessing."""
+    """float64 (N, looks): a `Look` each, before preprocessing."""
     broken: List[str]
     """Names of the images that could not be read."""
     reasons: Sequence[str] = ()

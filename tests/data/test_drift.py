@@ -51,10 +51,11 @@ def test_mmd_is_that_of_the_definition(n, m, bandwidth, move, seed):
     assert 1 / 21 <= p <= 1
 
 
-def test_mmd_tries_permutations_of_the_points():
+def test_mmd_tries_permutations_of_the_points(monkeypatch):
     """With few points, every way to deal them can be tried: the share of those as large is the p-value."""
     from itertools import combinations
 
+    monkeypatch.setattr(drift, 'ENOUGH', 20_001)
     x, y = samples(0, 4, 2), samples(1, 3, 2, move=1.)
     points = np.concatenate([x, y])
     observed = mmd_by_definition(x, y, 1.)
@@ -66,12 +67,31 @@ def test_mmd_tries_permutations_of_the_points():
     assert 0.02 < share < 0.98 and p == pytest.approx(share, abs=0.015)  # four standard deviations
 
 
-@pytest.mark.parametrize('count, chunk', [(7, 2 ** 22), (7, 30), (7, 1)])
-def test_permutations_in_parts_are_as_many(count, chunk, monkeypatch):
+@pytest.mark.parametrize('chunk', [2 ** 22, 30, 1])
+def test_permutations_in_parts_are_as_many(chunk, monkeypatch):
     monkeypatch.setattr(drift, 'CHUNK', chunk)
-    assert sum(drift._chunks(count, 10)) == count
+    made = []
+
+    def as_large(count, every=7):
+        made.extend(range(len(made), len(made) + count))
+        return np.array(made[-count:]) % every == every - 1
+
+    assert drift.permutation_p(as_large, 340, 10) == 49 / 341 and len(made) == 340
+    made.clear()
+    # 50 are found: the last of them is the 350th
+    assert drift.permutation_p(as_large, 9999, 10) == 50 / 350 and len(made) < 350 + 251
     same = np.ones((5, 2))
-    assert drift.mmd_test(same, same, 1., count, np.random.default_rng(0)) == (0., 1.)
+    assert drift.mmd_test(same, same, 1., 7, np.random.default_rng(0)) == (0., 1.)
+
+
+def test_p_values_of_few_permutations_are_uniform_to_the_hundredth():
+    """By the exact distribution: of how many permutations are as large, if the statistic has any rank among them."""
+    rng = np.random.default_rng(0)
+    p = []
+    for rank in rng.random(4000):
+        p.append(drift.permutation_p(lambda count, rank=rank: rng.random(count) <= rank, 300))
+    for rate in (0.01, 0.05, 0.2, 0.5):
+        assert most_hits(4000, rate) >= np.sum(np.array(p) <= rate) >= most_hits(4000, 0.7 * rate) - 60
 
 
 def test_median_distance_is_the_median_of_the_pairs():
@@ -121,7 +141,8 @@ def test_a_sample_that_was_rounded_when_it_was_kept_is_the_same():
     assert drift.distribution_test(x.astype(np.float32), x) == (0., 1.)
 
 
-def test_shares_against_scipys_permutations():
+def test_shares_against_scipys_permutations(monkeypatch):
+    monkeypatch.setattr(drift, 'ENOUGH', 20_001)
     first, second = np.array([30, 20, 3, 0, 7]), np.array([12, 14, 3, 0, 1])
     statistic, p = drift.shares_test(first, second, 20_000, np.random.default_rng(0))
     kept = np.stack([first, second])[:, first + second > 0]

@@ -77,8 +77,12 @@ def test_how_an_image_looks():
     half[:, 3:] = 255
     look = look_of(Image.fromarray(half))
     # one step of 1 in each row of 5 differences, none down the columns
-    assert look == pytest.approx((0.5, 0.5, (1 / 5 + 0) / 2, 6, 8))
-    assert look_of(Image.new('RGB', (1, 1), 'white')) == pytest.approx((1, 0, 0, 1, 1))
+    assert look == pytest.approx((0.5, 0.5, (1 / 5 + 0) / 2, 0, 6, 8))
+    assert look_of(Image.new('RGB', (1, 1), 'white')) == pytest.approx((1, 0, 0, 0, 1, 1))
+    dot = np.zeros((5, 5), np.uint8)
+    dot[2, 2] = 255
+    # nine values of 1, 2 or 4; four steps of 1 among 20, along either axis two
+    assert look_of(Image.fromarray(dot))[2:4] == pytest.approx((2 / 20, 16 / 9 / (2 / 20)))
 
 
 def test_a_model_that_cannot_answer_is_refused(tmp_path):

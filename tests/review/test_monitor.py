@@ -143,11 +143,11 @@ def rewritten(path, header=None, drop=(), **arrays):
     (dict(drop=['looks']), 'arrays are not'),
     (dict(drop=['true']), 'values are not'),
     (dict(others=np.zeros(3)), 'arrays are not'),
-    (dict(looks=np.zeros((72, 4), np.float32)), 'arrays are not'),
-    (dict(looks=np.zeros((72, 5))), 'arrays are not'),
+    (dict(looks=np.zeros((72, 5), np.float32)), 'arrays are not'),
+    (dict(looks=np.zeros((72, 6))), 'arrays are not'),
     (dict(confidence=np.full(72, np.nan, np.float32)), 'values are not'),
     (dict(confidence=np.full(72, 7, np.float32)), 'values are not'),
-    (dict(confidence=np.zeros(20_000, np.float32), looks=np.zeros((20_000, 5), np.float32)), 'arrays are not'),
+    (dict(confidence=np.zeros(20_000, np.float32), looks=np.zeros((20_000, 6), np.float32)), 'arrays are not'),
     (dict(embeddings=np.full((72, 128), np.inf, np.float32)), 'values are not'),
     (dict(embeddings=np.zeros((72, 129), np.float32)), 'arrays are not'),
     (dict(embeddings=np.zeros((1, 128), np.float32)), 'arrays are not'),
@@ -186,8 +186,8 @@ def test_a_reference_may_be_cut_anywhere(written):
 def test_the_same_images_raise_no_alert_and_others_do(reference, outputs, subject, place):
     same = check(reference, batch_of(outputs), logits=outputs.logits)
     assert not same.alert and [result.name for result in same.tests] == [
-        'embeddings', 'confidence', 'predicted classes', 'accuracy', 'brightness', 'contrast', 'sharpness', 'width',
-        'height']
+        'embeddings', 'confidence', 'predicted classes', 'accuracy', 'brightness', 'contrast', 'sharpness', 'grain',
+        'width', 'height']
     assert same.accuracy['measured'] == same.accuracy['reference']
     assert same.accuracy['estimated'] == pytest.approx(same.accuracy['reference'], abs=1e-6)
     low, high = same.accuracy['interval']

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from pst_timm.data.drift import Batch, Result
+from pst_timm.data.samples import LOOKS
 from scripts import measure_monitoring as measure
 
 
@@ -46,7 +47,7 @@ def test_blur_is_scaled_to_the_size_of_the_image():
 def clean(count=40):
     rng = np.random.default_rng(0)
     return Batch(np.arange(count) / count, rng.integers(0, 3, count), rng.integers(0, 3, count),
-                 rng.normal(size=(count, 5)), rng.normal(size=(count, 4)))
+                 rng.normal(size=(count, len(LOOKS))), rng.normal(size=(count, 4)))
 
 
 @pytest.mark.parametrize('fresh', [True, False])
