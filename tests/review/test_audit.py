@@ -144,6 +144,17 @@ def test_copies_across_splits_are_all_found_and_said_first(tmp_path):
     assert second.startswith("LEAKAGE: 1 image of 'validation' is in 'test' too")
 
 
+def test_images_of_a_split_without_classes_have_no_other_label(tmp_path):
+    data = write_data(tmp_path, {'validation': 4})
+    (data / 'test').mkdir()
+    shutil.copyfile(data / 'validation' / 'class2' / '001.png', data / 'test' / 'x.png')
+    report, _, _ = run(data)
+    assert "is in 'test' too (1 pixel by pixel, 0 nearly), such as" in report.summary()[0]
+    assert report.duplicates() == [dict(
+        image='class2/001.png', label='class2', duplicate_of='x.png', split='test', its_label='', kind='same pixels',
+        likeness=1.0)]
+
+
 def test_clean_data_are_not_accused(tmp_path):
     report, _, _ = run(write_data(tmp_path, {'train': 10, 'validation': 10}))
     assert not report.copies and not report.wrong.any() and not report.odd.any() and not report.broken
