@@ -113,7 +113,7 @@ def example_weights(loss: np.ndarray, wrong: np.ndarray) -> np.ndarray:
     if not kept.any():
         return np.zeros(len(loss))
     mean = loss[kept].mean()
-    weights = np.where(kept, np.minimum(1 + loss / (mean or 1.), HEAVIEST), 0.)
+    weights = np.where(kept, np.minimum(1 + loss / max(mean, LEAST), HEAVIEST), 0.)
     return weights / weights.mean()
 
 

@@ -26,6 +26,12 @@ class Copy(NamedTuple):
     """Correlation of small grey copies of the two."""
     label: str
     of_label: str
+    """Name of its folder, empty where it is in none."""
+
+    @property
+    def relabelled(self) -> bool:
+        """Whether the two have different labels."""
+        return bool(self.of_label) and self.label != self.of_label
 
 
 @dataclass
@@ -118,7 +124,7 @@ class AuditReport:
         for split, count in Counter(copy.of_split for copy in self.leaks).items():
             mine = [copy for copy in self.leaks if copy.of_split == split]
             exact = sum(copy.exact for copy in mine)
-            other = sum(copy.label != copy.of_label for copy in mine)
+            other = sum(copy.relabelled for copy in mine)
             lines.append(
                 f'LEAKAGE: {_images(count)} of {self.split!r} {_are(count)} in {split!r} too ({exact} pixel by pixel, '
                 f'{count - exact} nearly){f", {other} of them with another label" if other else ""}, such as '
@@ -147,7 +153,7 @@ class AuditReport:
         lines = []
         within = [copy for copy in self.copies if copy.of_split == self.split]
         if within:
-            other = sum(copy.label != copy.of_label for copy in within)
+            other = sum(copy.relabelled for copy in within)
             lines.append(
                 f'Duplicates: {_images(len(within))} of {self.split!r} {_are(len(within))} there before'
                 f'{f", {other} of them with another label" if other else ""}, such as {plain(within[0].image)} = '

@@ -14,7 +14,8 @@ from PIL import Image
 from pst_timm.cli import main
 from pst_timm.data.samples import Samples
 from pst_timm.data.scores import score_labels
-from pst_timm.engine import training
+from pst_timm.engine import train, training
+from pst_timm.engine.args import read_yaml
 from pst_timm.review import crossing
 from pst_timm.review.answers import Outputs, Subject, answers, open_labelled, open_subject
 from pst_timm.review.audit import audit, check_folder, open_others, seen_in_training, write_report
@@ -26,7 +27,7 @@ from pst_timm.utils.files import read_csv
 from tests.checkpoints.helpers import build, run_args, save_checkpoint
 from tests.commands.bad_inputs import contents
 from tests.data.test_duplicates import again, photo
-from tests.engine.helpers import ROOT, TINY, script_env
+from tests.engine.helpers import ROOT, TINY, script_env, tiny_train_args
 from tests.review.helpers import CLASSES, make_source
 
 NASTY = ('a,b.png', 'say "hi".png', '=1+1.png', "<script>alert('x')</script>.png".replace('/', '_'), 'two\nlines.png',
@@ -141,6 +142,17 @@ def test_copies_across_splits_are_all_found_and_said_first(tmp_path):
     first, second, *_ = report.summary()
     assert first.startswith("LEAKAGE: 12 images of 'validation' are in 'train' too (3 pixel by pixel, 9 nearly), 3 of ")
     assert second.startswith("LEAKAGE: 1 image of 'validation' is in 'test' too")
+
+
+def test_images_of_a_split_without_classes_have_no_other_label(tmp_path):
+    data = write_data(tmp_path, {'validation': 4})
+    (data / 'test').mkdir()
+    shutil.copyfile(data / 'validation' / 'class2' / '001.png', data / 'test' / 'x.png')
+    report, _, _ = run(data)
+    assert "is in 'test' too (1 pixel by pixel, 0 nearly), such as" in report.summary()[0]
+    assert report.duplicates() == [dict(
+        image='class2/001.png', label='class2', duplicate_of='x.png', split='test', its_label='', kind='same pixels',
+        likeness=1.0)]
 
 
 def test_clean_data_are_not_accused(tmp_path):
@@ -299,13 +311,13 @@ def test_a_class_out_of_order_keeps_its_column(crossed_data, tmp_path, monkeypat
 def test_an_interrupted_audit_goes_on_where_it_was(crossed_data, tmp_path, monkeypatch):
     samples, labels = loose_samples(crossed_data)
     whole = cross_answers(samples, labels, Cross(**tiny_cross(tmp_path / 'whole')))
-    trained, train = [], crossing.train
+    trained, real = [], crossing.train
 
     def stopping(args):
         trained.append(Path(args.output).name)
         if len(trained) == 2:
             raise Interrupted('Stopped.')
-        return train(args)
+        return real(args)
 
     monkeypatch.setattr(crossing, 'train', stopping)
     with pytest.raises(Interrupted):
@@ -325,7 +337,7 @@ def test_an_interrupted_audit_goes_on_where_it_was(crossed_data, tmp_path, monke
     with pytest.raises(PSTError, match='the images or their labels'):
         cross_answers(samples, swapped, Cross(**tiny_cross(tmp_path / 'folds'), resume=True))
     trained.clear()
-    monkeypatch.setattr(crossing, 'train', train)
+    monkeypatch.setattr(crossing, 'train', real)
     kept = contents(crossed_data)
     cross_answers(samples, labels, Cross(**tiny_cross(tmp_path / 'folds', epochs=2), overwrite=True))
     assert contents(crossed_data) == kept  # the links went, and not what they lead to
@@ -400,6 +412,27 @@ def test_the_recipe_of_a_checkpoint_fetches_opens_and_imports_nothing(tmp_path, 
     for bad in (make_source(tmp_path), 'test_resnet_pst'):
         with pytest.raises(PSTError, match='does not tell how it was trained'):
             recipe_of(str(bad))
+
+
+def test_the_recipe_of_a_run_trains_its_folds_but_for_the_flags_that_follow(crossed_data, tmp_path, capsys):
+    shutil.copytree(crossed_data / 'train', crossed_data / 'validation')
+    result = train(tiny_train_args(
+        crossed_data, tmp_path, epochs=1, img_size=32, batch_size=4, lr=0.0123, model_kwargs={'pst_depth': 1}))
+    words = [
+        'audit', str(result.output_dir), '--data-dir', str(crossed_data), '--split', 'train', '--cross', '2',
+        '--device', 'cpu', '--output', str(tmp_path / 'out')]
+    assert main([*words, '--', '--epochs', '2', '--log-interval', '7']) == 0
+    for fold in '01':
+        args = read_yaml(str(tmp_path / 'out' / 'folds' / fold / 'run' / 'args.yaml'))
+        assert (args['model'], args['lr'], args['img_size'], args['batch_size']) == ('test_resnet_pst', 0.0123, 32, 4)
+        assert (args['epochs'], args['log_interval'], args['val_split'], args['num_classes']) == (2, 7, '', None)
+        assert args['model_kwargs']['pst_depth'] == 1
+    # an audit that is done asks before it is done again, and then keeps the folds
+    out = capsys.readouterr().out
+    assert out.startswith("LEAKAGE: 18 images of 'train' are in 'validation' too (18 pixel by pixel")
+    assert main([*words, '--resume', 'auto', '--', '--epochs', '2']) == 1
+    assert main([*words, '--resume', 'auto', '--overwrite', '--', '--epochs', '2']) == 0
+    assert capsys.readouterr().out == out
 
 
 def test_mirrored_answers_are_means(tmp_path):
