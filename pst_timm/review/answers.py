@@ -22,7 +22,7 @@ from pst_timm.utils.errors import PSTError
 from pst_timm.utils.markdown import plain
 from pst_timm.utils.progress import progress_bar
 
-__all__ = ['Outputs', 'Subject', 'answers', 'open_labelled', 'open_loose', 'open_subject']
+__all__ = ['Outputs', 'Subject', 'answers', 'open_labelled', 'open_loose', 'open_subject', 'without_embeddings']
 
 _logger = logging.getLogger(__name__)
 
@@ -197,6 +197,11 @@ def answers(
                 told = [f'{plain(name, 300)} ({plain(reason, 300)})' for name, reason in zip(broken, reasons)]
                 _logger.warning(f'Skipped {len(broken)} image(s) that cannot be read: {listed(told)}.')
             yield _answer(subject, samples, batch, broken)._replace(reasons=reasons)
+
+
+def without_embeddings(parts: Iterator[Outputs]) -> Iterator[Outputs]:
+    """The same answers, for those who keep them all and look at the logits alone: embeddings are the most of them."""
+    return (part._replace(embeddings=np.zeros((len(part.names), 0), np.float32)) for part in parts)
 
 
 @torch.inference_mode()
