@@ -236,6 +236,26 @@ def recalibrate(source, data, place):
         str(source), '--data-dir', str(data), '--device', 'cpu', '--force', '-o', str(place.work / 'calibrated')])
 
 
+def audit(source, data, place):
+    return main(['audit', str(source), '--data-dir', str(data), '--device', 'cpu', '-o', str(place.work / 'audit')])
+
+
+def monitor_fit(source, data, place):
+    return main(['monitor', 'fit', str(source), '--data-dir', str(data), '--device', 'cpu', '--overwrite', '-o',
+                 str(place.work / 'reference.safetensors')])
+
+
+def monitor_check(source, data, place):
+    """The file as the model, and as what it is compared with."""
+    reference = place.work / 'reference.safetensors'
+    if not reference.exists():
+        good = save_checkpoint(place.work / 'good.pth.tar', build())
+        words = ['monitor', 'fit', str(good), '--data-dir', str(data), '--device', 'cpu', '-o', str(reference)]
+        assert main(words) == 0
+    for words in ([str(reference), str(source)], [str(source), 'test_resnet_pst.digits']):
+        main(['monitor', 'check', *words, '--data-dir', str(data), '--device', 'cpu'])
+
+
 def study(source, data, place):
     flags = {k: v for k, v in TINY.items() if k not in ('num_classes', 'device')}
     cell = Cell('cell', 0, dict(flags, epochs=1, initial_checkpoint=str(source)), ['class0', 'class1', 'class2'])
@@ -276,9 +296,9 @@ def register_weights(source, data, place):
 
 DOORS = (
     train_resume, train_initial_checkpoint, train_trunk_checkpoint, train_pretrained_path, train_from_a_folder,
-    train_teacher, validate, publish, convert, export, visualize, benchmark, predict, compare, recalibrate, study,
-    load_the_model, load_a_folder, architecture_from_a_folder, load_the_trunk, load_the_trunk_of_a_folder,
-    load_an_export, register_weights)
+    train_teacher, validate, publish, convert, export, visualize, benchmark, predict, compare, recalibrate, audit,
+    monitor_fit, monitor_check, study, load_the_model, load_a_folder, architecture_from_a_folder, load_the_trunk,
+    load_the_trunk_of_a_folder, load_an_export, register_weights)
 
 
 @pytest.mark.parametrize('door', DOORS, ids=lambda door: door.__name__)

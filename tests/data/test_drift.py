@@ -109,25 +109,6 @@ def test_a_projection_keeps_distances_roughly():
     assert 0.95 < np.mean(ratios) < 1.05 and 0.7 < min(ratios) and max(ratios) < 1.3
 
 
-def holm_by_definition(p):
-    """The k-th smallest times the number of those not yet rejected, never below the one before."""
-    corrected, largest = {}, 0.
-    for k, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        largest = max(largest, min(1., p[i] * (len(p) - k)))
-        corrected[i] = largest
-    return [corrected[i] for i in range(len(p))]
-
-
-@settings(deadline=None, derandomize=True)
-@given(st.lists(st.floats(0., 1.), min_size=1, max_size=9))
-def test_holm_is_that_of_the_definition(p):
-    assert drift.holm(p) == pytest.approx(holm_by_definition(p))
-
-
-def test_holm_by_hand():
-    assert drift.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-
-
 @pytest.mark.parametrize('first, second', [(1000, 500), (200, 30), (30, 12_000)])
 def test_distributions_are_compared_as_scipy_does(first, second):
     x, y = (np.random.default_rng(i).normal(0.1 * i, 1, n).astype(np.float32) for i, n in enumerate((first, second)))
