@@ -10,6 +10,7 @@ __all__ = ['draw_power']
 
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 LINES = ('-', '--', ':')
+ASIDE = 0.08
 COUNT = ' images'  # how the columns with the shares of alerts end
 
 
@@ -30,7 +31,7 @@ def draw_power(table: Path, path: Path) -> None:
     try:
         panels = list(dict.fromkeys(row['data'] for row in rows))
         counts = sorted((key for key in rows[0] if key.endswith(COUNT)), key=lambda key: -int(key.removesuffix(COUNT)))
-        figure = Figure(figsize=(7.2, 3.2), layout='constrained')
+        figure = Figure(figsize=(7.2, 3.2), layout='constrained', dpi=150)
         for i, (axes, data) in enumerate(zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels)):
             _draw_panel(axes, [row for row in rows if row['data'] == data], counts)
             axes.set(title=data, xlabel='strength', ylabel='' if i else 'draws with an alert (%)', ylim=(-4, 104))
@@ -42,11 +43,14 @@ def draw_power(table: Path, path: Path) -> None:
 
 
 def _draw_panel(axes: Any, rows: Sequence[Mapping[str, str]], counts: Sequence[str]) -> None:
-    for color, name in zip(COLORS, dict.fromkeys(row['corruption'] for row in rows)):
+    names = list(dict.fromkeys(row['corruption'] for row in rows))
+    for i, (color, name) in enumerate(zip(COLORS, names)):
         line = [row for row in rows if row['corruption'] == name]
+        # side by side, or those that are always found would hide each other
+        places = [int(row['strength']) + ASIDE * (i - (len(names) - 1) / 2) for row in line]
         for style, count in zip(LINES, counts):
-            axes.plot([int(row['strength']) for row in line], [100 * float(row[count]) for row in line], style,
-                      color=color, marker='o', markersize=3, lw=1.2, label=f'{name}, {count}')
+            axes.plot(places, [100 * float(row[count]) for row in line], style, color=color, marker='o', markersize=3.5,
+                      mfc=color if style == LINES[0] else 'white', lw=1.2, label=f'{name}, {count}')
     axes.grid(alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
     axes.set_xticks(sorted({int(row['strength']) for row in rows}))
