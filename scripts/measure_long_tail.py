@@ -7,6 +7,7 @@ Started again, it goes on where it stopped. The settings were chosen beforehand,
 what is evaluated is the last epoch.
 """
 import argparse
+import json
 import logging
 import statistics
 import sys
@@ -84,11 +85,32 @@ def make_subset(source: Path, folder: Path) -> List[str]:
     return chosen
 
 
-def run_cell(cell: str, seed: int, data: Path, work: Path, chosen: Sequence[str], epochs: int) -> Dict[str, Any]:
+def kept_runs(path: Path, same: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """Runs in a file of results, if all else is the same; none if there is no such file.
+
+    Raises:
+        PSTError: If the file has results of another recipe or data set.
+    """
+    if not path.is_file():
+        return []
+    written = json.loads(path.read_text())
+    if other := [key for key, value in same.items() if written.get(key) != json.loads(json.dumps(value))]:
+        raise PSTError(f'{path} has results of other {", ".join(other)}: name another --output.')
+    return written['runs']
+
+
+def run_cell(
+        cell: str,
+        seed: int,
+        data: Path,
+        work: Path,
+        chosen: Sequence[str],
+        recipe: Dict[str, Any],
+) -> Dict[str, Any]:
     """Train a cell, or the rest of it, and evaluate its last epoch; accuracies in percent."""
     result = train(train_args(**{
-        **RECIPE, 'epochs': epochs, 'data_dir': str(data), 'output': str(work), 'experiment': f'{cell}-{seed}',
-        'seed': seed, 'resume': 'auto', 'val_interval': epochs, **CELLS[cell]}))
+        **recipe, 'data_dir': str(data), 'output': str(work), 'experiment': f'{cell}-{seed}', 'seed': seed,
+        'resume': 'auto', 'val_interval': recipe['epochs'], **CELLS[cell]}))
     share = accuracies(result.output_dir / 'last.pth.tar', data, chosen)
     return dict(
         cell=cell, seed=seed, top1=100 * float(np.mean(share)),
@@ -156,16 +178,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
     chosen = make_subset(args.data_dir, args.work / 'data')
     args.output.mkdir(parents=True, exist_ok=True)
-    runs: List[Dict[str, Any]] = []
+    recipe = dict(RECIPE, epochs=args.epochs)
+    runs = kept_runs(args.output / 'long_tail.json', dict(classes=chosen, sizes=class_sizes(), recipe=recipe))
     for seed in args.seeds:
         for cell in args.cells:
-            runs.append(run_cell(cell, seed, args.work / 'data', args.work / 'runs', chosen, args.epochs))
-            rows = summary(runs)
-            write_csv(args.output / 'long_tail.csv', rows)
+            if any((run['cell'], run['seed']) == (cell, seed) for run in runs):
+                continue
+            runs.append(run_cell(cell, seed, args.work / 'data', args.work / 'runs', chosen, recipe))
+            seeds = sorted({run['seed'] for run in runs})
+            write_csv(args.output / 'long_tail.csv', summary(runs))
             write_json(args.output / 'long_tail.json', dict(
-                setting=setting(args.work / 'data', args.seeds, args.epochs), classes=chosen, sizes=class_sizes(),
-                recipe=RECIPE, cells=CELLS, runs=runs))
-            print(format_table(rows), flush=True)
+                setting=setting(args.work / 'data', seeds, args.epochs), classes=chosen, sizes=class_sizes(),
+                recipe=recipe, cells=CELLS, runs=runs))
+            print(format_table(summary(runs)), flush=True)
     return 0
 
 

@@ -72,9 +72,12 @@ def test_the_table_is_that_of_the_runs(small, tmp_path, capsys):
         assert [run['top1'] for run in mine] == pytest.approx([np.mean(run['classes']) for run in mine], abs=0.01)
     assert '14 training images, 8 of the largest class and 2 of the smallest; accuracy' in written['setting']
     assert 'on 9 balanced validation images' in written['setting']
-    # started again, it trains nothing and finds the same
+    # started again, it goes on where it stopped, from its results or from the checkpoints
     before = (tmp_path / 'out' / 'long_tail.csv').read_bytes()
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / 'work' / 'runs').rglob('last.pth.tar')}
+    (tmp_path / 'out' / 'long_tail.json').write_text(json.dumps(dict(written, runs=runs[:2])))
     assert measure.main([*map(str, words)]) == 0
     assert (tmp_path / 'out' / 'long_tail.csv').read_bytes() == before
     assert {path: path.stat().st_mtime_ns for path in times} == times and len(times) == 4
+    with pytest.raises(PSTError, match='has results of other recipe'):
+        measure.main([*map(str, words), '--epochs', '2'])
