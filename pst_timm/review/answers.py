@@ -150,15 +150,18 @@ def open_labelled(subject: Subject, data_dir: str, split: str = 'validation', **
         flags: Further ones of `pst-timm validate` about data.
 
     Raises:
-        PSTError: If there are no such data, or they have a class that the model does not know.
+        PSTError: If there are no such data, or they have a class that the model does not know; or other numbers of
+            classes, where the model knows no names: which folder is which output could only be guessed.
     """
     channels = len(subject.mode)
     args = validate_args(data_dir=str(data_dir), split=split, in_chans=channels, **flags)
     samples = Samples.labelled(
         create_eval_dataset(args, split, None), subject.transform, subject.class_names if subject.knows_names else ())
     outputs = len(subject.class_names)
-    if len(samples.class_names) > outputs:
-        raise PSTError(f'{data_dir} has {len(samples.class_names)} classes, {subject.source} has {outputs}.')
+    if len(samples.class_names) != outputs:
+        raise PSTError(
+            f'{data_dir} has {len(samples.class_names)} classes, and {subject.source} has {outputs} without names: '
+            f'which is which is not known. Name a model of these classes.')
     return samples
 
 

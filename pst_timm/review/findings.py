@@ -59,7 +59,7 @@ class AuditReport:
     """Of other splits first."""
     broken: List[str]
     broken_elsewhere: Dict[str, List[str]] = field(default_factory=dict)
-    """Images of other splits that cannot be read."""
+    """Images that cannot be read, perhaps none, of each other split that was looked at."""
     notes: List[str] = field(default_factory=list)
     """What to keep in mind, in sentences."""
 
@@ -129,6 +129,8 @@ class AuditReport:
                 f'LEAKAGE: {_images(count)} of {self.split!r} {_are(count)} in {split!r} too ({exact} pixel by pixel, '
                 f'{count - exact} nearly){f", {other} of them with another label" if other else ""}, such as '
                 f'{plain(mine[0].image)} = {plain(mine[0].of)}: a score on either split is not to be trusted.')
+        if not self.broken_elsewhere:
+            return ['Leakage: not looked for: no other split is there, or named with --against.']
         return lines or ['Leakage: none found.']
 
     def _faults(self) -> List[str]:

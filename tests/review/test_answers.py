@@ -55,6 +55,17 @@ def test_classes_go_by_their_names_and_not_by_their_places(tmp_path):
         open_labelled(subject, data)
 
 
+def test_places_of_classes_without_names_are_not_guessed(tmp_path):
+    subject = open_subject(str(make_source(tmp_path, names=None)), device='cpu')
+    data = make_data(tmp_path / 'data', validation=1)
+    assert not subject.knows_names and len(open_labelled(subject, data)) == 3
+    for path in (data / 'validation' / 'class0').iterdir():  # with which the others would move up
+        path.unlink()
+    (data / 'validation' / 'class0').rmdir()
+    with pytest.raises(PSTError, match='has 2 classes, and .* has 3 without names'):
+        open_labelled(subject, data)
+
+
 def test_broken_images_are_named_and_left_out(place, tmp_path, caplog):
     source, data = place
     good = sorted((data / 'validation').rglob('*.*'))[:3]

@@ -161,6 +161,11 @@ def test_clean_data_are_not_accused(tmp_path):
     assert report.summary()[:2] == ['Leakage: none found.', 'Wrong labels: none of 30 looks wrong.']
 
 
+def test_leakage_is_not_denied_where_nothing_was_compared(tmp_path):
+    report, _, _ = run(write_data(tmp_path, {'validation': 4}))
+    assert report.summary()[0].startswith('Leakage: not looked for')
+
+
 def test_odd_broken_and_far_images_are_named(tmp_path):
     data = write_data(tmp_path, {'train': 2, 'validation': 12})
     place = data / 'validation' / 'class1'
