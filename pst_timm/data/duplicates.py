@@ -34,7 +34,7 @@ class Prints(NamedTuple):
     thumbs: np.ndarray
     """uint8 (N, 16, 16): small grey copies."""
     looks: np.ndarray
-    """float64 (N, 5): a `Look` each."""
+    """float64 (N, looks): a `Look` each."""
     labels: np.ndarray
     """int64 (N,), -1 where there is none."""
     broken: List[str]

@@ -113,7 +113,7 @@ def test_prints_name_what_cannot_be_read(tmp_path, workers):
     (tmp_path / '10.png').write_bytes(b'no image')
     found = read_prints(Samples.loose([tmp_path], torch.as_tensor), workers)
     assert found.kept.tolist() == [0, 1, 3] and found.broken == [str(tmp_path / '10.png')]
-    assert found.looks[:, 3:].tolist() == [[96, 80]] * 3 and found.labels.tolist() == [-1] * 3
+    assert found.looks[:, -2:].tolist() == [[96, 80]] * 3 and found.labels.tolist() == [-1] * 3
     for i in range(3):
         digest, thumb, look = fingerprint(photo(i))
         assert found.digests[i] == digest and (found.thumbs[i] == thumb).all()
