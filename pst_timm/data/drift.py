@@ -10,11 +10,12 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+from pst_timm.metrics.intervals import holm
 from pst_timm.utils.errors import PSTError
 
 __all__ = [
     'DIMENSIONS', 'MOST_EMBEDDINGS', 'MOST_ROWS', 'Batch', 'Result', 'Summary', 'accuracy_interval', 'accuracy_test',
-    'atc_threshold', 'distribution_test', 'drift_tests', 'estimated_accuracy', 'holm', 'ks_resolution',
+    'atc_threshold', 'distribution_test', 'drift_tests', 'estimated_accuracy', 'ks_resolution',
     'median_distance', 'mmd_test', 'projection_to', 'shares_test', 'summarize']
 
 DIMENSIONS = 128  # of the embeddings that are kept: those with more are projected
@@ -167,15 +168,6 @@ def drift_tests(
                   for i, name in enumerate(names)]
     corrected = holm([p for *_, p in found])
     return [Result(*test, p, p <= alpha) for test, p in zip(found, corrected)]
-
-
-def holm(p: Sequence[float]) -> List[float]:
-    """P-values of several tests, corrected so that the chance of one error or more is that of a single test."""
-    order = np.argsort(p, kind='stable')
-    scaled = np.asarray(p)[order] * np.arange(len(p), 0, -1)
-    corrected = np.empty(len(p))
-    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1)
-    return corrected.tolist()
 
 
 def median_distance(points: np.ndarray, most: int = 1000) -> float:

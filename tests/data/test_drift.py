@@ -10,6 +10,7 @@ from scipy import stats
 
 from pst_timm.data import drift
 from pst_timm.data.drift import Batch, Summary
+from pst_timm.metrics.intervals import holm
 from pst_timm.utils.errors import PSTError
 
 NAMES = ('brightness', 'width')
@@ -87,25 +88,6 @@ def test_a_projection_keeps_distances_roughly():
     assert projection.shape == (400, 128)
     ratios = [math.dist(a @ projection, b @ projection) / math.dist(a, b) for i, a in enumerate(x) for b in x[:i]]
     assert 0.95 < np.mean(ratios) < 1.05 and 0.7 < min(ratios) and max(ratios) < 1.3
-
-
-def holm_by_definition(p):
-    """The k-th smallest times the number of those not yet rejected, never below the one before."""
-    corrected, largest = {}, 0.
-    for k, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        largest = max(largest, min(1., p[i] * (len(p) - k)))
-        corrected[i] = largest
-    return [corrected[i] for i in range(len(p))]
-
-
-@settings(deadline=None, derandomize=True)
-@given(st.lists(st.floats(0., 1.), min_size=1, max_size=9))
-def test_holm_is_that_of_the_definition(p):
-    assert drift.holm(p) == pytest.approx(holm_by_definition(p))
-
-
-def test_holm_by_hand():
-    assert drift.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
 @pytest.mark.parametrize('first, second', [(1000, 500), (200, 30), (30, 12_000)])
@@ -234,7 +216,7 @@ def test_what_moved_is_named_and_nothing_else(move, moved):
     found = drift.drift_tests(reference, batch(1, 200, **move), NAMES)
     assert [result.name for result in found] == ['embeddings', 'confidence', 'predicted classes', *NAMES]
     assert [result.name for result in found if result.alert] == moved
-    assert [result.corrected for result in found] == drift.holm([result.p for result in found])
+    assert [result.corrected for result in found] == holm([result.p for result in found])
 
 
 def test_other_classes_and_a_fall_of_accuracy_are_seen():

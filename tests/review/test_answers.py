@@ -62,7 +62,7 @@ def test_places_of_classes_without_names_are_not_guessed(tmp_path):
     for path in (data / 'validation' / 'class0').iterdir():  # with which the others would move up
         path.unlink()
     (data / 'validation' / 'class0').rmdir()
-    with pytest.raises(PSTError, match='has 2 classes, and .* has 3 without names'):
+    with pytest.raises(PSTError, match=r'has 2 classes, and .* has 3 without names'):
         open_labelled(subject, data)
 
 
