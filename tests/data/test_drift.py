@@ -10,6 +10,7 @@ from scipy import stats
 
 from pst_timm.data import drift
 from pst_timm.data.drift import Batch, Summary
+from pst_timm.metrics.intervals import holm
 from pst_timm.utils.errors import PSTError
 
 NAMES = ('brightness', 'width')
@@ -236,7 +237,7 @@ def test_what_moved_is_named_and_nothing_else(move, moved):
     found = drift.drift_tests(reference, batch(1, 200, **move), NAMES)
     assert [result.name for result in found] == ['embeddings', 'confidence', 'predicted classes', *NAMES]
     assert [result.name for result in found if result.alert] == moved
-    assert [result.corrected for result in found] == drift.holm([result.p for result in found])
+    assert [result.corrected for result in found] == holm([result.p for result in found])
 
 
 def test_other_classes_and_a_fall_of_accuracy_are_seen():
