@@ -203,12 +203,14 @@ def tiny_imagenet(data: Path, work: Path) -> Planted:
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.is_symlink():
                 link.symlink_to((data / split / name).resolve())
-    train(train_args(
-        **BEGINNING, num_classes=len(names) - CLASSES, data_dir=str(work / 'others'), val_split='', output=str(work),
-        experiment='pretraining', resume='auto', checkpoint_hist=1))
+    summary = work / 'pretraining' / 'summary.csv'
+    if not summary.is_file() or len(read_csv(summary)) < BEGINNING['epochs']:
+        train(train_args(
+            **BEGINNING, num_classes=len(names) - CLASSES, data_dir=str(work / 'others'), val_split='',
+            output=str(work), experiment='pretraining', resume='auto', checkpoint_hist=1))
     planted = plant(work / 'classes' / 'train', work / 'classes' / 'val', work / 'flipped', 60)
     recipe = dict(FOLDS, initial_checkpoint=str(work / 'pretraining' / 'last.pth.tar'))
-    run_audit(work / 'flipped', recipe, 3, ['--mirror'])
+    run_audit(work / 'flipped', recipe, 3, ['--mirror', '--crops'])
     return planted
 
 
@@ -222,7 +224,7 @@ SETTINGS = {
     'Tiny ImageNet, 20 classes': (
         'Tiny ImageNet: 10,000 training images of 20 classes drawn by seed, three folds, a `resnet18` with one block '
         'in each stage for 10 epochs at 64 px, begun with its weights after 3 epochs on the other 180 classes at 48 '
-        'px, on one core of a processor in bfloat16, images scored with their mirror images'),
+        'px, on one core of a processor in bfloat16, images scored by five crops and their mirror images'),
 }
 
 

@@ -38,12 +38,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         '--cross', type=at_least(2), metavar='K',
         help='have all images scored by models that have not seen them: train K, each on the others of K folds')
     parser.add_argument('--config', metavar='FILE', help='recipe of --cross, YAML (default: that of SOURCE)')
+    parser.add_argument(
+        '--repeats', type=at_least(1), default=1, metavar='R',
+        help='do that R times, with other folds each time, and take the means (default: 1)')
     parser.add_argument('--seed', type=at_least(0), default=0, help='seed of the folds (default: %(default)s)')
     parser.add_argument('--resume', choices=('auto',), help='go on with folds that are there')
     parser.add_argument(
         '--ranking', choices=RANKINGS, default=RANKINGS[0], help='order of wrong labels (default: %(default)s)')
     parser.add_argument(
         '--mirror', action='store_true', help='score each image with its mirror image: not for letters and digits')
+    parser.add_argument(
+        '--crops', action='store_true', help='score each image by five crops of it, with --mirror by ten')
     parser.add_argument('-o', '--output', type=Path, required=True, metavar='FOLDER', help='folder to write to')
     parser.add_argument('--sheet', default='sheet.png', metavar='NAME', help='contact sheet, .png or .pdf')
     parser.add_argument('--sheet-images', type=at_least(0), default=48, help='most of a kind on it (default: 48)')
@@ -51,8 +56,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add_reading_flags(parser)
     args = parser.parse_args(words[:at])
     args.train_flags = words[at + 1:]
-    if args.cross is None and (args.config or args.train_flags or args.resume):
-        parser.error('--config, --resume and flags after -- are for --cross K: add it, or leave them out')
+    if args.cross is None and (args.config or args.train_flags or args.resume or args.repeats > 1):
+        parser.error('--config, --repeats, --resume and flags after -- are for --cross K: add it, or leave them out')
     if args.source is None and not args.config:
         parser.error('name a model, or how to train some: --cross K --config FILE')
     return run(parser.prog, _audit, args)
@@ -90,10 +95,11 @@ def _audit(args: argparse.Namespace) -> None:
         with locked(args.output / 'audit.lock'):
             cross = args.cross and Cross(
                 flags, args.cross, args.output / 'folds', args.seed, bool(args.resume),
-                args.overwrite and not args.resume, args.device)
+                args.overwrite and not args.resume, args.device, args.repeats)
             report = audit(
                 subject, samples, others, split=args.split, cross=cross or None, ranking=args.ranking,
-                batch_size=args.batch_size, workers=args.workers, mirror=args.mirror)
+                batch_size=args.batch_size, workers=args.workers, mirror=args.mirror,
+                crops=args.crops)
             report.notes += [note] if note else []
             written = write_report(report, args.output, samples, others, args.sheet, args.sheet_images)
     except Locked as e:

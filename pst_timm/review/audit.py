@@ -54,6 +54,7 @@ def audit(
         batch_size: int = 64,
         workers: int = 0,
         mirror: bool = False,
+        crops: bool = False,
 ) -> AuditReport:
     """Look for what is wrong with the images of a split and their labels.
 
@@ -68,6 +69,7 @@ def audit(
         batch_size: Images at a time.
         workers: Processes that read images.
         mirror: Whether the answers are the means over each image and its mirror image.
+        crops: Whether they are the means over five crops of each image.
 
     Raises:
         PSTError: If there is nothing to audit; else as `answers` and `cross_answers`.
@@ -90,11 +92,11 @@ def audit(
 
     if cross is not None:
         alike = duplicate_groups(prints[split].digests, prints[split].thumbs)
-        crossed = cross_answers(kept, labels, cross, alike, batch_size, workers, mirror)
+        crossed = cross_answers(kept, labels, cross, alike, batch_size, workers, mirror, crops)
         probabilities, subject = crossed.probabilities, subject or crossed.subject
     elif subject is None:
         raise PSTError('No model is named, and none is to be trained.')
-    mine = answers_of(subject, kept.subset(range(len(kept)), subject.transform), batch_size, workers, mirror, split)
+    mine = answers_of(subject, kept, batch_size, workers, mirror, crops, split)
     if cross is None:
         probabilities = mine.probabilities
     # the question is which of the classes that are here
@@ -103,7 +105,7 @@ def audit(
     probabilities = present / np.maximum(present.sum(axis=1, keepdims=True), 1e-300)
     embeddings = [mine.embeddings] + [
         answers_of(
-            subject, other.subset(prints[name].kept, subject.transform), batch_size, workers, mirror, name).embeddings
+            subject, other.subset(prints[name].kept), batch_size, workers, mirror, crops, name).embeddings
         for name, other in (others or {}).items() if len(prints[name].kept)]
 
     scores = score_labels(probabilities, labels)

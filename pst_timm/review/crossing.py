@@ -10,12 +10,14 @@ import shutil
 import tempfile
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
+import torch.nn as nn
 import yaml
-from torchvision.transforms import Compose
+from torch.nn.functional import interpolate
+from torchvision.transforms.functional import five_crop
 
 from pst_timm.checkpoints import read_checkpoint
 from pst_timm.checkpoints.building import check_model_name
@@ -35,7 +37,9 @@ from pst_timm.utils.files import write_json, write_text
 
 from .answers import Outputs, Subject, answers, open_subject
 
-__all__ = ['Cross', 'Crossed', 'answers_of', 'cross_answers', 'input_channels', 'recipe_of', 'training_flags']
+__all__ = [
+    'Cross', 'Crossed', 'Views', 'answers_of', 'cross_answers', 'input_channels', 'recipe_of', 'training_flags',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -63,6 +67,8 @@ class Cross(NamedTuple):
     overwrite: bool = False
     """Whether to remove folds that are there."""
     device: str = ''
+    repeats: int = 1
+    """How often it is done, with other folds each time; answers are the means."""
 
 
 class Crossed(NamedTuple):
@@ -70,7 +76,7 @@ class Crossed(NamedTuple):
     probabilities: np.ndarray
     """float64 (N, classes)."""
     folds: np.ndarray
-    """int64 (N,): the fold that each image is in, whose model has not seen it."""
+    """int64 (repeats, N): the fold that each image is in, whose model has not seen it."""
     subject: Subject
     """The model of the first fold."""
 
@@ -129,12 +135,42 @@ def input_channels(flags: Mapping[str, Any]) -> int:
     return expected_channels(args)
 
 
+class Views(nn.Module):
+    """A model that answers to several views of each image; embeddings and logits are the means over them."""
+
+    def __init__(self, model: nn.Module, mirror: bool = False, crops: bool = False):
+        """
+        Args:
+            model: The model.
+            mirror: Whether each view is looked at in the mirror too.
+            crops: Whether the views are five crops, each 7/8 as wide and high, from the corners and the middle.
+        """
+        super().__init__()
+        self.model, self.mirror, self.crops = model, mirror, crops
+
+    def views(self, images: torch.Tensor) -> List[torch.Tensor]:
+        """The views of a batch (B, C, H, W), each of this shape."""
+        found = [images]
+        if self.crops:
+            size = images.shape[-2:]
+            found = [interpolate(crop, size, mode='bicubic') for crop in five_crop(images, [7 * n // 8 for n in size])]
+        return found + [view.flip(-1) for view in found] if self.mirror else found
+
+    def forward_features(self, images: torch.Tensor) -> List[torch.Tensor]:
+        return [self.model.forward_features(view) for view in self.views(images)]
+
+    def forward_head(self, features: List[torch.Tensor], pre_logits: bool = False) -> torch.Tensor:
+        outputs = [self.model.forward_head(view, pre_logits=pre_logits) for view in features]
+        return torch.stack([output.flatten(1).float() for output in outputs]).mean(dim=0)
+
+
 def answers_of(
         subject: Subject,
         samples: Samples,
         batch_size: int = 64,
         workers: int = 0,
         mirror: bool = False,
+        crops: bool = False,
         title: str = 'Answers',
 ) -> Outputs:
     """What a model gives for images, all of which can be read.
@@ -144,26 +180,19 @@ def answers_of(
         samples: The images.
         batch_size: Images at a time.
         workers: Processes that read images.
-        mirror: Whether to answer to the mirrored images too; logits and embeddings are then the means.
+        mirror: See `Views`.
+        crops: Likewise.
         title: Name in the bar.
 
     Raises:
         PSTError: If an image cannot be read any more.
     """
-    parts = []
-    for transform in [subject.transform, *([Compose([subject.transform, _mirrored])] if mirror else [])]:
-        prepared = samples.subset(range(len(samples)), transform)
-        parts.append(Outputs.gather(answers(subject, prepared, batch_size, workers, title)))
-        if parts[-1].broken:
-            raise PSTError(f'{listed(parts[-1].broken)} cannot be read any more: have the images changed meanwhile?')
-    first = parts[0]
-    return first._replace(
-        logits=np.mean([part.logits for part in parts], axis=0),
-        embeddings=np.mean([part.embeddings for part in parts], axis=0))
-
-
-def _mirrored(image: torch.Tensor) -> torch.Tensor:
-    return image.flip(-1)
+    subject = subject._replace(model=Views(subject.model, mirror, crops))
+    prepared = samples.subset(range(len(samples)), subject.transform)
+    found = Outputs.gather(answers(subject, prepared, batch_size, workers, title))
+    if found.broken:
+        raise PSTError(f'{listed(found.broken)} cannot be read any more: have the images changed meanwhile?')
+    return found
 
 
 def cross_answers(
@@ -174,8 +203,11 @@ def cross_answers(
         batch_size: int = 64,
         workers: int = 0,
         mirror: bool = False,
+        crops: bool = False,
 ) -> Crossed:
     """Train a model for each fold on the others, or go on with them, and have it answer to its fold.
+
+    With repeats, all of that again with folds dealt anew, in folders called `NAME-2` and so on.
 
     Args:
         samples: Images with files of their own, all of which can be read.
@@ -184,13 +216,32 @@ def cross_answers(
         groups: Images that are copies of each other (N,), -1 for those on their own; they stay in one fold.
         batch_size: Images at a time in the answers.
         workers: Processes that read images for them.
-        mirror: See `answers_of`.
+        mirror: See `Views`.
+        crops: Likewise.
 
     Raises:
         PSTError: If the images cannot be dealt, the flags do not fit, or folds of something else are there.
         Interrupted: If the process was asked to stop; what was trained is kept.
     """
-    labels = np.asarray(labels)
+    found = []
+    for i in range(cross.repeats):
+        folder = cross.folder.with_name(f'{cross.folder.name}-{i + 1}') if i else cross.folder
+        once = cross._replace(seed=cross.seed + i, folder=folder)
+        found.append(_cross_once(samples, np.asarray(labels), once, groups, batch_size, workers, mirror, crops))
+    probabilities = np.mean([once.probabilities for once in found], axis=0)
+    return found[0]._replace(probabilities=probabilities, folds=np.stack([once.folds for once in found]))
+
+
+def _cross_once(
+        samples: Samples,
+        labels: np.ndarray,
+        cross: Cross,
+        groups: Optional[np.ndarray],
+        batch_size: int,
+        workers: int,
+        mirror: bool,
+        crops: bool,
+) -> Crossed:
     if samples.paths is None:
         raise PSTError('--cross needs images in folders, to which it links: unpack the .tar file first.')
     folds = stratified_folds(labels, cross.folds, cross.seed, groups)
@@ -212,7 +263,7 @@ def cross_answers(
         checkpoint = _train_fold(args[fold], cross.folder / str(fold), f'{fold + 1} of {cross.folds}')
         subject = open_subject(str(checkpoint), device=cross.device)
         found = answers_of(
-            subject, samples.subset(mine), batch_size, workers, mirror, f'Fold {fold + 1} of {cross.folds}')
+            subject, samples.subset(mine), batch_size, workers, mirror, crops, f'Fold {fold + 1} of {cross.folds}')
         # the classes of a fold are called by their places among all
         probabilities[np.ix_(mine, [int(name) for name in subject.class_names])] = found.probabilities
         first = first or subject

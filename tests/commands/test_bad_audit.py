@@ -110,6 +110,7 @@ TABLE = [
     bad('config-without-folds', '--config recipe.yaml', '--cross', code=2),
     bad('flags-without-folds', '-- --epochs 1', '--cross', code=2),
     bad('resume-without-folds', '--resume auto', '--cross', code=2),
+    bad('repeats-without-folds', '--repeats 2', '--cross', code=2),
     bad('resume-a-file', '--cross 2 --resume last.pth.tar', '--resume', code=2),
     bad('batch', '--batch-size 0', '--batch-size', code=2),
     bad('unknown', '--fold 3', '--fold', code=2),

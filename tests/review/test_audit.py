@@ -292,12 +292,12 @@ def test_each_image_is_scored_once_by_a_model_that_has_not_seen_it(crossed_data,
         seen, mine = seen_and_scored(tmp_path / 'folds', fold)
         assert set(opened[fold]) == seen and len(opened[fold]) == len(seen)
         assert set(scored[fold]) == mine and not seen & mine and seen | mine == everything
-        assert {samples.paths[i].resolve() for i in np.flatnonzero(found.folds == fold)} == mine
+        assert {samples.paths[i].resolve() for i in np.flatnonzero(found.folds[0] == fold)} == mine
     assert found.probabilities.shape == (18, 3) and found.probabilities.sum(axis=1) == pytest.approx(1)
     # what came out is what the model in the folder of the fold says
     for fold in range(3):
         subject = open_subject(str(tmp_path / 'folds' / str(fold) / 'run'), device='cpu')
-        mine = np.flatnonzero(found.folds == fold)
+        mine = np.flatnonzero(found.folds[0] == fold)
         again = Outputs.gather(answers(subject, samples.subset(mine, subject.transform)))
         assert subject.class_names == ['00000', '00001', '00002']
         np.testing.assert_allclose(found.probabilities[mine], again.probabilities, atol=1e-6)
@@ -440,15 +440,33 @@ def test_the_recipe_of_a_run_trains_its_folds_but_for_the_flags_that_follow(cros
     assert capsys.readouterr().out == out
 
 
-def test_mirrored_answers_are_means(tmp_path):
+@pytest.mark.parametrize('mirror, crops', [(False, False), (True, False), (False, True), (True, True)])
+def test_answers_are_the_means_over_the_views_of_an_image(tmp_path, mirror, crops):
     data = write_data(tmp_path, {'validation': 2})
     subject = subject_of_bands()
     samples = open_labelled(subject, data)
-    plain, both = (crossing.answers_of(subject, samples, mirror=mirror) for mirror in (False, True))
-    np.testing.assert_allclose(both.logits, plain.logits, atol=1e-4)  # colours do not change sides
-    grid = plain.embeddings.reshape(-1, 3, 6, 6)
-    np.testing.assert_allclose(
-        both.embeddings.reshape(-1, 3, 6, 6), (grid + grid[..., ::-1]) / 2, atol=1e-5)
+    found = crossing.answers_of(subject, samples, mirror=mirror, crops=crops)
+    for i in range(len(samples)):
+        image = samples[i].image
+        views = [image]
+        if crops:  # 28 of 32 pixels, from the corners and the middle
+            views = [torch.nn.functional.interpolate(image[None, :, y:y + 28, x:x + 28], (32, 32), mode='bicubic')[0]
+                     for y, x in ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2))]
+        views += [view.flip(-1) for view in views] if mirror else []
+        outputs = [subject.model.forward_head(view[None], pre_logits) for pre_logits in (0, 1) for view in views]
+        logits, embeddings = (torch.cat(part).mean(dim=0) for part in (outputs[:len(views)], outputs[len(views):]))
+        np.testing.assert_allclose(found.logits[i], logits, atol=1e-4)
+        np.testing.assert_allclose(found.embeddings[i], embeddings, atol=1e-5)
+
+
+def test_repeats_deal_anew_and_are_averaged(crossed_data, tmp_path):
+    samples, labels = loose_samples(crossed_data)
+    both = cross_answers(samples, labels, Cross(**tiny_cross(tmp_path / 'folds'), repeats=2))
+    one, two = (cross_answers(samples, labels, Cross(**tiny_cross(tmp_path / name), seed=seed, resume=True))
+                for seed, name in enumerate(('folds', 'folds-2')))
+    np.testing.assert_allclose(both.probabilities, (one.probabilities + two.probabilities) / 2)
+    np.testing.assert_array_equal(both.folds, [one.folds[0], two.folds[0]])
+    assert (both.folds[0] != both.folds[1]).any()
 
 
 # the folder
