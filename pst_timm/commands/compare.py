@@ -111,7 +111,7 @@ def _shown(found: 'Comparison') -> str:
     low, high = found.interval
     other = len(found.flips) - found.lost - found.gained
     lines = [
-        f'{found.images:,} images of {found.classes} classes\n',
+        f'{found.images:,} images of {found.classes} class{"" if found.classes == 1 else "es"}\n',
         format_table(rows),
         f'\nOther images may bring a change of accuracy from {low:+.2f} to {high:+.2f} points (95%).',
         f'Answers: {found.lost} from right to wrong (negative flip rate {found.negative_flip_rate:.2f}%), '

@@ -17,7 +17,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--data-dir', required=True, metavar='DIR', help='labelled images: a folder of class folders')
     parser.add_argument('--split', default='validation', help='split of the data (default: %(default)s)')
     add_output(parser, "folder to write (default: the source's name + -calibrated, next to it)")
-    add_overwrite(parser, 'an earlier model in that folder')
+    add_overwrite(parser, 'an earlier model in the folder')
     parser.add_argument(
         '--force', action='store_true', help='write it where calibration gets no better, too (default: refuse to)')
     add_reading_flags(parser)

@@ -33,11 +33,21 @@ class Batch(NamedTuple):
     predicted: np.ndarray
     """int64 (N,): its class."""
     labels: Optional[np.ndarray] = None
-    """int64 (N,): the true class."""
+    """int64 (N,): the true class, -1 where it is not known."""
     looks: Optional[np.ndarray] = None
     """(N, looks)."""
     embeddings: Optional[np.ndarray] = None
     """(N, features)."""
+
+    @property
+    def known(self) -> np.ndarray:
+        """Which images (N,) have a label."""
+        return np.zeros(len(self.confidence), bool) if self.labels is None else self.labels >= 0
+
+    @property
+    def right(self) -> np.ndarray:
+        """Which of those with a label are classified right."""
+        return (self.predicted == self.labels)[self.known] if self.labels is not None else np.zeros(0, bool)
 
 
 class Summary(NamedTuple):
@@ -145,7 +155,7 @@ def drift_tests(
     if len(batch.confidence) < 2:
         raise PSTError('Two images are the least that can be compared with others; some hundreds show something.')
     tests = 2 + (batch.embeddings is not None) + (len(names) if batch.looks is not None else 0)
-    labelled = batch.labels is not None and reference.right is not None
+    labelled = len(batch.right) > 0 and reference.right is not None
     tests += labelled
     # or not even the smallest p-value would be small enough
     permutations = max(LEAST_PERMUTATIONS, math.ceil(2 * tests / alpha))
@@ -163,7 +173,7 @@ def drift_tests(
         reference.predicted, np.bincount(batch.predicted, minlength=len(reference.predicted)), permutations, rng)))
     if labelled:
         found.append(('accuracy', 'Fisher', *accuracy_test(
-            reference.right, reference.images, int((batch.predicted == batch.labels).sum()), len(batch.labels))))
+            reference.right, reference.images, int(batch.right.sum()), len(batch.right))))
     if batch.looks is not None:
         found += [(name, 'KS', *distribution_test(reference.looks[:, i], batch.looks[:, i]))
                   for i, name in enumerate(names)]

@@ -15,7 +15,7 @@ from .datasets import class_indices
 from .images import UnreadableImage, find_images, open_image, read_image
 from .readers import FolderReader
 
-__all__ = ['LOOKS', 'Look', 'Sample', 'Samples', 'Unread', 'collate_samples', 'look_of']
+__all__ = ['LOOKS', 'NO_LABEL', 'Look', 'Sample', 'Samples', 'Unread', 'collate_samples', 'look_of']
 
 NO_LABEL = -1
 

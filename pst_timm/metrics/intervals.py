@@ -10,7 +10,7 @@ from pst_timm.utils.errors import PSTError
 
 __all__ = [
     'Difference', 'Interval', 'PairedTest', 'detectable_difference', 'holm', 'image_interval', 'mcnemar', 'mean_and_sd',
-    'paired_difference', 'seed_interval', 'student_quantile']
+    'paired_difference', 'paired_interval', 'seed_interval', 'student_quantile']
 
 LEVEL = 0.95
 
@@ -90,6 +90,24 @@ def image_interval(right: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> 
     """
     d = 100 * np.mean([a.astype(float) - b for a, b in zip(right, other)], axis=0)
     return _interval(d, statistics.NormalDist().inv_cdf(0.5 + LEVEL / 2)) if len(d) > 1 else None
+
+
+def paired_interval(lost: int, gained: int, images: int) -> Interval:
+    """Interval of the difference in accuracy of two models on the same images, in percentage points.
+
+    That of Bonett and Price (2012): the normal interval after one more image of each kind of change, which holds for
+    few changes too, where the plain one is too short (and has no length where there is none).
+
+    Args:
+        lost: Images that the one model classifies right and the other, new one wrong.
+        gained: Images that the new one alone classifies right.
+        images: All images.
+    """
+    count = images + 2
+    down, up = (lost + 1) / count, (gained + 1) / count
+    z = statistics.NormalDist().inv_cdf(0.5 + LEVEL / 2)
+    half = z * math.sqrt((down + up - (up - down) ** 2) / count)
+    return Interval(100 * max(up - down - half, -1.), 100 * min(up - down + half, 1.))
 
 
 def paired_difference(

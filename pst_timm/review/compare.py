@@ -13,8 +13,8 @@ from pst_timm.metrics.intervals import (
     PairedTest,
     detectable_difference,
     holm,
-    image_interval,
     mcnemar,
+    paired_interval,
 )
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.markdown import plain
@@ -157,7 +157,7 @@ def compare(
         images=len(both),
         classes=len(set(labels.tolist())),
         difference=sides[1].accuracy - sides[0].accuracy,
-        interval=image_interval([right[1]], [right[0]]),
+        interval=paired_interval(int(lost.sum()), int(gained.sum()), len(both)),
         test=mcnemar(int(lost.sum()), int(gained.sum())),
         lost=int(lost.sum()),
         gained=int(gained.sum()),

@@ -12,6 +12,7 @@ from pst_timm.utils.markdown import plain
 __all__ = ['AuditReport', 'Copy']
 
 FAR = 5.  # robust standard deviations from which on an image is an outlier
+JUDGE = 0.5  # share of labels from which on a model that agrees with so many is a judge of the others
 
 
 class Copy(NamedTuple):
@@ -106,7 +107,8 @@ class AuditReport:
 
     def weights(self) -> List[Dict[str, Any]]:
         """A row with a weight for each image, for `--hard-examples`: hard ones more, likely wrong labels nothing."""
-        weights = example_weights(self.scores.loss, self.wrong)
+        # a model that is no judge must not take images away
+        weights = example_weights(self.scores.loss, self.wrong & (self.agreement >= JUDGE))
         return [dict(image=name, weight=round(float(w), 6)) for name, w in zip(self.names, weights)]
 
     def duplicates(self) -> List[Dict[str, Any]]:
@@ -118,6 +120,11 @@ class AuditReport:
     def summary(self) -> List[str]:
         """What was found, in lines for a person, the gravest first."""
         return [*self._leakage(), *self._faults(), *self._labels(), *self._oddities(), *self.notes]
+
+    @property
+    def agreement(self) -> float:
+        """Share of the images that the model takes for what they are labelled as."""
+        return float(np.mean(self.scores.predicted == self.labels))
 
     def _leakage(self) -> List[str]:
         lines = []
@@ -142,14 +149,18 @@ class AuditReport:
 
     def _labels(self) -> List[str]:
         wrong = [i for i in self.order if self.wrong[i]]
+        agreement = f'the model agrees with {self.agreement:.1%} of the given labels'
         if not wrong:
-            return [f'Wrong labels: none of {len(self.names)} looks wrong.']
+            return [f'Wrong labels: none of {len(self.names)} looks wrong; {agreement}.']
+        doubt = [
+            'NOTE: a model that agrees with so few labels is no judge of them: look at the sheet before you believe '
+            'it. The weights leave no image out.'] if self.agreement < JUDGE else []
         first = [
             f'{plain(self.names[i])} (given {plain(self.class_names[self.labels[i]])}, looks like '
             f'{plain(self.class_names[self.suggested[i]])})' for i in wrong[:3]]
         return [
-            f'Wrong labels: {len(wrong)} of {len(self.names)} look wrong ({len(wrong) / len(self.names):.1%}); the '
-            f'first: {", ".join(first)}.']
+            f'Wrong labels: {len(wrong)} of {len(self.names)} look wrong ({len(wrong) / len(self.names):.1%}), and '
+            f'{agreement}; the first: {", ".join(first)}.', *doubt]
 
     def _oddities(self) -> List[str]:
         lines = []

@@ -1,5 +1,6 @@
 """What a model's images looked like when all was well, kept in a file, and whether later ones are still like it."""
 import json
+import logging
 import math
 import re
 from dataclasses import asdict, dataclass, field
@@ -28,7 +29,7 @@ from pst_timm.data.drift import (
     ks_resolution,
     summarize,
 )
-from pst_timm.data.samples import LOOKS, Samples
+from pst_timm.data.samples import LOOKS, NO_LABEL, Samples
 from pst_timm.metrics.calibration import confidence_error, fit_temperature
 from pst_timm.models.digest import digest_note
 from pst_timm.utils.errors import PSTError
@@ -39,6 +40,8 @@ from .answers import Outputs, Subject, open_labelled, open_loose
 __all__ = [
     'FEW', 'Reference', 'Report', 'batch_of', 'check', 'check_subject', 'fit', 'open_images', 'read_answers',
     'read_reference', 'write_reference']
+
+_logger = logging.getLogger(__name__)
 
 HEADER_KEY = 'pst_timm_monitor'  # entry of the header that holds the facts, as JSON
 VERSION = 1
@@ -165,12 +168,13 @@ def settings_of(subject: Subject) -> Dict[str, Any]:
 
 def calibration_of(batch: Batch, logits: Optional[np.ndarray] = None) -> Dict[str, Optional[float]]:
     """`ece` and, from logits (N, classes), `temperature`; None where it is not known."""
-    if batch.labels is None:
+    if not len(batch.right):
         return {'ece': None, 'temperature': None}
-    ece = confidence_error(torch.from_numpy(batch.confidence), torch.from_numpy(batch.predicted == batch.labels))
+    ece = confidence_error(torch.from_numpy(batch.confidence[batch.known]), torch.from_numpy(batch.right))
     temperature = None
     if logits is not None:
-        fitted = fit_temperature(torch.from_numpy(logits).double(), torch.from_numpy(batch.labels))
+        fitted = fit_temperature(
+            torch.from_numpy(logits[batch.known]).double(), torch.from_numpy(batch.labels[batch.known]))
         temperature = float(np.clip(fitted, 1e-6, 1e6))  # of answers that are all right, it has no end
     return {'ece': ece, 'temperature': temperature}
 
@@ -312,9 +316,10 @@ def open_images(subject: Subject, data_dir: Path, split: str = 'validation', lab
     if labels or (labels is None and subject.knows_names):
         try:
             return open_labelled(subject, str(data_dir), split)
-        except PSTError:
+        except PSTError as e:
             if labels or not data_dir.is_dir():
                 raise
+            _logger.warning(f'The folders are not taken for labels: {e}')
     inside = data_dir / split
     return open_loose(subject, [inside if split and inside.is_dir() else data_dir])
 
@@ -322,8 +327,9 @@ def open_images(subject: Subject, data_dir: Path, split: str = 'validation', lab
 def read_answers(path: Path, class_names: Sequence[str]) -> Batch:
     """Answers of a model in production: a CSV file with the columns `confidence`, `predicted` and maybe `label`.
 
-    Confidence is the largest probability, from 0 to 1; classes are names, or places in the order of the names, counted
-    from 0. Further columns are left alone. What `pst-timm predict` writes will do, without the lines of errors.
+    A label may be empty: it is not known. Confidence is the largest probability, from 0 to 1; classes are names, or
+    places in the order of the names, counted from 0. Further columns are left alone. What `pst-timm predict` writes will
+    do, without the lines of errors.
 
     Raises:
         PSTError: If it cannot be read, or a line is not as it should be; names the line.
@@ -362,9 +368,10 @@ def read_answers(path: Path, class_names: Sequence[str]) -> Batch:
         return found
 
     confidence = np.array([share(line, row['confidence']) for line, row in zip(lines, rows)])
-    columns = ['predicted', *(['label'] if any(row.get('label') for row in rows) else [])]
-    classes = [np.array([place(line, key, row[key]) for line, row in zip(lines, rows)]) for key in columns]
-    return Batch(confidence.round(DECIMALS), *classes)
+    predicted = np.array([place(line, 'predicted', row['predicted']) for line, row in zip(lines, rows)])
+    labels = np.array([
+        place(line, 'label', row['label']) if row.get('label') else NO_LABEL for line, row in zip(lines, rows)])
+    return Batch(confidence.round(DECIMALS), predicted, labels if (labels != NO_LABEL).any() else None)
 
 
 def check(
@@ -395,9 +402,9 @@ def check(
     resolution = ks_resolution(len(summary.confidence), images, alpha / len(tests))
     estimated = None if summary.threshold is None else estimated_accuracy(batch.confidence, summary.threshold)
     measured = interval = None
-    if batch.labels is not None:
-        right = int((batch.predicted == batch.labels).sum())
-        measured, interval = right / images, accuracy_interval(right, images)
+    if len(batch.right):
+        right = int(batch.right.sum())
+        measured, interval = right / len(batch.right), accuracy_interval(right, len(batch.right))
     return Report(
         any(result.alert for result in tests),
         alpha,
@@ -424,6 +431,6 @@ def _notes(reference: Reference, batch: Batch, resolution: float) -> List[str]:
         notes.append('Embeddings and looks of the images were not compared: answers alone do not tell them.')
     if reference.summary.right is None:
         notes.append('The reference has no labels: accuracy is neither estimated nor compared.')
-    elif batch.labels is None:
+    elif not len(batch.right):
         notes.append('Accuracy is estimated from confidence (ATC): too high where a model errs with confidence.')
     return notes

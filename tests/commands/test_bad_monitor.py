@@ -127,7 +127,7 @@ TABLE = [
     bad_answers('confidence that is no number', 'confidence,predicted\nnan,class0\n', "line 2: confidence 'nan'"),
     bad_answers('unknown class', 'confidence,predicted\n0.5,zebra\n', "line 2: predicted 'zebra'"),
     bad_answers('place beyond the classes', 'confidence,predicted\n0.5,3\n', "line 2: predicted '3'"),
-    bad_answers('unknown label', 'confidence,predicted,label\n0.5,class0,\n0.5,1,1\n', "line 2: label ''"),
+    bad_answers('unknown label', 'confidence,predicted,label\n0.5,class0,zebra\n0.5,1,1\n', "line 2: label 'zebra'"),
     bad_answers('one answer', 'confidence,predicted\n0.5,class0\n', 'Two images are the least'),
 ]
 

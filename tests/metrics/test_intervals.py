@@ -19,6 +19,7 @@ from pst_timm.metrics.intervals import (
     mcnemar,
     mean_and_sd,
     paired_difference,
+    paired_interval,
     seed_interval,
     student_quantile,
 )
@@ -171,3 +172,31 @@ def test_what_can_be_detected_is_detected(images, rate):
     found = np.mean([mcnemar(lost, gained).worse <= 0.05 for lost, gained, _ in draws.tolist()])
     assert 0.72 < found < 0.88
     assert detectable_difference(100, 0) == detectable_difference(100, 1) > 0
+
+
+def test_interval_of_few_changes():
+    # Bonett and Price: (1 more of each kind) / (2 more images), by hand
+    low, high = paired_interval(3, 1, 38)
+    down, up = 4 / 40, 2 / 40
+    half = 1.959964 * math.sqrt((down + up - (up - down) ** 2) / 40)
+    assert (low, high) == pytest.approx((100 * (up - down - half), 100 * (up - down + half)), abs=1e-4)
+    # no change among 40 images does not mean that there is none among others: the rule of three says 7.5 points
+    low, high = paired_interval(0, 0, 40)
+    assert low == -high and 5 < high < 8
+
+
+@pytest.mark.parametrize('images, down, up', [(40, 0.05, 0.), (40, 0.1, 0.1), (200, 0.02, 0.), (500, 0.05, 0.08)])
+def test_interval_of_changes_holds_its_level(images, down, up):
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(images, [down, up, 1 - down - up], size=2000)
+    inside = [low <= 100 * (up - down) <= high for low, high in (
+        paired_interval(int(lost), int(gained), images) for lost, gained, _ in drawn)]
+    assert np.mean(inside) > 0.935  # 95% less three standard errors
+
+
+def test_interval_of_changes_is_that_of_the_images_where_there_are_many():
+    rng = np.random.default_rng(1)
+    old, new = rng.random((2, 20_000)) < 0.7
+    expected = image_interval([new], [old])
+    got = paired_interval(int((old & ~new).sum()), int((new & ~old).sum()), 20_000)
+    assert got == pytest.approx(expected, abs=0.02)

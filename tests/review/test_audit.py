@@ -102,7 +102,16 @@ def test_flips_are_found_and_outweighed(tmp_path):
     expected = score_labels(outputs.probabilities, outputs.labels)
     for got, want in zip(report.scores, expected):
         np.testing.assert_allclose(got, want, rtol=1e-9)
-    assert [line for line in report.summary() if line.startswith('Wrong labels: 3 of 90')]
+    line, = [line for line in report.summary() if line.startswith('Wrong labels: 3 of 90')]
+    assert 'agrees with 96.7% of the given labels' in line and not any('NOTE' in line for line in report.summary())
+
+
+def test_a_model_that_is_no_judge_takes_no_image_away(tmp_path):
+    report, *_ = run(write_data(tmp_path, {'validation': 30}))
+    report.scores = report.scores._replace(predicted=(report.labels + 1) % 3)
+    report.wrong = np.ones(len(report.labels), bool)
+    assert report.agreement == 0 and all(row['weight'] > 0 for row in report.weights())
+    assert any(line.startswith('NOTE: a model that agrees with so few labels') for line in report.summary())
 
 
 def test_only_classes_that_are_there_are_suggested(tmp_path):
@@ -158,7 +167,9 @@ def test_images_of_a_split_without_classes_have_no_other_label(tmp_path):
 def test_clean_data_are_not_accused(tmp_path):
     report, _, _ = run(write_data(tmp_path, {'train': 10, 'validation': 10}))
     assert not report.copies and not report.wrong.any() and not report.odd.any() and not report.broken
-    assert report.summary()[:2] == ['Leakage: none found.', 'Wrong labels: none of 30 looks wrong.']
+    assert report.summary()[:2] == [
+        'Leakage: none found.',
+        'Wrong labels: none of 30 looks wrong; the model agrees with 100.0% of the given labels.']
 
 
 def test_leakage_is_not_denied_where_nothing_was_compared(tmp_path):

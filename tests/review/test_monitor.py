@@ -259,6 +259,24 @@ def test_answers_of_a_file(tmp_path):
     assert read_answers(path, ['1', '3', '4', '5']).labels is None
 
 
+def test_labels_that_came_for_some_answers_count(reference, tmp_path):
+    path = tmp_path / 'answers.csv'
+    path.write_text('confidence,predicted,label\n0.5,class0,\n0.6,class1,class1\n0.7,class2,class0\n0.8,class2,\n')
+    got = read_answers(path, CLASSES)
+    assert got.labels.tolist() == [-1, 1, 0, -1] and got.right.tolist() == [True, False]
+    report = check(reference, got)
+    assert report.accuracy['measured'] == 0.5 and [test.name for test in report.tests].count('accuracy') == 1
+    # confidence 0.6 right and 0.7 wrong, each in a bin of its own
+    assert report.calibration['ece'] == pytest.approx((0.4 + 0.7) / 2)
+
+
+def test_folders_that_are_no_classes_are_told(subject, tmp_path, caplog):
+    data = make_data(tmp_path / 'data', validation=1)
+    (data / 'validation' / 'class1').rename(data / 'validation' / 'zebra')
+    assert open_images(subject, data).class_names is None
+    assert "The folders are not taken for labels: The model knows no class 'zebra'" in caplog.text
+
+
 def test_answers_as_predict_writes_them(tmp_path):
     path = tmp_path / 'predictions.csv'
     path.write_text('image,class1,probability1,class2,probability2,error\na,dog,0.987654,cat,0.01,\nb,,,,,no image\n'
