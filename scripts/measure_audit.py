@@ -153,7 +153,7 @@ def measure_labels(name: str, rows: Sequence[Dict[str, str]], flips: Sequence[st
 
     flipped = np.array([row['image'] in set(flips) for row in rows])
     loss, margin = (np.array([float(row[key]) for row in rows]) for key in ('loss', 'margin'))
-    confident = np.array([row['wrong_label'] == 'yes' for row in rows])
+    confident = np.array([row['confident_learning'] == 'yes' for row in rows])
     right = np.mean([row['label'] == row['suggested'] for row in rows])
     found = []
     for ranking, order in (
@@ -163,7 +163,9 @@ def measure_labels(name: str, rows: Sequence[Dict[str, str]], flips: Sequence[st
         ranks[order] = np.arange(len(rows))
         count = len(flips)
         found.append({
-            'data': name, 'images': len(rows), 'flips': count, 'agrees with the given label': f'{right:.1%}',
+            'data': name, 'images': len(rows), 'flips': count,
+            'marked as wrong': sum(row['wrong_label'] == 'yes' for row in rows),
+            'agrees with the given label': f'{right:.1%}',
             'ranking': ranking, 'share of flips among as many': f'{flipped[order][:count].mean():.1%}',
             'flips in the first hundred': int(flipped[order][:100].sum()),
             'area under precision-recall': round(float(average_precision_score(flipped, -ranks)), 4)})

@@ -10,13 +10,14 @@ import torch
 
 __all__ = [
     'RANKINGS', 'Scores', 'confident_classes', 'example_weights', 'likely_wrong', 'neighbours', 'odd_sizes',
-    'outlier_scores', 'rank_wrong', 'robust_z', 'score_labels', 'stratified_folds',
+    'outlier_scores', 'rank_wrong', 'robust_z', 'score_labels', 'share_wrong', 'stratified_folds',
 ]
 
 RANKINGS = ('self-confidence', 'confident-learning')
 LEAST = 1e-12  # probability, so that a loss is finite
 BLOCK = 2 ** 25  # similarities at a time: 128 MiB
 LEAST_SPREAD = 0.15  # of the logarithm of a size: within a factor of 2 of the median nothing is odd
+TEMPERATURES = np.geomspace(0.5, 2, 15)
 HEAVIEST = 4.  # weight of a hard image over that of one with no loss
 
 
@@ -94,6 +95,32 @@ def rank_wrong(probabilities: np.ndarray, labels: np.ndarray, ranking: str = RAN
     if ranking == 'confident-learning':
         return np.lexsort((scores.margin, ~likely_wrong(probabilities, labels)))
     raise ValueError(f'ranking must be one of {", ".join(RANKINGS)}, got {ranking!r}')
+
+
+def share_wrong(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """How many labels are wrong, as a share: what explains them best, if a wrong one is any other class alike.
+
+    Labels are taken to be drawn from the answers, whose temperature is fitted, and then, with the probability that is
+    sought, replaced by another class (expectation maximisation). Unlike `likely_wrong`, it does not take the doubts of
+    a weak model for faults of the labels.
+
+    Args:
+        probabilities: (N, classes), out of sample.
+        labels: Given ones (N,).
+    """
+    rows, others = np.arange(len(labels)), max(probabilities.shape[1] - 1, 1)
+    logits = np.log(np.maximum(probabilities, LEAST))
+    found = []
+    for temperature in TEMPERATURES:
+        warm = np.exp(logits / temperature)
+        own = warm[rows, labels] / warm.sum(axis=1)
+        share = 0.02
+        for _ in range(200):
+            right, wrong = (1 - share) * own, share * (1 - own) / others
+            share = float((wrong / np.maximum(right + wrong, 1e-300)).mean())
+        right, wrong = (1 - share) * own, share * (1 - own) / others
+        found.append((float(np.log(np.maximum(right + wrong, 1e-300)).sum()), share))
+    return max(found)[1]
 
 
 def example_weights(loss: np.ndarray, wrong: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from pst_timm.data.scores import (
     rank_wrong,
     robust_z,
     score_labels,
+    share_wrong,
 )
 from pst_timm.engine import validate_args
 from pst_timm.utils.errors import PSTError
@@ -96,7 +97,9 @@ def audit(
         probabilities, subject = crossed.probabilities, subject or crossed.subject
     elif subject is None:
         raise PSTError('No model is named, and none is to be trained.')
-    mine = answers_of(subject, kept, batch_size, workers, mirror, crops, split)
+    # where the folds have answered, this is for the embeddings alone
+    views = (mirror, crops) if cross is None else ()
+    mine = answers_of(subject, kept, batch_size, workers, *views, title=split)
     if cross is None:
         probabilities = mine.probabilities
     # the question is which of the classes that are here
@@ -104,12 +107,14 @@ def audit(
     present[:, here] = probabilities[:, here]
     probabilities = present / np.maximum(present.sum(axis=1, keepdims=True), 1e-300)
     embeddings = [mine.embeddings] + [
-        answers_of(
-            subject, other.subset(prints[name].kept), batch_size, workers, mirror, crops, name).embeddings
+        answers_of(subject, other.subset(prints[name].kept), batch_size, workers, *views, title=name).embeddings
         for name, other in (others or {}).items() if len(prints[name].kept)]
 
     scores = score_labels(probabilities, labels)
-    wrong = likely_wrong(probabilities, labels)
+    order = rank_wrong(probabilities, labels, ranking)
+    wrong = np.full(len(labels), False)
+    wrong[order[:round(share_wrong(probabilities[:, here], np.searchsorted(here, labels)) * len(labels))]] = True
+    wrong &= scores.predicted != labels
     best = probabilities.copy()
     best[np.flatnonzero(wrong), labels[wrong]] = -1
     sizes = prints[split].looks[:, [LOOKS.index('width'), LOOKS.index('height')]]
@@ -120,7 +125,8 @@ def audit(
         labels=labels,
         scores=scores,
         wrong=wrong,
-        order=rank_wrong(probabilities, labels, ranking),
+        confident=likely_wrong(probabilities, labels),
+        order=order,
         suggested=best.argmax(axis=1),
         far=robust_z(outlier_scores(mine.embeddings), 1e-6),
         odd=odd_sizes(*sizes.T),

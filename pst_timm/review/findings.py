@@ -45,7 +45,9 @@ class AuditReport:
     """int64 (N,)."""
     scores: Scores
     wrong: np.ndarray
-    """bool (N,): which labels are likely wrong, by confident learning."""
+    """bool (N,): which labels are likely wrong: the first in the order, as many as are estimated to be wrong."""
+    confident: np.ndarray
+    """bool (N,): which images confident learning counts as another class."""
     order: np.ndarray
     """int64 (N,): the images in the order in which a person should look at their labels."""
     suggested: np.ndarray
@@ -94,6 +96,7 @@ class AuditReport:
                 self_confidence=round(float(self.scores.self_confidence[i]), 6),
                 wrong_label='yes' if self.wrong[i] else '',
                 wrong_rank=int(ranks[i]),
+                confident_learning='yes' if self.confident[i] else '',
                 duplicate_of=f'{copy.of_split}/{copy.of}' if copy else '',
                 outlier='yes' if self.outliers[i] else '',
                 outlier_score=round(float(self.far[i]), 3),

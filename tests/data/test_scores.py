@@ -18,6 +18,7 @@ from pst_timm.data.scores import (
     rank_wrong,
     robust_z,
     score_labels,
+    share_wrong,
     stratified_folds,
 )
 
@@ -105,6 +106,29 @@ def test_the_names_of_the_classes_do_not_matter(seed, classes):
             rank_wrong(probabilities, labels, ranking), rank_wrong(probabilities[:, order], renamed, ranking))
     np.testing.assert_array_equal(
         likely_wrong(probabilities, labels), likely_wrong(probabilities[:, order], renamed))
+
+
+@pytest.mark.parametrize('certainty', [1., 2., 4.])
+@pytest.mark.parametrize('share', [0., 0.05, 0.2])
+@pytest.mark.parametrize('temperature', [1., 0.7])
+def test_the_share_of_wrong_labels_is_estimated_whatever_the_model_is_worth(certainty, share, temperature):
+    """Of a model that says what it knows, and of one that is surer than it should be."""
+    rng = np.random.default_rng(0)
+    logits = certainty * rng.normal(size=(8000, 10))
+    honest = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    truth = (honest.cumsum(axis=1) > rng.random((8000, 1))).argmax(axis=1)
+    labels = np.where(rng.random(8000) < share, (truth + rng.integers(1, 10, 8000)) % 10, truth)
+    told = np.exp(logits / temperature)
+    found = share_wrong(told / told.sum(axis=1, keepdims=True), labels)
+    assert found == pytest.approx(share, abs=0.025 if certainty > 1 else 0.06)
+    # where confident learning takes doubt for fault
+    if certainty == 1 and share < 0.2:
+        assert likely_wrong(honest, labels).mean() > 0.25
+
+
+def test_the_share_is_a_share_even_of_little():
+    for probabilities, labels in (([[1., 0.]], [0]), ([[1., 0.]], [1]), ([[0.5, 0.5]] * 3, [0, 1, 1]), ([[1.]], [0])):
+        assert 0 <= share_wrong(np.array(probabilities), np.array(labels)) <= 1
 
 
 # weights

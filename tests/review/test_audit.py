@@ -198,7 +198,7 @@ def test_odd_broken_and_far_images_are_named(tmp_path):
 def test_an_image_unlike_all_others_is_an_outlier():
     report = AuditReport(
         'x', ['a', 'b'], list(CLASSES), np.zeros(2, int), score_labels(np.full((2, 3), 1 / 3), np.zeros(2, int)),
-        np.zeros(2, bool), np.arange(2), np.zeros(2, int), np.array([0., 7.]), np.zeros(2, bool),
+        np.zeros(2, bool), np.zeros(2, bool), np.arange(2), np.zeros(2, int), np.array([0., 7.]), np.zeros(2, bool),
         np.ones((2, 2), int), [], [])
     assert report.outliers.tolist() == [False, True] and 'Outliers: 1 image: b.' in report.summary()
 

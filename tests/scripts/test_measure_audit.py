@@ -38,14 +38,15 @@ def test_planted_copies_are_of_the_images_that_the_record_names(images, tmp_path
 
 
 def test_the_measures_by_hand(tmp_path):
-    rows = [dict(image=f'{i}', label='a', suggested='ab'[i in (0, 3)], loss=loss, margin=margin, wrong_label=wrong)
+    rows = [dict(image=f'{i}', label='a', suggested='ab'[i in (0, 3)], loss=loss, margin=margin,
+                 confident_learning=wrong, wrong_label='yes' * (i == 1))
             for i, (loss, margin, wrong) in enumerate([
                 ('5.0', '-0.5', 'yes'), ('4.0', '-0.1', ''), ('0.1', '0.9', ''), ('3.0', '-0.9', 'yes')])]
     own, confident = measure_labels('x', rows, ['0', '3'])
     assert own['share of flips among as many'] == '50.0%' and confident['share of flips among as many'] == '100.0%'
     assert own['area under precision-recall'] == pytest.approx((1 + 2 / 3) / 2, abs=1e-4)
     assert confident['area under precision-recall'] == 1 and own['agrees with the given label'] == '50.0%'
-    assert own['flips in the first hundred'] == 2
+    assert own['flips in the first hundred'] == 2 and own['marked as wrong'] == 1
     (tmp_path / 'd.csv').write_text(
         'image,duplicate_of,split\na/1.png,a/copy.png,validation\na/2.png,a/other.png,validation\na/1.png,x,test\n')
     found = measure_copies('x', tmp_path / 'd.csv', {
