@@ -328,8 +328,8 @@ def read_answers(path: Path, class_names: Sequence[str]) -> Batch:
     """Answers of a model in production: a CSV file with the columns `confidence`, `predicted` and maybe `label`.
 
     A label may be empty: it is not known. Confidence is the largest probability, from 0 to 1; classes are names, or
-    places in the order of the names, counted from 0. Further columns are left alone. What `pst-timm predict` writes will
-    do, without the lines of errors.
+    places in the order of the names, counted from 0. Further columns are left alone. What `pst-timm predict` writes
+    will do, without the lines of errors.
 
     Raises:
         PSTError: If it cannot be read, or a line is not as it should be; names the line.
