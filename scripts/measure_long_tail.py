@@ -17,15 +17,17 @@ from typing import Any, Dict, List, Optional, Sequence
 import numpy as np
 import timm
 import torch
+import yaml
 from torch.utils.data import DataLoader
 
 from pst_timm.checkpoints import load_model
+from pst_timm.commands import audit
 from pst_timm.data.images import EXTENSIONS, scan_folder
 from pst_timm.data.readers import in_order
 from pst_timm.engine import train, train_args
 from pst_timm.utils.devices import hardware_name
 from pst_timm.utils.errors import PSTError
-from pst_timm.utils.files import write_csv, write_json
+from pst_timm.utils.files import write_csv, write_json, write_text
 from pst_timm.utils.tables import format_table
 
 __all__ = ['CELLS', 'class_sizes', 'main', 'make_subset', 'summary']
@@ -39,6 +41,8 @@ CELLS: Dict[str, Dict[str, Any]] = {
     'logit-adjust': dict(logit_adjust=1.),
     'effective': dict(sampler='effective'),
     'hard-loss': dict(hard_loss_fraction=0.5),
+    # the weights are those of an audit by models that have not seen the images they weigh
+    'hard-examples': dict(hard_examples='weights.csv'),
     # which the images on the device cannot do
     'rare-aa': dict(rare_aa='rand-m7-mstd0.5-inc1', rare_below=60, data_on_device=False),
 }
@@ -99,6 +103,19 @@ def kept_runs(path: Path, same: Dict[str, Any]) -> List[Dict[str, Any]]:
     return written['runs']
 
 
+def audit_weights(data: Path, work: Path, recipe: Dict[str, Any]) -> Path:
+    """Weights of the training images for --hard-examples, by `pst-timm audit --cross 3` with the recipe itself."""
+    folder = work / 'audit'
+    if not (folder / 'weights.csv').is_file():
+        write_text(work / 'audit.yaml', yaml.safe_dump(recipe))
+        code = audit.main([
+            '--data-dir', str(data), '--split', 'train', '--against', '--cross', '3', '--config',
+            str(work / 'audit.yaml'), '--resume', 'auto', '--device', 'cpu', '-o', str(folder)])
+        if code:
+            raise PSTError(f'The audit in {folder} ended with {code}.')
+    return folder / 'weights.csv'
+
+
 def run_cell(
         cell: str,
         seed: int,
@@ -108,9 +125,12 @@ def run_cell(
         recipe: Dict[str, Any],
 ) -> Dict[str, Any]:
     """Train a cell, or the rest of it, and evaluate its last epoch; accuracies in percent."""
+    flags = dict(CELLS[cell])
+    if 'hard_examples' in flags:
+        flags['hard_examples'] = str(audit_weights(data, work, recipe))
     result = train(train_args(**{
         **recipe, 'data_dir': str(data), 'output': str(work), 'experiment': f'{cell}-{seed}', 'seed': seed,
-        'resume': 'auto', 'val_interval': recipe['epochs'], **CELLS[cell]}))
+        'resume': 'auto', 'val_interval': recipe['epochs'], **flags}))
     share = accuracies(result.output_dir / 'last.pth.tar', data, chosen)
     return dict(
         cell=cell, seed=seed, top1=100 * float(np.mean(share)),
