@@ -107,6 +107,7 @@ def audit_weights(data: Path, work: Path, recipe: Dict[str, Any]) -> Path:
     """Weights of the training images for --hard-examples, by `pst-timm audit --cross 3` with the recipe itself."""
     folder = work / 'audit'
     if not (folder / 'weights.csv').is_file():
+        work.mkdir(parents=True, exist_ok=True)
         write_text(work / 'audit.yaml', yaml.safe_dump(recipe))
         code = audit.main([
             '--data-dir', str(data), '--split', 'train', '--against', '--cross', '3', '--config',

@@ -81,3 +81,14 @@ def test_the_table_is_that_of_the_runs(small, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in times} == times and len(times) == 4
     with pytest.raises(PSTError, match='has results of other recipe'):
         measure.main([*map(str, words), '--epochs', '2'])
+
+
+def test_hard_examples_are_weighed_by_models_that_have_not_seen_them(small, tmp_path):
+    words = ['--data-dir', small, '--work', tmp_path / 'work', '--output', tmp_path / 'out', '--epochs', 1,
+             '--cells', 'hard-examples', '--seeds', 0]
+    assert measure.main([*map(str, words)]) == 0
+    weights = read_csv(tmp_path / 'work' / 'runs' / 'audit' / 'weights.csv')
+    train = tmp_path / 'work' / 'data' / 'train'
+    assert {row['image'] for row in weights} == {str(path.relative_to(train)) for path in train.rglob('*.png')}
+    for fold in range(3):
+        assert (tmp_path / 'work' / 'runs' / 'audit' / 'folds' / str(fold) / 'run' / 'last.pth.tar').is_file()
