@@ -90,6 +90,8 @@ def _formats() -> List[str]:
 def as_seen(image: Image.Image, mode: str = 'RGB') -> Image.Image:
     """An image as a person sees it: upright, 16 bits scaled to 8, transparent parts white unless `mode` keeps them."""
     image.load()
+    if image.mode == 'F':
+        raise UnreadableImage('its pixels are floating-point numbers, of which nothing tells which is black or white')
     turn = UPRIGHT.get(_orientation(image))
     if image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PNG'):  # the latter in older Pillow
         image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).clip(max=255).astype(np.uint8))

@@ -120,3 +120,9 @@ def test_a_folder_gives_evenly_spaced_images(tmp_path):
     (tmp_path / 'empty').mkdir()
     with pytest.raises(PSTError, match=r'empty has no images \(.png, '):
         find_images(tmp_path / 'empty', 1)
+
+
+def test_pixels_without_a_known_range_are_not_taken_for_black(tmp_path):
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / 'a.tif')
+    with pytest.raises(PSTError, match=r'a\.tif cannot be read as an image: its pixels are floating-point numbers'):
+        open_image(tmp_path / 'a.tif')
