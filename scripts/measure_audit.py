@@ -42,8 +42,11 @@ TINY = dict(
     sched='cosine', sched_on_updates=True, smoothing=0.0, scale=[0.35, 1.0], color_jitter=0.0,
     train_interpolation='bilinear', amp=True, amp_dtype='bfloat16', channels_last=True, data_on_device=True, workers=0,
     log_interval=50, recovery_interval=100)
-# on the other classes, at a smaller size: what all folds begin with
-BEGINNING = dict(TINY, img_size=48, batch_size=128, lr=0.002, epochs=3, warmup_epochs=0)
+# on the other classes, first at a smaller size: what all folds begin with
+BEGINNINGS = {
+    'pretraining': dict(TINY, img_size=48, batch_size=128, lr=0.002, epochs=3, warmup_epochs=0),
+    'pretraining-64': dict(TINY, img_size=64, batch_size=128, lr=0.0015, epochs=2, warmup_epochs=0),
+}
 FOLDS = dict(TINY, img_size=64, batch_size=64, lr=0.001, epochs=10, warmup_epochs=1)
 
 
@@ -205,14 +208,16 @@ def tiny_imagenet(data: Path, work: Path) -> Planted:
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.is_symlink():
                 link.symlink_to((data / split / name).resolve())
-    summary = work / 'pretraining' / 'summary.csv'
-    if not summary.is_file() or len(read_csv(summary)) < BEGINNING['epochs']:
-        train(train_args(
-            **BEGINNING, num_classes=len(names) - CLASSES, data_dir=str(work / 'others'), val_split='',
-            output=str(work), experiment='pretraining', resume='auto', checkpoint_hist=1))
+    before = ''
+    for name, recipe in BEGINNINGS.items():
+        summary = work / name / 'summary.csv'
+        if not summary.is_file() or len(read_csv(summary)) < recipe['epochs']:
+            train(train_args(
+                **recipe, num_classes=len(names) - CLASSES, data_dir=str(work / 'others'), val_split='',
+                initial_checkpoint=before, output=str(work), experiment=name, resume='auto', checkpoint_hist=1))
+        before = str(work / name / 'last.pth.tar')
     planted = plant(work / 'classes' / 'train', work / 'classes' / 'val', work / 'flipped', 60)
-    recipe = dict(FOLDS, initial_checkpoint=str(work / 'pretraining' / 'last.pth.tar'))
-    run_audit(work / 'flipped', recipe, 3, ['--mirror', '--crops'])
+    run_audit(work / 'flipped', dict(FOLDS, initial_checkpoint=before), 3, ['--mirror', '--crops'])
     return planted
 
 
@@ -225,8 +230,9 @@ SETTINGS = {
         'epochs'),
     'Tiny ImageNet, 20 classes': (
         'Tiny ImageNet: 10,000 training images of 20 classes drawn by seed, three folds, a `resnet18` with one block '
-        'in each stage for 10 epochs at 64 px, begun with its weights after 3 epochs on the other 180 classes at 48 '
-        'px, on one core of a processor in bfloat16, images scored by five crops and their mirror images'),
+        'in each stage for 10 epochs at 64 px, begun with its weights after 3 epochs at 48 px and 2 at 64 px on the '
+        'other 180 classes, on one core of a processor in bfloat16, images scored by five crops and their mirror '
+        'images'),
 }
 
 
