@@ -31,15 +31,22 @@ def seeded():
     torch.manual_seed(0)
 
 
+def _unlog() -> None:
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if not type(h).__module__.startswith('_pytest')]:
+        root.removeHandler(handler)
+    root.setLevel(logging.WARNING)
+
+
 @pytest.fixture(autouse=True)
 def unlogged():
-    """Take back the log handlers that a command set up in a test: they write to a stream that ends with the test."""
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
+    """Take back how a command set up the log: its handlers write to a stream that ends with the test.
+
+    Before the test as well, as the command may have been called by a fixture of the module.
+    """
+    _unlog()
     yield
-    for handler in [h for h in root.handlers if h not in before]:
-        root.removeHandler(handler)
-    root.setLevel(level)
+    _unlog()
 
 
 @pytest.fixture(scope='session', autouse=True)
