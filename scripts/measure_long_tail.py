@@ -18,13 +18,12 @@ import numpy as np
 import timm
 import torch
 import yaml
-from torch.utils.data import DataLoader
 
-from pst_timm.checkpoints import load_model
 from pst_timm.commands import audit
 from pst_timm.data.images import EXTENSIONS, scan_folder
 from pst_timm.data.readers import in_order
 from pst_timm.engine import train, train_args
+from pst_timm.review.answers import Outputs, answers, open_labelled, open_subject
 from pst_timm.utils.devices import hardware_name
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import write_csv, write_json, write_text
@@ -139,20 +138,13 @@ def run_cell(
         classes=[round(100 * float(x), 2) for x in share])
 
 
-@torch.inference_mode()
 def accuracies(checkpoint: Path, data: Path, chosen: Sequence[str]) -> np.ndarray:
     """Share of the validation images of each class that are classified right, in the order of `chosen`."""
-    dataset = timm.data.create_dataset('', root=str(data), split='validation')
-    model = load_model(str(checkpoint)).eval()
-    dataset.transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    right = np.zeros(len(chosen))
-    counts = np.zeros(len(chosen))
-    for images, labels in DataLoader(dataset, batch_size=250):
-        answers = model(images).argmax(1)
-        np.add.at(right, labels.numpy(), (answers == labels).numpy())
-        np.add.at(counts, labels.numpy(), 1)
-    places = [dataset.reader.class_to_idx[name] for name in chosen]
-    return (right / counts)[places]
+    subject = open_subject(str(checkpoint), device='cpu')
+    samples = open_labelled(subject, str(data))
+    found = Outputs.gather(answers(subject, samples, 250, embeddings=False))
+    right = found.logits.argmax(axis=1) == found.labels
+    return np.array([right[found.labels == samples.class_names.index(name)].mean() for name in chosen])
 
 
 def summary(runs: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:

@@ -9,7 +9,7 @@ from .building import (
     temperature_of,
 )
 from .conversion import Conversion, convert
-from .facts import attention_settings, inference_settings
+from .facts import attention_settings, inference_settings, set_attention
 from .fitting import load_weights
 from .reading import Checkpoint, check_finite, read_checkpoint
 from .trunk import load_trunk
@@ -17,5 +17,5 @@ from .trunk import load_trunk
 __all__ = [
     'Checkpoint', 'Conversion', 'attention_settings', 'build_model', 'check_finite', 'convert',
     'create_model', 'inference_settings', 'label_names', 'load_model', 'load_trunk', 'load_weights', 'open_checkpoint',
-    'preprocessing', 'read_checkpoint', 'temperature_of',
+    'preprocessing', 'read_checkpoint', 'set_attention', 'temperature_of',
 ]

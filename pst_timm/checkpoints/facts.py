@@ -13,7 +13,7 @@ from .trust import check_origin, read_model_config
 
 __all__ = [
     'DATA_KEYS', 'as_plain', 'attention_settings', 'complete', 'describe', 'first_line', 'inference_settings',
-    'look_up', 'resolve_origin',
+    'look_up', 'resolve_origin', 'set_attention',
 ]
 
 DATA_KEYS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
@@ -29,6 +29,18 @@ def inference_settings(model: nn.Module) -> Dict[str, Any]:
 def attention_settings(model: nn.Module) -> Dict[str, Any]:
     """`topk` and `fine_fusion` of a model; 0 and None for one without sparse attention."""
     return {'topk': 0, 'fine_fusion': None, **inference_settings(model)}
+
+
+def set_attention(model: nn.Module, topk: Optional[int] = None, fine_fusion: Optional[str] = None) -> None:
+    """Set what is given of the attention of a model that has some.
+
+    Raises:
+        PSTError: If a value does not fit.
+    """
+    try:
+        model.set_topk(attention_settings(model)['topk'] if topk is None else topk, fine_fusion)
+    except ValueError as e:
+        raise PSTError(str(e)) from None
 
 
 def describe(

@@ -66,7 +66,7 @@ def _export_and_check(args: argparse.Namespace) -> int:
     import torch
     from timm.utils import setup_default_logging
 
-    from pst_timm.checkpoints import attention_settings, load_model, preprocessing
+    from pst_timm.checkpoints import load_model, preprocessing, set_attention
     from pst_timm.deploy.export import FORMATS, check_export, export, tolerance
     from pst_timm.utils.cost import check_image_memory
 
@@ -83,7 +83,7 @@ def _export_and_check(args: argparse.Namespace) -> int:
     if args.topk is not None or args.fine_fusion is not None:
         if not hasattr(model, 'set_topk'):
             raise PSTError(f'{args.source} has no sparse attention to set --topk or --fine-fusion on.')
-        model.set_topk(attention_settings(model)['topk'] if args.topk is None else args.topk, args.fine_fusion)
+        set_attention(model, args.topk, args.fine_fusion)
     exported = export(
         model, path, args.format, args.dynamic, dtype, args.img_size, args.reparam, names, args.overwrite)
     print(f'Written: {path} ({path.stat().st_size / 2 ** 20:.1f} MiB)')

@@ -19,14 +19,15 @@ from .images import MODES, UnreadableImage, as_seen, first_of, listed, open_imag
 from .readers import FolderReader, TarReader, read_class_map
 
 __all__ = [
-    'BadImages', 'CheckedImageDataset', 'check_class_names', 'check_classes', 'check_mapped_names', 'class_names',
-    'create_eval_dataset', 'is_folder_or_tar', 'open_dataset',
+    'TRAINING', 'VALIDATION', 'BadImages', 'CheckedImageDataset', 'check_class_names', 'check_classes',
+    'check_mapped_names', 'class_names', 'create_eval_dataset', 'is_folder_or_tar', 'open_dataset',
 ]
 
 _logger = logging.getLogger(__name__)
 
 # names that timm takes for one another
-SPLITS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
+TRAINING = ('train', 'training')
+VALIDATION = ('val', 'valid', 'validation', 'eval', 'evaluation')
 # what a kind of dataset needs, None for what is there anyway
 KINDS = {'torch': None, 'hfds': 'datasets', 'hfids': 'datasets', 'tfds': 'tensorflow_datasets', 'wds': 'webdataset'}
 FOLDER_NAMES = ('', 'folder', 'tar', 'imagefolder', 'imagetar')
@@ -299,14 +300,14 @@ def _split_folder(root: Path, split: str) -> Path:
     """The folder of a split; the root itself where there are no splits at all, as timm has it."""
     if '[' in split:
         raise PSTError(f'{split!r} takes a part of a split, which folders do not offer: name a whole one.')
-    alike = next((names for names in SPLITS if split in names), ())
+    alike = next((names for names in (TRAINING, VALIDATION) if split in names), ())
     found = next((root / name for name in (split, *alike) if (root / name).exists()), None)
     if found is not None:
         if not found.is_dir():
             raise PSTError(f'{found} is not a folder: --data-dir must name a folder of splits, or a .tar file itself.')
         return found
     others = sorted(p.name for p in root.iterdir() if p.is_dir())
-    if not alike or set(others) & {*SPLITS[0], *SPLITS[1], 'test'}:
+    if not alike or set(others) & {*TRAINING, *VALIDATION, 'test'}:
         have = f'it has {listed(others, 10)}' if others else 'it has no folders'
         raise PSTError(
             f'{root} has no {split!r} split; {have}. Name one of these with --train-split, --val-split or, in '

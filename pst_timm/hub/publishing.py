@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from timm.models import split_model_name_tag
 
-from pst_timm.checkpoints import attention_settings, build_model, open_checkpoint
+from pst_timm.checkpoints import attention_settings, build_model, open_checkpoint, set_attention
 from pst_timm.checkpoints.folder import CARD, check_target, save_folder
 from pst_timm.checkpoints.reading import Checkpoint
 from pst_timm.models import ResNetPST
@@ -186,10 +186,7 @@ def _check_accuracy(row: Dict[str, Any], who: str) -> None:
 def _set_attention(model: nn.Module, topk: Optional[int], fine_fusion: Optional[str]) -> bool:
     """Set what is given; returns whether that changed anything."""
     before = attention_settings(model)
-    try:
-        model.set_topk(before['topk'] if topk is None else topk, fine_fusion)
-    except ValueError as e:
-        raise PSTError(str(e)) from None
+    set_attention(model, topk, fine_fusion)
     return attention_settings(model) != before
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
-from pst_timm.checkpoints import attention_settings, label_names, load_model, preprocessing
+from pst_timm.checkpoints import label_names, load_model, preprocessing, set_attention
 from pst_timm.data.datasets import create_eval_dataset
 from pst_timm.data.images import listed
 from pst_timm.data.loaders import plain_worker_errors
@@ -22,7 +22,7 @@ from pst_timm.utils.errors import PSTError
 from pst_timm.utils.markdown import plain
 from pst_timm.utils.progress import progress_bar
 
-__all__ = ['Outputs', 'Subject', 'answers', 'open_labelled', 'open_loose', 'open_subject', 'without_embeddings']
+__all__ = ['Outputs', 'Subject', 'answers', 'open_labelled', 'open_loose', 'open_subject']
 
 _logger = logging.getLogger(__name__)
 
@@ -117,11 +117,7 @@ def open_subject(
     if topk is not None or fine_fusion is not None:
         if not hasattr(model, 'set_topk'):
             raise PSTError(f'{source} has no fine attention: leave out --topk and --fine-fusion.')
-        own = attention_settings(model)
-        try:
-            model.set_topk(own['topk'] if topk is None else topk, fine_fusion)
-        except ValueError as e:
-            raise PSTError(str(e)) from None
+        set_attention(model, topk, fine_fusion)
     config = preprocessing(model, source, {'img_size': img_size})
     channels = config['input_size'][0]
     if channels not in (1, 3):
@@ -177,6 +173,7 @@ def answers(
         workers: int = 0,
         title: str = 'Answers',
         show: bool = True,
+        embeddings: bool = True,
 ) -> Iterator[Outputs]:
     """What a model gives for images, batch by batch in their order, each batch with what was left out of it.
 
@@ -187,6 +184,8 @@ def answers(
         workers: Processes that read images, 0 for this one.
         title: Name in the bar.
         show: Whether there is a bar, where standard error is a terminal.
+        embeddings: Whether to give embeddings, which take a second pass through the head, and the most room of all;
+            without, they are (N, 0).
 
     Raises:
         PSTError: If the model gives NaN or infinite logits.
@@ -199,27 +198,23 @@ def answers(
             if broken:
                 told = [f'{plain(name, 300)} ({plain(reason, 300)})' for name, reason in zip(broken, reasons)]
                 _logger.warning(f'Skipped {len(broken)} image(s) that cannot be read: {listed(told)}.')
-            yield _answer(subject, samples, batch, broken)._replace(reasons=reasons)
-
-
-def without_embeddings(parts: Iterator[Outputs]) -> Iterator[Outputs]:
-    """The same answers, for those who keep them all and look at the logits alone: embeddings are the most of them."""
-    return (part._replace(embeddings=np.zeros((len(part.names), 0), np.float32)) for part in parts)
+            yield _answer(subject, samples, batch, broken, embeddings)._replace(reasons=reasons)
 
 
 @torch.inference_mode()
-def _answer(subject: Subject, samples: Samples, batch: Any, broken: List[str]) -> Outputs:
+def _answer(subject: Subject, samples: Samples, batch: Any, broken: List[str], embeddings: bool) -> Outputs:
     model = subject.model
     if batch is None:
         return Outputs([], *(np.zeros((0, 0)),) * 2, np.zeros(0, np.int64), np.zeros((0, len(LOOKS))), broken)
     features = model.forward_features(batch.image.to(subject.device))
-    embeddings, logits = model.forward_head(features, pre_logits=True), model.forward_head(features)
+    logits = model.forward_head(features)
+    pooled = model.forward_head(features, pre_logits=True).flatten(1) if embeddings else logits[:, :0]
     if not torch.isfinite(logits).all():
         raise PSTError(f'{subject.source} gives NaN or infinite logits: use other weights.')
     return Outputs(
         [samples.names[k] for k in batch.index.tolist()],
         logits.float().cpu().numpy(),
-        embeddings.flatten(1).float().cpu().numpy(),
+        pooled.float().cpu().numpy(),
         batch.label.numpy(),
         torch.stack(batch.look, dim=1).numpy(),
         broken,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pst_timm.checkpoints import read_checkpoint
 from pst_timm.checkpoints.reading import is_file
-from pst_timm.data.datasets import create_eval_dataset
+from pst_timm.data.datasets import TRAINING, VALIDATION, create_eval_dataset
 from pst_timm.data.duplicates import Prints, duplicate_groups, likeness, read_prints
 from pst_timm.data.images import find_images, listed
 from pst_timm.data.samples import LOOKS, Samples
@@ -41,7 +41,7 @@ __all__ = [
 
 AUDIT, WEIGHTS, DUPLICATES, SHEET = 'audit.csv', 'weights.csv', 'duplicates.csv', 'sheet.png'
 # what folders of splits are called
-SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
+SPLITS = (*TRAINING, *VALIDATION, 'test')
 
 
 def audit(
@@ -255,8 +255,7 @@ def root_of(samples: Samples) -> Optional[Path]:
 def seen_in_training(source: str, split: str) -> Optional[str]:
     """A sentence of warning if a model was trained on the images that it is to score, as far as its file tells."""
     told = read_checkpoint(source).args.get('train_split') if is_file(source) else None
-    usual = SPLITS[:2]
-    if split == told or (split in usual and told in (*usual, None)):
+    if split == told or (split in TRAINING and told in (*TRAINING, None)):
         why = f'{source} says that it was trained on the split {plain(split)!r}' if told else (
             f'{split!r} is what models are trained on')
         return (

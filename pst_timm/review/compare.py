@@ -20,7 +20,7 @@ from pst_timm.utils.errors import PSTError
 from pst_timm.utils.markdown import plain
 from pst_timm.utils.timing import median_ratio, time_in_turn
 
-from .answers import Outputs, Subject, answers, open_labelled, without_embeddings
+from .answers import Outputs, Subject, answers, open_labelled
 
 __all__ = ['CHANGES', 'ClassChange', 'Comparison', 'Flip', 'Side', 'compare', 'judge', 'report', 'verdict']
 
@@ -132,7 +132,7 @@ def compare(
     names = [_names(subject, samples) for subject, samples in zip((old, new), data)]
     order = _order(names, (old.source, new.source))
     outputs = [
-        Outputs.gather(without_embeddings(answers(subject, samples, batch_size, workers, title)))
+        Outputs.gather(answers(subject, samples, batch_size, workers, title, embeddings=False))
         for subject, samples, title in zip((old, new), data, ('Old', 'New'))]
     read = [{name: i for i, name in enumerate(found.names)} for found in outputs]
     both = [name for name in read[0] if name in read[1]]

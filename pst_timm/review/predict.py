@@ -64,7 +64,7 @@ def predict(
         PSTError: At the end, if not one image could be read; or as `answers`.
     """
     done, read, unread = 0, 0, None
-    for outputs in answers(subject, samples, batch_size, workers, 'Predict', show):
+    for outputs in answers(subject, samples, batch_size, workers, 'Predict', show, embeddings=False):
         batch = _in_order(outputs, samples.names, done, top, temperature)
         done += len(batch)
         read += len(outputs.names)

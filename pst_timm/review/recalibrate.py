@@ -13,7 +13,7 @@ from pst_timm.metrics.agreement import compare_logits
 from pst_timm.metrics.calibration import Refit, refit_temperature
 from pst_timm.utils.errors import PSTError
 
-from .answers import Outputs, Subject, answers, open_labelled, without_embeddings
+from .answers import Outputs, Subject, answers, open_labelled
 
 __all__ = ['Recalibration', 'bake_temperature', 'classifier_of', 'default_folder', 'recalibrate']
 
@@ -81,8 +81,8 @@ def recalibrate(
     folder = default_folder(subject.source) if folder is None else Path(folder)
     check_target(folder, Path(subject.source.removeprefix('local-dir:')), overwrite)
     classifier_of(subject.model, subject.source)
-    outputs = Outputs.gather(without_embeddings(answers(
-        subject, open_labelled(subject, data_dir, split), batch_size, workers, 'Recalibrate')))
+    outputs = Outputs.gather(answers(
+        subject, open_labelled(subject, data_dir, split), batch_size, workers, 'Recalibrate', embeddings=False))
     count = len(outputs.names)
     if count < FEWEST:
         raise PSTError(f'{count} images are too few to tell a temperature: {FEWEST} at least, better a thousand.')

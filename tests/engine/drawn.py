@@ -13,7 +13,7 @@ from pst_timm.data.datasets import CheckedImageDataset
 from pst_timm.engine import training
 
 if __name__ == '__main__':
-    from ranks import train_in_fork
+    from ranks import main
 
 
 def notes_of(path: Path, count: int) -> List[List[Tuple[int, int]]]:
@@ -44,15 +44,10 @@ def note_images() -> None:
     CheckedImageDataset.__getitem__, training.start_epoch = noting_read, noting_start
 
 
-def main() -> int:
-    note_images()
-    for attempt, folder in enumerate(sys.argv[1:]):
-        os.environ['NOTES'] = folder
-        code = train_in_fork(Path(folder), attempt)
-        if code:
-            return code
-    return 0
+def note_into(folder: str) -> None:
+    os.environ['NOTES'] = folder
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    note_images()
+    sys.exit(main(before=note_into))

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Callable
 
 from pst_timm.commands.train import main as train_main
 from pst_timm.engine import training  # noqa: F401  (what the command imports when it is called)
@@ -32,8 +33,10 @@ def train_in_fork(folder: Path, attempt: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def main() -> int:
+def main(before: Callable[[str], None] = lambda folder: None) -> int:
+    """Run those of all folders, each after a call with its name; returns the first exit code that is not 0."""
     for attempt, folder in enumerate(sys.argv[1:]):
+        before(folder)
         code = train_in_fork(Path(folder), attempt)
         if code:
             return code
