@@ -30,7 +30,8 @@ ROOMS = {
     'deploy': UPSTAIRS | {'engine'},
     'study': UPSTAIRS | {'engine'},
     'review': UPSTAIRS | {'engine'},
-    'commands': UPSTAIRS | {'engine', 'hub', 'benchmark', 'visualize', 'deploy', 'study', 'review'},
+    'detection': UPSTAIRS | {'engine'},
+    'commands': UPSTAIRS | {'engine', 'hub', 'benchmark', 'visualize', 'deploy', 'study', 'review', 'detection'},
     'cli': {'utils'},
 }
 LATER = ('matplotlib', 'sklearn', 'scipy', *(f'pst_timm.{room}' for room in ROOMS if room not in FLOOR | {'models'}))

@@ -19,7 +19,10 @@ from pst_timm.utils.parsing import ArgumentParser
 
 from .flags import TRAIN_FLAGS, VALIDATE_FLAGS, Flag, FlagGroups
 
-__all__ = ['parse_train_args', 'parse_validate_args', 'read_yaml', 'train_args', 'validate_args', 'write_yaml']
+__all__ = [
+    'args_of', 'parse_args', 'parse_train_args', 'parse_validate_args', 'read_yaml', 'train_args', 'validate_args',
+    'write_yaml',
+]
 
 
 def _by_key(groups: FlagGroups) -> Dict[str, Flag]:
@@ -112,7 +115,29 @@ def write_yaml(args: Namespace, path: str) -> None:
     write_text(path, yaml.safe_dump(dict(sorted(vars(args).items())), default_flow_style=False))
 
 
-def _parse(groups: FlagGroups, prog: str, description: str, argv: Optional[Sequence[str]]) -> Namespace:
+Check = Callable[[Namespace], Iterator[str]]
+"""What no flag can check alone: sentences about arguments that do not go together."""
+
+
+def parse_args(
+        groups: FlagGroups,
+        prog: str,
+        description: str,
+        argv: Optional[Sequence[str]],
+        check: Check,
+) -> Namespace:
+    """Arguments of a command from its words.
+
+    Args:
+        groups: The flags of the command.
+        prog: Its name.
+        description: What it does, for the help.
+        argv: The words, `sys.argv` if None.
+        check: What no flag can check alone.
+
+    Raises:
+        PSTError: If a flag is unknown, or a value unfit.
+    """
     parser = _build_parser(groups, prog, description)
     config_parser = _Parser(prog=prog, add_help=False)
     config_parser.add_argument('-c', '--config', default='')
@@ -121,22 +146,21 @@ def _parse(groups: FlagGroups, prog: str, description: str, argv: Optional[Seque
         parser.set_defaults(**read_yaml(config.config, groups))
     args = parser.parse_args(rest)
     del args.config
-    return _finish(Namespace(**deepcopy(vars(args))))
+    return _finish(Namespace(**deepcopy(vars(args))), check)
 
 
-def _from_keywords(groups: FlagGroups, values: Dict[str, Any]) -> Namespace:
+def args_of(groups: FlagGroups, values: Dict[str, Any], check: Check) -> Namespace:
+    """The same from keyword arguments, see `parse_args`."""
     args = {key: deepcopy(flag.default) for key, flag in _by_key(groups).items() if not flag.refused}
     args.update(_check_values(values, groups))
-    return _finish(Namespace(**args))
+    return _finish(Namespace(**args), check)
 
 
-def _finish(args: Namespace) -> Namespace:
+def _finish(args: Namespace, check: Check) -> Namespace:
     """Check what no flag can check alone, and make one of the two names of the data."""
-    problems = [*_wrong_together(args)]
-    if hasattr(args, 'sched'):
-        problems += [*_wrong_in_training(args)]
-    else:
-        problems += [*_wrong_in_validation(args)]
+    problems = [*check(args)]
+    if args.data and args.data_dir not in (None, args.data):
+        problems.insert(0, f'{args.data!r} is given beside --data-dir {args.data_dir}: name the data once.')
     if problems:
         raise PSTError('\n'.join(problems))
     args.data_dir = args.data_dir or args.data
@@ -149,8 +173,6 @@ TOO_LARGE = 2 ** 16  # for the width or depth of a model
 
 def _wrong_together(args: Namespace) -> Iterator[str]:
     """What training and validation both refuse, a sentence each."""
-    if args.data and args.data_dir not in (None, args.data):
-        yield f'{args.data!r} is given beside --data-dir {args.data_dir}: name the data once.'
     chans = args.input_size[0] if args.input_size else args.in_chans or 3
     for key in ('mean', 'std'):
         values = getattr(args, key)
@@ -183,6 +205,7 @@ def _wrong_together(args: Namespace) -> Iterator[str]:
 
 
 def _wrong_in_training(args: Namespace) -> Iterator[str]:
+    yield from _wrong_together(args)
     for key in ('scale', 'ratio', 'cutmix_minmax'):
         values = getattr(args, key)
         same = key == 'cutmix_minmax' and values is not None and values[0] == values[-1]
@@ -226,6 +249,7 @@ def _wrong_in_balance(args: Namespace) -> Iterator[str]:
 
 
 def _wrong_in_validation(args: Namespace) -> Iterator[str]:
+    yield from _wrong_together(args)
     if args.model is not None and not all(args.model.split(',')):
         yield f'--model {args.model!r} has a name that is empty: separate names by single commas, without spaces.'
     if args.use_ema is not None and not args.checkpoint:
@@ -239,19 +263,19 @@ def _wrong_in_validation(args: Namespace) -> Iterator[str]:
 
 def parse_train_args(argv: Optional[Sequence[str]] = None, prog: str = 'train.py') -> Namespace:
     """Arguments of a training run from the words of a command line (`sys.argv` if None)."""
-    return _parse(TRAIN_FLAGS, prog, 'Train an image classifier.', argv)
+    return parse_args(TRAIN_FLAGS, prog, 'Train an image classifier.', argv, _wrong_in_training)
 
 
 def parse_validate_args(argv: Optional[Sequence[str]] = None, prog: str = 'validate.py') -> Namespace:
     """Arguments of an evaluation from the words of a command line (`sys.argv` if None)."""
-    return _parse(VALIDATE_FLAGS, prog, 'Evaluate image classifiers.', argv)
+    return parse_args(VALIDATE_FLAGS, prog, 'Evaluate image classifiers.', argv, _wrong_in_validation)
 
 
 def train_args(**values: Any) -> Namespace:
     """Arguments of a training run from keyword arguments, checked as those of the command line are."""
-    return _from_keywords(TRAIN_FLAGS, values)
+    return args_of(TRAIN_FLAGS, values, _wrong_in_training)
 
 
 def validate_args(**values: Any) -> Namespace:
     """Arguments of an evaluation from keyword arguments, checked as those of the command line are."""
-    return _from_keywords(VALIDATE_FLAGS, values)
+    return args_of(VALIDATE_FLAGS, values, _wrong_in_validation)

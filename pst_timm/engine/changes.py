@@ -15,7 +15,7 @@ from pst_timm.data.datasets import check_class_names
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.markdown import plain
 
-from .flags import keys_with_role
+from .flags import TRAIN_FLAGS, FlagGroups, keys_with_role
 from .recovery import Position, position_of, resume
 
 __all__ = ['Stream', 'changed_settings', 'check_changes', 'check_resume', 'check_start', 'keep_settings', 'load_run']
@@ -42,19 +42,25 @@ class Stream(NamedTuple):
     """What tells their chances to be drawn from others, None where each comes once in an epoch."""
 
 
-def changed_settings(saved: Dict[str, Any], args: Namespace) -> Dict[str, Any]:
+def changed_settings(
+        saved: Dict[str, Any],
+        args: Namespace,
+        groups: FlagGroups = TRAIN_FLAGS,
+) -> Dict[str, Any]:
     """Flags about model, data and training whose values are not those that a checkpoint was written with.
 
     Args:
         saved: Content of the checkpoint.
         args: Arguments of this run, resolved.
+        groups: The flags of its command.
 
     Returns:
         The values in the checkpoint by key.
     """
     then = saved.get('args')
     then = vars(then) if isinstance(then, Namespace) else {}
-    keys = [k for k in keys_with_role('model', 'preprocessing', 'recipe', 'data') if k not in WITHOUT_EFFECT]
+    decisive = keys_with_role('model', 'preprocessing', 'recipe', 'data', groups=groups)
+    keys = [k for k in decisive if k not in WITHOUT_EFFECT]
     return {k: then[k] for k in keys if k in then and as_plain(then[k]) != as_plain(getattr(args, k, None))}
 
 
@@ -65,6 +71,7 @@ def check_changes(
         position: Position,
         stream: Stream,
         names: Optional[Sequence[str]],
+        groups: FlagGroups = TRAIN_FLAGS,
 ) -> None:
     """Say what a run does otherwise than the one that wrote a checkpoint.
 
@@ -75,6 +82,7 @@ def check_changes(
         position: Where it goes on.
         stream: The batches of its epochs.
         names: Names of its classes in the order of the labels, if known.
+        groups: The flags of its command.
 
     Raises:
         PSTError: If the run cannot go on like this.
@@ -82,7 +90,7 @@ def check_changes(
     check_class_names(
         names, _label_names(saved), f'the {args.train_split!r} split', f'the checkpoint {path}',
         'Give the run the folders it began with, or a --class-map.')
-    changed = changed_settings(saved, args)
+    changed = changed_settings(saved, args, groups)
     if 'opt' in changed and not args.no_resume_opt:
         raise PSTError(
             f'--opt {args.opt} cannot go on from {path}, which holds the state of '
@@ -175,6 +183,7 @@ def load_run(
         loss_scaler: Optional[NativeScaler],
         stream: Stream,
         names: Optional[List[str]],
+        groups: FlagGroups = TRAIN_FLAGS,
 ) -> Position:
     """Go on from a checkpoint; what is otherwise than in the run that wrote it is done and said, or refused.
 
@@ -187,14 +196,16 @@ def load_run(
         loss_scaler: The loss scaler, if there is one.
         stream: The batches of an epoch.
         names: Names of the classes in the order of the labels, if known.
+        groups: The flags of the run's command.
 
     Returns:
         Where the checkpoint stands.
     """
     position = position_of(saved, checkpoint)
-    check_changes(saved, checkpoint, args, position if args.start_epoch is None else Position(), stream, names)
+    begun = position if args.start_epoch is None else Position()
+    check_changes(saved, checkpoint, args, begun, stream, names, groups)
     keep = not args.no_resume_opt
-    restore = keep_settings(optimizer, changed_settings(saved, args), args, checkpoint)
+    restore = keep_settings(optimizer, changed_settings(saved, args, groups), args, checkpoint)
     resume(checkpoint, saved, task, optimizer if keep else None, loss_scaler if keep else None)
     restore()
     _logger.info(f'Going on from {checkpoint}, epoch {position.epoch}, step {position.step}.')

@@ -600,11 +600,12 @@ def shared_keys(*roles: str) -> List[str]:
     return [key for key in keys_with_role(*roles) if key in evaluation]
 
 
-def recipe(args: Union[Namespace, Mapping[str, Any]]) -> Dict[str, Any]:
+def recipe(args: Union[Namespace, Mapping[str, Any]], groups: FlagGroups = TRAIN_FLAGS) -> Dict[str, Any]:
     """What one needs, beside the data, to train the same model again.
 
     Args:
         args: Arguments of a training run, as they were given: a run resolves the learning rate and others in its own.
+        groups: The flags of its command.
 
     Returns:
         By key, the flags about model, preprocessing and training that differ from their defaults, and always the
@@ -613,8 +614,8 @@ def recipe(args: Union[Namespace, Mapping[str, Any]]) -> Dict[str, Any]:
     from pst_timm.checkpoints.fetching import is_published
 
     values = args if isinstance(args, Mapping) else vars(args)
-    flags = [flag for _, flags in TRAIN_FLAGS for flag in flags]
-    chosen = set(keys_with_role('model', 'preprocessing', 'recipe'))
+    flags = [flag for _, flags in groups for flag in flags]
+    chosen = set(keys_with_role('model', 'preprocessing', 'recipe', groups=groups))
     found = {}
     for flag in flags:
         value = values.get(flag.key, flag.default)

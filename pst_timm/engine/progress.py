@@ -6,7 +6,7 @@ import shutil
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Mapping
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Sequence
 
 from timm.utils import AverageMeter
 
@@ -72,12 +72,14 @@ class StepTimer:
 class RunLog:
     """The record of a training run in its folder; every method is for the first process alone."""
 
-    def __init__(self, args: Namespace, folder: Path, start_epoch: int):
+    def __init__(self, args: Namespace, folder: Path, start_epoch: int, title: str, metrics: Sequence[str]):
         """
         Args:
             args: Arguments of the run.
             folder: Folder of the run; nothing is written to it before `open`.
             start_epoch: First epoch; rows of an earlier try from there on are dropped.
+            title: What the curves are of.
+            metrics: What an evaluation tells; the first two beside the loss are drawn.
 
         Raises:
             PSTError: If a logger is asked for that is not installed, or if a table is there that cannot be gone on
@@ -86,7 +88,7 @@ class RunLog:
         self.args = args
         self.folder = folder
         self.start_epoch = start_epoch
-        self.title = run_title(args)
+        self.title, self.metrics = title, metrics
         self.tensorboard = self.wandb = None
         self._writer = _import_tensorboard() if args.log_tensorboard else None
         self._wandb = _import_wandb() if args.log_wandb else None
@@ -117,7 +119,7 @@ class RunLog:
     ) -> None:
         """Record an epoch and draw the curves anew; `evaluation` is empty where there was none."""
         # every row has the columns of the header
-        columns = dict(dict.fromkeys(('loss', 'top1', 'top5'), ''), **evaluation)
+        columns = dict(dict.fromkeys(self.metrics, ''), **evaluation)
         row = dict(
             epoch=epoch,
             **{f'train_{k}': v for k, v in train.items()},
@@ -129,7 +131,8 @@ class RunLog:
             self.wandb.log(row)
         # apart from the summary, which is the same whenever the run is repeated
         self.tables[SPEED].add(dict(epoch=epoch, **{f'train_{k}': v for k, v in speed.items()}))
-        plot_summary(self.folder / SUMMARY, self.folder / 'curve.png', self.title)
+        drawn = [f'eval_{name}' for name in self.metrics if name != 'loss'][:2]
+        plot_summary(self.folder / SUMMARY, self.folder / 'curve.png', self.title, drawn)
         if self.tensorboard is not None:
             for name, values in (('train', train), ('eval', evaluation)):
                 for key, value in values.items():
@@ -244,19 +247,19 @@ def _init_wandb(wandb: Any, args: Namespace) -> None:
     )
 
 
-def run_title(args: Namespace) -> str:
-    """'resnet18 on digits': the model, and the name of its data."""
-    data = args.dataset.partition('/')[2] or Path(args.data_dir).resolve().name
-    return f'{args.model} on {data}'
-
-
-def plot_summary(summary: Path, image: Path, title: str = '') -> bool:
-    """Draw loss and accuracy over the epochs of a summary.csv as a PNG.
+def plot_summary(
+        summary: Path,
+        image: Path,
+        title: str = '',
+        metrics: Sequence[str] = ('eval_top1', 'eval_top5'),
+) -> bool:
+    """Draw loss and metrics over the epochs of a summary.csv as a PNG.
 
     Args:
         summary: The CSV file that a run writes.
         image: The file to write.
         title: What the curves are of.
+        metrics: Columns of the summary, in percent, to draw beside the loss.
 
     Returns:
         Whether it was drawn; without matplotlib it is not.
@@ -271,8 +274,8 @@ def plot_summary(summary: Path, image: Path, title: str = '') -> bool:
     figure.suptitle(title)
     for axes, name, keys in zip(
             figure.subplots(1, 2),
-            ('loss', 'accuracy (%)'),
-            (('train_loss', 'eval_loss'), ('eval_top1', 'eval_top5'))):
+            ('loss', 'validation (%)'),
+            (('train_loss', 'eval_loss'), metrics)):
         for key in keys:
             points = [(float(r['epoch']) + 1, float(r[key])) for r in rows if r.get(key)]
             if points:

@@ -10,44 +10,36 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-import timm
 import torch
 import torch.distributed as dist
-import torch.nn as nn
-from timm.data import resolve_data_config
 from timm.models import safe_model_name
 from timm.task import TrainingTask, evaluation_sample_limit
 from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn, is_primary, random_seed, unwrap_model
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from pst_timm.checkpoints.building import check_model_name
-from pst_timm.checkpoints.facts import as_plain, describe
 from pst_timm.checkpoints.reading import FACTS_KEY
-from pst_timm.data.datasets import check_classes, class_names
-from pst_timm.data.loaders import TrainData, checked_batches, create_train_data, open_train_splits, report_bad_images
+from pst_timm.data.loaders import TrainData, checked_batches, report_bad_images
 from pst_timm.utils.devices import choose_threads
 from pst_timm.utils.errors import Interrupted, PSTError
 from pst_timm.utils.progress import progress_bar
 
 from . import factories
 from .args import write_yaml
-from .batches import Batches, LabelledImages
+from .batches import Batches
 from .changes import Stream, changed_settings, check_resume, check_start, load_run
-from .dry_run import check_channels, check_input, check_recipe
-from .flags import recipe
+from .dry_run import check_recipe
 from .folder import claim_folder, is_in, remove_leftovers, remove_recovery, remove_run, remove_states_beyond
 from .inference import evaluate
-from .losses import create_loss
-from .processes import check_ranks, explain, leave_group, on_first
+from .jobs import Classification, Job
+from .processes import explain, leave_group, on_first
 from .progress import RunLog, StepTimer, format_metrics
 from .protocols import TrainStepAware
 from .recovery import AtomicSaver, Position, check_there, find_newest, read_saved, states_beyond
 from .seeding import seed_model, seeded_batches
 from .signals import StopSignals
-from .transfer import Frozen, apply_transfer
+from .transfer import Frozen
 
 __all__ = ['TrainResult', 'train']
 
@@ -80,6 +72,7 @@ class Run:
     args: Namespace
     device: torch.device
     task: TrainingTask
+    job: Job
     batches: Batches
     frozen: Frozen
     optimizer: torch.optim.Optimizer
@@ -114,11 +107,12 @@ class Run:
         return sum(g['lr'] for g in self.optimizer.param_groups) / len(self.optimizer.param_groups)
 
 
-def train(args: Namespace) -> TrainResult:
+def train(args: Namespace, job: Optional[Job] = None) -> TrainResult:
     """Train a model.
 
     Args:
-        args: From `parse_train_args` or `train_args`; not changed.
+        args: From `parse_train_args` or `train_args`, or the like of another job; not changed.
+        job: The kind of training, fresh; classification if None.
 
     Raises:
         PSTError: If anything the user can mend is wrong; the message says what.
@@ -129,7 +123,7 @@ def train(args: Namespace) -> TrainResult:
     with ExitStack() as ending:
         ending.callback(leave_group, args)
         try:
-            run = prepare(args)
+            run = prepare(args, job)
             ending.callback(run.hold.close)
             result = TrainResult(run.output_dir if is_primary(run.args) else None, None, None)
             if run.saver is not None:
@@ -232,10 +226,7 @@ def start_epoch(run: Run, epoch: int) -> None:
     for part in (loader.dataset, loader.sampler, getattr(run.task, 'criterion', None)):
         if hasattr(part, 'set_epoch'):
             part.set_epoch(epoch)
-    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
-        for mixup in (loader, run.data.mixup_fn):
-            if mixup is not None:
-                mixup.mixup_enabled = False
+    run.job.start_epoch(args, epoch)
     run.task.train()
     run.frozen.rest()
     model: TrainStepAware = unwrap_model(run.task.get_eval_model())
@@ -403,19 +394,19 @@ def finish_epoch(
         result.best_metric, result.best_epoch = run.saver.save_epoch(epoch, eval_metrics.get(run.args.eval_metric))
 
 
-def prepare(args: Namespace) -> Run:
+def prepare(args: Namespace, job: Optional[Job] = None) -> Run:
     """Make every part of a training run; what is wrong with the arguments or the data shows here.
 
     What is cheap to check comes first: the data is opened before a model is made, and weights are fetched last. The
     folder of the run is as it was until nothing can be wrong any more.
     """
     with ExitStack() as hold:
-        run = _prepare(args, hold)
+        run = _prepare(args, job or Classification(), hold)
         run.hold = hold.pop_all()
     return run
 
 
-def _prepare(args: Namespace, hold: ExitStack) -> Run:
+def _prepare(args: Namespace, job: Job, hold: ExitStack) -> Run:
     given = copy.deepcopy(args)
     check_resume(args)
     factories.import_modules(args.device_modules)
@@ -426,45 +417,22 @@ def _prepare(args: Namespace, hold: ExitStack) -> Run:
     if device.type == 'cpu':
         choose_threads()
 
-    check_model_name(args.model)
     check_recipe(args)
-    explicit_classes = args.num_classes is not None
-    in_chans = expected_channels(args)
-    check_channels(args, in_chans)
-    splits = open_train_splits(args, in_chans)
-    check_ranks(args, splits)
-    if not explicit_classes and (names := class_names(splits.train)):
-        args.num_classes = len(names)
-        _logger.info(f'The {args.train_split!r} split has {len(names)} classes, and so gets the model.')
-    if args.kd_model_name:
-        factories.check_teacher(args)
+    splits = job.open(args)
     folder, checkpoint = on_first(args, lambda: claim_folder(args, hold, '') if args.experiment else (None, None))
     if args.resume and args.resume != 'auto':
         checkpoint = Path(args.resume)
     saved = read_saved(checkpoint) if checkpoint is not None else {}
 
     random_seed(args.seed, args.rank)
-    model = factories.create_train_model(args)
-    if args.in_chans != in_chans:  # only a model from a folder or the Hub can surprise
-        check_channels(args, args.in_chans)
-        splits = open_train_splits(args, args.in_chans)
-    check_classes(splits.train, args.num_classes, explicit_classes, args.train_split)
-    frozen = apply_transfer(args, model)
-    data_config = resolve_data_config(vars(args), model=model)
-    check_input(args, model, data_config, args.batch_size, splits.train, training=True)
-    data = create_train_data(args, splits, data_config, dtype)
+    model, frozen = job.create_model(args)
+    data = job.create_data(args, model, dtype)
 
-    facts = describe_run(given, model, data_config, splits.train)
+    facts = job.describe(given, model)
     model.to(device=device, dtype=dtype, memory_format=torch.channels_last if args.channels_last else None)
     if args.sync_bn and args.distributed:
         model = factories.sync_batchnorm(model, device)
-    if args.torchscript:
-        model = factories.script(model)
-    shares = splits.images.class_shares(args.num_classes) if splits.images is not None else None
-    task = factories.create_task(args, model, device, dtype, create_loss(args, shares))
-    if args.kd_model_name:
-        teacher = Namespace(**dict(vars(args), model=args.kd_model_name))
-        check_input(teacher, task.teacher.model, data_config, args.batch_size, splits.train)
+    task = job.create_task(args, model, device, dtype)
     args.lr = factories.resolve_lr(args)
     optimizer = factories.optimizer_for(args, task.get_trainable_module())
     loss_scaler = factories.loss_scaler_for(args, device)
@@ -480,7 +448,7 @@ def _prepare(args: Namespace, hold: ExitStack) -> Run:
         splits.images.digest if splits.images is not None else None)
     start = Position()
     if checkpoint is not None:
-        start = load_run(args, checkpoint, saved, task, optimizer, loss_scaler, stream, class_names(splits.train))
+        start = load_run(args, checkpoint, saved, task, optimizer, loss_scaler, stream, job.class_names, job.flags)
     if args.start_epoch is not None:
         start = Position(args.start_epoch)
 
@@ -499,7 +467,8 @@ def _prepare(args: Namespace, hold: ExitStack) -> Run:
         args=args,
         device=device,
         task=task,
-        batches=LabelledImages(device, dtype, args.channels_last, data.mixup_fn, args.tta),
+        job=job,
+        batches=job.create_batches(args, device, dtype),
         frozen=frozen,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -516,7 +485,7 @@ def _prepare(args: Namespace, hold: ExitStack) -> Run:
     move_schedule(run)
     if not args.experiment:
         name = '-'.join([
-            datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(data_config['input_size'][-1])])
+            datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(job.input_size[-1])])
         run.output_dir, _ = on_first(args, lambda: claim_folder(args, hold, name))
     run.output_dir = run.output_dir if is_primary(args) else None
     entries = {FACTS_KEY: facts, 'stream': stream._asdict()}
@@ -524,25 +493,9 @@ def _prepare(args: Namespace, hold: ExitStack) -> Run:
     params = sum(p.numel() for p in model.parameters())
     _logger.info(
         f'{safe_model_name(args.model)}: {params:,} parameters, {args.num_classes} classes, input '
-        f'{"x".join(map(str, data_config["input_size"]))}, on {device} x {args.world_size}, learning rate '
+        f'{"x".join(map(str, job.input_size))}, on {device} x {args.world_size}, learning rate '
         f'{args.lr:.3g}, epochs {start.epoch} to {num_epochs}' + (f', in {run.output_dir}' if run.output_dir else ''))
     return run
-
-
-def describe_run(given: Namespace, model: nn.Module, data_config: Dict[str, Any], data: Dataset) -> Dict[str, Any]:
-    """What the checkpoints of a run know beside their weights, from its arguments as they were given."""
-    facts = describe(model, given.model, given.model_kwargs, data_config, class_names(data))
-    return dict(facts, recipe=as_plain(recipe(given)))
-
-
-def expected_channels(args: Namespace) -> int:
-    """Input channels of the model that the arguments name, before it is made."""
-    given = args.in_chans or (args.input_size[0] if args.input_size else None) or args.model_kwargs.get('in_chans')
-    try:
-        size = None if ':' in args.model else timm.get_pretrained_cfg_value(args.model, 'input_size')
-    except RuntimeError:  # no such tag, which timm says when the model is made
-        size = None
-    return given or (size[0] if size else 3)
 
 
 def move_schedule(run: Run) -> None:
@@ -583,7 +536,7 @@ def open_folder(
                 f'{path} has come further (epoch {position.epoch}, step {position.step}) than where this run would go '
                 f'on (epoch {run.start.epoch}, step {run.start.step}): --resume auto alone goes on from there, '
                 f'--overwrite removes it, and another --experiment leaves it alone.')
-    log = RunLog(args, folder, run.start.epoch if own else 0)
+    log = RunLog(args, folder, run.start.epoch if own else 0, run.job.title, run.job.metrics)
     try:
         if args.overwrite:
             remove_states_beyond(folder, run.start) if own else remove_run(folder)
@@ -600,6 +553,6 @@ def open_folder(
         max_history=args.checkpoint_hist, decreasing=args.eval_metric == 'loss')
     if own:
         run.saver.load_state_dict(saved.get('saver'))
-        if 'eval_metric' in changed_settings(saved, args):
+        if 'eval_metric' in changed_settings(saved, args, run.job.flags):
             run.saver.forget_metrics()
         run.saver.mend_best()

@@ -8,9 +8,9 @@ from timm.models import load_checkpoint
 
 from pst_timm.checkpoints import create_model
 from pst_timm.data.loaders import note_workers
-from pst_timm.engine import factories, train, train_args, training, transfer
-from pst_timm.engine.progress import run_title
-from pst_timm.engine.training import expected_channels, prepare
+from pst_timm.engine import factories, jobs, train, train_args, transfer
+from pst_timm.engine.jobs import expected_channels, run_title
+from pst_timm.engine.training import prepare
 from pst_timm.utils.devices import available_cores
 from pst_timm.utils.errors import PSTError, Unavailable
 
@@ -182,7 +182,7 @@ def test_the_channels_of_a_model_are_known_before_it_is_made(model, values, expe
 
 
 def test_the_data_is_opened_again_for_a_model_with_other_channels_than_expected(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, 'expected_channels', lambda args: 3)
+    monkeypatch.setattr(jobs, 'expected_channels', lambda args: 3)
     run = prepare(tiny_train_args(images, tmp_path, model_kwargs=dict(in_chans=1), mean=[0.5], std=[0.5]))
     assert next(iter(run.data.train))[0].shape[1] == next(iter(run.data.evaluation))[0].shape[1] == 1
 
