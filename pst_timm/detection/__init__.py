@@ -1,1 +1,1 @@
-"""Object detection: torchvision's detectors over a PST pyramid, on any timm trunk. Knows checkpoints, data and engine."""
+"""Object detection with PST: torchvision's detectors on any timm trunk. Knows checkpoints, data and engine."""
