@@ -73,7 +73,7 @@ def check_levels(maps: List[torch.Tensor], names: List[str], in_chs: List[int]) 
 
 
 class ExtraLevels(nn.Module):
-    """Levels above the last one: convolved as torchvision's `LastLevelP6P7`, or one pooled as its `LastLevelMaxPool`."""
+    """Levels above the last: convolved as torchvision's `LastLevelP6P7`, or one pooled as its `LastLevelMaxPool`."""
 
     def __init__(self, chs: int, levels: Union[int, str], device=None, dtype=None):
         """
@@ -85,8 +85,9 @@ class ExtraLevels(nn.Module):
             ValueError: If it is neither.
         """
         super().__init__()
-        if isinstance(levels, bool) or not (levels == 'pool' or isinstance(levels, int) and levels >= 0):
-            raise ValueError(f"extra_levels must be a number of convolved levels (0 for none) or 'pool', got {levels!r}.")
+        if levels != 'pool' and (isinstance(levels, bool) or not isinstance(levels, int) or levels < 0):
+            raise ValueError(
+                f"extra_levels must be a number of convolved levels (0 for none) or 'pool', got {levels!r}.")
         self.pool = levels == 'pool'
         self.names: List[str] = ['pool'] if self.pool else [f'p{6 + i}' for i in range(int(levels))]
         self.convs = nn.ModuleList([
@@ -184,7 +185,7 @@ class PyramidLevel(PyramidSparseTransformer):
             upper: torch.Tensor,
             fine: Optional[bool] = None,
     ) -> torch.Tensor:
-        """The fused level above (B, above_chs, h, w), fine map (B, in_chs, H, W) and coarse map (B, upper_chs, h, w)."""
+        """Fused level above (B, above_chs, h, w), fine map (B, in_chs, H, W) and coarse map (B, upper_chs, h, w)."""
         return self._run(self.conv_in(above, x), upper, fine)
 
 
