@@ -201,6 +201,7 @@ class PSTPyramid(Pyramid):
             head_dim: int = 32,
             extra_levels: Union[int, str] = 0,
             bottom_up: bool = True,
+            kv_pool: Union[int, Sequence[int]] = 1,
             act_layer: LayerType = nn.SiLU,
             norm_layer: LayerType = nn.BatchNorm2d,
             device=None,
@@ -216,6 +217,7 @@ class PSTPyramid(Pyramid):
             head_dim: Channels per head.
             extra_levels: Number of convolved levels above the last one, or 'pool' for one pooled level.
             bottom_up: Whether the strided convolutions follow; without them the outputs are those of the PSTs.
+            kv_pool: See `PyramidSparseAttention`: one for all PSTs, or one for each, that of the finest first.
             act_layer: Activation of the convolutions and the MLPs.
             norm_layer: Norm of every convolution but the extra levels', which have none.
             block_kwargs: Options of `PyramidSparseBlock` and of the attention in it, such as `topk=8, drop_path=0.1`.
@@ -229,11 +231,15 @@ class PSTPyramid(Pyramid):
         super().__init__(in_chs, out_chs, extra_levels, **dd)
         conv_kwargs = dict(norm_layer=norm_layer, act_layer=act_layer, **dd)
         levels = range(len(in_chs))
+        pools = list(kv_pool) if isinstance(kv_pool, Sequence) else [kv_pool] * (len(in_chs) - 1)
+        if len(pools) != len(in_chs) - 1:
+            raise ValueError(
+                f'kv_pool must be one number, or {len(in_chs) - 1} for the PSTs of {len(in_chs)} levels, got {kv_pool}.')
         # in the order in which they run, the coarsest first
         self.top_down = nn.ModuleList([
             PyramidLevel(
                 in_chs[i + 1] if i == len(in_chs) - 2 else out_chs, in_chs[i], in_chs[i + 1], out_chs, depth=depth,
-                expansion=expansion, head_dim=head_dim, **conv_kwargs, **block_kwargs)
+                expansion=expansion, head_dim=head_dim, kv_pool=pools[i], **conv_kwargs, **block_kwargs)
             for i in reversed(levels[:-1])])
         self.conv_top = nn.Identity() if bottom_up else ConvNorm(in_chs[-1], out_chs, 1, **conv_kwargs)
         self.down = nn.ModuleList([
