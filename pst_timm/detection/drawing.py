@@ -18,7 +18,7 @@ Color = Tuple[int, int, int]
 FIRST_COLORS = (
     (213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (240, 228, 66))
 MOST_NAME = 30  # characters of a class
-LEAST_TEXT, LINES = 11, 36  # pixels, and lines of text that an image would have room for
+LEAST_TEXT, LINES = 9, 36  # pixels, and lines of text that an image would have room for
 
 
 def class_colors(count: int) -> List[Color]:
