@@ -1,1 +1,1 @@
-"""Object detection with PST: torchvision's detectors on any timm trunk. Knows checkpoints, data and engine."""
+"""Object detection: torchvision's FCOS and RetinaNet over PST pyramids, trained by the ordinary engine."""
