@@ -1,12 +1,13 @@
 """Convolution + batch norm, on one map or on two concatenated, and their folded forms for inference."""
-from typing import Tuple
+from typing import Any, Tuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import ConvNormAct
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = ['Concat', 'ConvNorm', 'FusedConvAct', 'Pair', 'SplitConvAct']
+__all__ = ['Concat', 'ConvNorm', 'FusedConvAct', 'MergeAct', 'MergeNorm', 'Pair', 'SplitConvAct', 'upsample_as']
 
 
 class FusedConvAct(nn.Module):
@@ -107,3 +108,48 @@ class SplitConvAct(nn.Module):
 
     def forward(self, x: Tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return self.act(self.conv_a(x[0]).add_(self.conv_b(x[1])))
+
+
+def upsample_as(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Nearest upsampling of x (B, C, h, w) to the size of a map of 2h or 2h - 1 rows and 2w or 2w - 1 columns."""
+    return F.interpolate(x, size=(like.shape[2], like.shape[3]), mode='nearest')
+
+
+class MergeNorm(ConvNorm):
+    """`act(norm(conv1x1([up(a) ; b])))` of a coarse or equal map a and a fine map b, with nothing concatenated.
+
+    A 1x1 convolution of a concatenation is the sum of one on each map, and it commutes with nearest upsampling: each
+    map is convolved at its own size. The state-dict names are those of a `ConvNorm` over the concatenation.
+    """
+
+    def __init__(self, in_channels_a: int, in_channels_b: int, out_channels: int, **kwargs: Any):
+        """
+        Args:
+            in_channels_a: Channels of the first map.
+            in_channels_b: Channels of the second map.
+            out_channels: Channels of the output.
+            kwargs: Options of `ConvNorm` for norm and activation.
+        """
+        super().__init__(in_channels_a + in_channels_b, out_channels, 1, **kwargs)
+        self.in_channels_a = in_channels_a
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """See `ConvNorm.fuse`."""
+        fused = super().fuse()
+        return MergeAct(fused, self.in_channels_a).train(self.training) if isinstance(fused, FusedConvAct) else self
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Maps a (B, in_a, h, w) and b (B, in_b, H, W) to (B, out, H, W), where h is H / 2 rounded up, or H."""
+        weight = self.conv.weight
+        a = F.conv2d(a, weight[:, :self.in_channels_a])
+        b = F.conv2d(b, weight[:, self.in_channels_a:])
+        return self.bn(upsample_as(a, b) + b)
+
+
+class MergeAct(SplitConvAct):
+    """A `MergeNorm` whose norm has been folded into its convolution."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        b = self.conv_b(b)
+        return self.act(b.add_(upsample_as(self.conv_a(a), b)))

@@ -174,7 +174,10 @@ class PyramidSparseTransformer(nn.Module):
             ValueError: If the channels, the batch or the sizes of the two maps do not fit.
         """
         check_maps(x, self.in_chs, upper, self.upper_chs)
-        x = self.conv_in(x)
+        return self._run(self.conv_in(x), upper, fine)
+
+    def _run(self, x: torch.Tensor, upper: torch.Tensor, fine: Optional[bool]) -> torch.Tensor:
+        """All that follows `conv_in`."""
         upper = self.conv_upper(upper)
         outs = [x]
         for block in self.blocks:
