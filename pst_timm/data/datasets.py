@@ -65,7 +65,7 @@ class BadImages:
             limit = f'the share of {self.share:g} of --max-bad-share ({count / size:.1%} of {size})'
         else:
             return
-        names = listed([dataset.filename(i, absolute=True) for i in self._indices()[:5]], 5)
+        names = listed([self.name(dataset, i) for i in self._indices()[:5]], 5)
         raise PSTError(
             f'{count} image{"s" if count > 1 else ""} could not be read, more than {limit}; the first: '
             f'{names}. Mend or remove them, or raise the limit.')
@@ -75,9 +75,12 @@ class BadImages:
         for i in self._indices():
             if i not in self.named:
                 self.named.add(i)
-                _logger.warning(
-                    f'Skipped an unreadable image: {dataset.filename(i, absolute=True)} ({len(self.named)} so far).')
+                _logger.warning(f'Skipped an unreadable image: {self.name(dataset, i)} ({len(self.named)} so far).')
         self.check(dataset)
+
+    def name(self, dataset: Dataset, index: int) -> str:
+        """What a broken image is called in messages."""
+        return dataset.filename(index, absolute=True)
 
     def _indices(self) -> List[int]:
         return self.seen.nonzero().flatten().tolist()

@@ -46,12 +46,13 @@ class UnreadableImage(PSTError):
     """What should be an image is none, or not wholly."""
 
 
-def open_image(path: os.PathLike, mode: str = 'RGB') -> Image.Image:
+def open_image(path: os.PathLike, mode: str = 'RGB', upright: bool = True) -> Image.Image:
     """Read an image file, see `as_seen`.
 
     Args:
         path: The file.
         mode: One of `MODES`.
+        upright: Whether to turn it as the camera notes.
 
     Raises:
         PSTError: If it is missing, damaged, or no image.
@@ -61,12 +62,12 @@ def open_image(path: os.PathLike, mode: str = 'RGB') -> Image.Image:
     if not os.path.isfile(path):  # to open a FIFO is to wait
         raise PSTError(f'{path} cannot be read as an image: it is a folder, a device, a FIFO or a socket.')
     try:
-        return read_image(path, mode)
+        return read_image(path, mode, upright)
     except UnreadableImage as e:
         raise PSTError(f'{path} cannot be read as an image: {e}.') from e
 
 
-def read_image(file: Union[os.PathLike, BinaryIO], mode: str = 'RGB') -> Image.Image:
+def read_image(file: Union[os.PathLike, BinaryIO], mode: str = 'RGB', upright: bool = True) -> Image.Image:
     """Read an image, see `as_seen`.
 
     Raises:
@@ -74,7 +75,7 @@ def read_image(file: Union[os.PathLike, BinaryIO], mode: str = 'RGB') -> Image.I
     """
     try:
         with Image.open(file, formats=_formats()) as image:
-            return as_seen(image, mode)
+            return as_seen(image, mode, upright)
     except UnidentifiedImageError as e:  # whose text repeats the path, or tells the address of a file in memory
         raise UnreadableImage('cannot identify image file') from e
     except Exception as e:  # what Pillow's decoders raise over damaged bytes is no short list
@@ -87,12 +88,15 @@ def _formats() -> List[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def as_seen(image: Image.Image, mode: str = 'RGB') -> Image.Image:
-    """An image as a person sees it: upright, 16 bits scaled to 8, transparent parts white unless `mode` keeps them."""
+def as_seen(image: Image.Image, mode: str = 'RGB', upright: bool = True) -> Image.Image:
+    """An image as a person sees it: upright, 16 bits scaled to 8, transparent parts white unless `mode` keeps them.
+
+    Without `upright`, its pixels stay in the order in which they are stored.
+    """
     image.load()
     if image.mode == 'F':
         raise UnreadableImage('its pixels are floating-point numbers, of which nothing tells which is black or white')
-    turn = UPRIGHT.get(_orientation(image))
+    turn = UPRIGHT.get(_orientation(image)) if upright else None
     if image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PNG'):  # the latter in older Pillow
         image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).clip(max=255).astype(np.uint8))
     if image.has_transparency_data and mode not in ('LA', 'RGBA'):

@@ -32,7 +32,7 @@ from .sampling import TrainImages, draw_with, open_train_images, rare_classes
 
 __all__ = [
     'TrainData', 'TrainSplits', 'bad_images', 'checked_batches', 'create_eval_loader', 'create_train_data',
-    'open_train_splits', 'plain_worker_errors', 'report_bad_images', 'worker_ended',
+    'note_workers', 'open_train_splits', 'plain_worker_errors', 'report_bad_images', 'worker_ended',
 ]
 
 _logger = logging.getLogger(__name__)
