@@ -20,23 +20,15 @@ from pst_timm.engine.transfer import Frozen, apply_transfer
 from .batches import BoxBatches
 from .checkpoint import describe, load_initial, load_trunk_weights
 from .datasets import open_boxes
+from .evaluation import METRICS
 from .flags import DETECTOR_KEYS, TRAIN_FLAGS
 from .loaders import create_box_loaders
 from .models import Detector, create_detector
 from .task import DetectionTask
 
-__all__ = ['METRICS', 'Detection', 'train']
+__all__ = ['Detection', 'train']
 
 _logger = logging.getLogger(__name__)
-
-METRICS = (
-    'ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large',
-    'ar1', 'ar10', 'ar100', 'ar_small', 'ar_medium', 'ar_large')
-
-
-def train(args: Namespace) -> training.TrainResult:
-    """Train a detector; arguments from `flags.parse_train_args` or `flags.train_args`, errors as in `engine.train`."""
-    return training.train(args, Detection())
 
 
 class Detection:
