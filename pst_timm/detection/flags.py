@@ -96,7 +96,7 @@ TRAIN_FLAGS: FlagGroups = [
     ('learning rate', _group(CLASSIFY_TRAIN, 'learning rate', without='epoch_repeats')),
     ('augmentation', [
         *_taken(CLASSIFY_TRAIN, 'no_aug', help='Train on the images as they are validated.'),
-        *_taken(CLASSIFY_TRAIN, 'hflip'),
+        *_taken(CLASSIFY_TRAIN, 'hflip vflip'),
         *_taken(CLASSIFY_TRAIN, 'color_jitter', default=0.),
         Flag(('--scale-jitter',), 'Range of the size of the training images over --img-size.', float, None, nargs=2,
              above=0., high=10.),

@@ -73,7 +73,7 @@ def create_box_loaders(args: Namespace, train: BoxDataset, evaluation: Optional[
     """
     train.replace_bad = True
     train.transforms = train_transforms(
-        args.img_size, args.hflip, args.scale_jitter, args.box_crop, args.color_jitter)
+        args.img_size, args.hflip, args.scale_jitter, args.box_crop, args.color_jitter, args.vflip)
     sampler = None
     if args.distributed:
         sampler = DistributedSampler(train, args.world_size, args.rank, shuffle=True, seed=args.seed)
