@@ -31,6 +31,11 @@ __all__ = ['Detection', 'train']
 _logger = logging.getLogger(__name__)
 
 
+def train(args: Namespace) -> training.TrainResult:
+    """Train a detector; arguments from `flags.parse_train_args` or `flags.train_args`, errors as in `engine.train`."""
+    return training.train(args, Detection())
+
+
 class Detection:
     """Training of an object detector."""
     flags = TRAIN_FLAGS
