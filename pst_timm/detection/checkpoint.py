@@ -71,7 +71,7 @@ def open_detector(
     """
     checkpoint = read_checkpoint(source, use_ema)
     if not checkpoint.detector:
-        what = f'a classifier ({printable(checkpoint.arch[:60])})' if checkpoint.arch else 'weights of which it tells nothing'
+        what = f'a classifier ({short(checkpoint.arch)})' if checkpoint.arch else 'weights that it tells nothing about'
         raise PSTError(
             f'{checkpoint.path} holds {what}, no object detector: name a checkpoint that pst-timm detect train wrote.')
     arguments = _checked_arguments(checkpoint)

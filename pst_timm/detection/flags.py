@@ -1,5 +1,4 @@
-"""Every flag of `detect train` and `detect validate`, as data: those of `train` and `validate` where they mean the same.
-"""
+"""Every flag of `detect train` and `detect validate`, as data; those of the classifiers where they mean the same."""
 from argparse import Namespace
 from dataclasses import replace
 from typing import Any, Iterator, List, Optional, Sequence

@@ -5,9 +5,10 @@ neck over them, anchors that follow the levels, and full precision where boxes a
 """
 import re
 from collections import OrderedDict
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from itertools import pairwise
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import timm
 import torch
@@ -333,7 +334,7 @@ def _check_numbers(
 ) -> None:
     if num_classes < 1:
         raise PSTError(f'A detector needs one class or more, got num_classes={num_classes}.')
-    if not 2 <= len(levels) <= 4 or any(b != 2 * a for a, b in zip(levels, levels[1:])):
+    if not 2 <= len(levels) <= 4 or any(b != 2 * a for a, b in pairwise(levels)):
         raise PSTError(f'levels must be two to four strides, each twice the one before, such as 8 16 32; got '
                        f'{" ".join(map(str, levels))}.')
     if extra_levels not in (0, 1, 2):
