@@ -339,9 +339,10 @@ def _check_numbers(
                        f'{" ".join(map(str, levels))}.')
     if extra_levels not in (0, 1, 2):
         raise PSTError(f'extra_levels must be 0, 1 or 2, got {extra_levels}.')
-    if kind != 'retinanet' and neck_width % GROUPS:
+    # a group of one channel is one value on a map of 1x1, which torch refuses to normalise
+    if kind != 'retinanet' and (neck_width % GROUPS or neck_width == GROUPS):
         raise PSTError(f'The heads of {kind} have group norms of {GROUPS} groups: neck_width must be a multiple of '
-                       f'{GROUPS}, got {neck_width}.')
+                       f'{GROUPS} above it, got {neck_width}.')
     if kind != 'fcos' and head_convs != HEAD_CONVS:
         raise PSTError(f"torchvision's RetinaNet has {HEAD_CONVS} convolutions in each head, got "
                        f'head_convs={head_convs}: leave it out, or use fcos.')

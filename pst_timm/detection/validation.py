@@ -1,6 +1,7 @@
 """`validate` evaluates a detector on a split: COCO's twelve numbers, the precision of each class, and the speed."""
 import copy
 import logging
+import math
 from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
@@ -101,7 +102,8 @@ def evaluate_detector(
         dtype: Precision of the images.
 
     Returns:
-        The metrics, those of each class, and images per second; and the evaluator, which has the detections.
+        The metrics, those of each class (None where there is nothing to find) and images per second; and the evaluator,
+        which has the detections.
     """
     evaluator = CocoEvaluator(dataset, max_dets=model.detections_per_img)
     found = evaluate(
@@ -113,8 +115,10 @@ def evaluate_detector(
         log_interval=args.log_freq,
     )
     speed = found.pop('images_per_second')
-    classes = {f'ap_{name}': value for name, value in evaluator.class_ap().items()}
-    return dict(found, **classes, images_per_second=round(speed, 2)), evaluator
+    found.update({f'ap_{name}': value for name, value in evaluator.class_ap().items()})
+    # of what there is nothing to find, JSON has no number
+    found = {k: None if math.isnan(v) else round(v, 3) for k, v in found.items()}
+    return dict(found, images_per_second=round(speed, 2)), evaluator
 
 
 def _name(model: Detector) -> str:
