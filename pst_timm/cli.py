@@ -21,6 +21,7 @@ COMMANDS: Dict[str, Command] = {
     'train': Command('train', 'train a model'),
     'validate': Command('validate', 'evaluate models'),
     'predict': Command('predict', 'the classes of images, with probabilities'),
+    'detect': Command('detect', 'train and use object detectors over a PST pyramid'),
     'audit': Command('audit', 'what is wrong with a folder of images: labels, copies, leakage'),
     'monitor': Command('monitor', 'notice when the images of a model in production have moved'),
     'compare': Command('compare', 'whether a new model may replace an old one'),

@@ -174,6 +174,10 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
     Raises:
         PSTError: If the architecture is unknown, or the weights are those of another one.
     """
+    if checkpoint.detector:
+        raise PSTError(
+            f'{checkpoint.path} holds an object detector, no classifier: use pst-timm detect, or '
+            f'pst_timm.detection.open_detector.')
     resolve_origin(checkpoint)
     arch, weights = checkpoint.arch, checkpoint.weights
     if not is_local_arch(arch):

@@ -56,6 +56,8 @@ class Checkpoint:
     """Arguments of the training run."""
     model_args: Dict[str, Any] = field(default_factory=dict)
     """Arguments of `timm.create_model` that the weights need."""
+    detector: Dict[str, Any] = field(default_factory=dict)
+    """Arguments of `pst_timm.detection.create_detector`, where the weights are those of a detector."""
     pretrained_cfg: Dict[str, Any] = field(default_factory=dict)
     """Preprocessing and class names, as in timm's config.json."""
     recipe: Dict[str, Any] = field(default_factory=dict)

@@ -69,11 +69,35 @@ ARGS = {
     'model_ema_force_cpu': rules.flag,
 }
 
+# the arguments of a detector; those of its trunk and neck are checked where it is opened
+DETECTOR = {
+    'kind': rules.choice('fcos', 'retinanet', 'retinanet_v2'),
+    'trunk': rules.text(200),
+    'neck': rules.choice('pst', 'pan', 'fpn'),
+    'num_classes': rules.whole(1, 100_000),
+    'neck_width': rules.whole(8, 4096),
+    'levels': rules.each(rules.whole(2, 128), 2, 4),
+    'extra_levels': rules.whole(0, 2),
+    'head_convs': rules.whole(0, 16),
+    'img_size': rules.whole(32, rules.MOST_PIXELS),
+    'topk': rules.whole(0, rules.MOST_PIXELS ** 2),
+    'fine_fusion': rules.choice('gate', 'joint'),
+    'train_topk': rules.whole(0, rules.MOST_PIXELS ** 2),
+    'train_fine_prob': rules.real(0, 1),
+    'neck_kwargs': rules.mapping({}, rules.plain),
+    'trunk_kwargs': rules.mapping({}, rules.plain),
+    'score_thresh': rules.real(0, 1),
+    'nms_thresh': rules.real(0, 1),
+    'detections_per_img': rules.whole(1, 10_000),
+    'topk_candidates': rules.whole(1, 100_000),
+}
+
 # all that is known of weights beside themselves, as `Checkpoint` has it
 FACTS = {
     'arch': rules.text(4096),
     'args': rules.mapping(ARGS, rules.plain),
     'model_args': rules.mapping({}, rules.plain),
+    'detector': rules.mapping(DETECTOR),
     'pretrained_cfg': rules.mapping(PRETRAINED_CFG),
     'recipe': rules.mapping({}, rules.plain),
     'epoch': rules.whole(-1, 10 ** 9),

@@ -73,7 +73,8 @@ def create_box_loaders(args: Namespace, train: BoxDataset, evaluation: Optional[
     """
     train.replace_bad = True
     augmentation = {} if args.no_aug else dict(
-        hflip=args.hflip, scale_jitter=args.scale_jitter, box_crop=args.box_crop, color_jitter=args.color_jitter)
+        hflip=args.hflip, scale_jitter=args.scale_jitter, box_crop=args.box_crop,
+        color_jitter=args.color_jitter, vflip=args.vflip)
     train.transforms = train_transforms(args.img_size, **augmentation)
     sampler = None
     if args.distributed:

@@ -41,6 +41,7 @@ def train_transforms(
         scale_jitter: Optional[Sequence[float]] = None,
         box_crop: float = 0.,
         color_jitter: float = 0.,
+        vflip: float = 0.,
 ) -> nn.Module:
     """Crop, flip, scale and colours, each as asked for.
 
@@ -50,12 +51,15 @@ def train_transforms(
         scale_jitter: Range of the factors by which objects get larger or smaller; none if None.
         box_crop: Probability of a crop that keeps boxes, as SSD takes them.
         color_jitter: Strength of the changes of brightness, contrast and saturation, as timm has it.
+        vflip: Probability of an upside-down flip.
     """
     steps: List[nn.Module] = [_WithoutCrowds()]
     if box_crop:
         steps.append(v2.RandomApply([_BoxCrop()], p=box_crop))
     if hflip:
         steps.append(v2.RandomHorizontalFlip(hflip))
+    if vflip:
+        steps.append(v2.RandomVerticalFlip(vflip))
     steps.append(_Fit(img_size, scale_jitter))
     steps.append(v2.SanitizeBoundingBoxes(SMALLEST, labels_getter=_per_box))
     if color_jitter:
