@@ -323,14 +323,18 @@ class PyramidSparseAttention(nn.Module):
         h, w, p = kv.shape[2], kv.shape[3], self.kv_pool
         bias: Optional[torch.Tensor] = None
         if p > 1:
-            kv = F.avg_pool2d(kv, p, ceil_mode=True, count_include_pad=False)
+            partial = not divides(p, h, w)
+            if partial:  # what ceil_mode would do, which export with dynamic sizes does not get past
+                kv = F.pad(kv, (0, p - 1, 0, p - 1))
+            kv = F.avg_pool2d(kv, p)
+            if partial:
+                # the share of each mean in a full square
+                rows = (h - p * torch.arange(kv.shape[2], device=kv.device)).clamp(max=p)
+                cols = (w - p * torch.arange(kv.shape[3], device=kv.device)).clamp(max=p)
+                share = (rows.unsqueeze(1) * cols).to(kv.dtype) / (p * p)
+                kv = kv / share
+                bias = share.log().flatten().expand(kv.shape[0], self.num_heads, 1, -1)
         k, v = self._heads(kv).chunk(2, dim=-1)
-        if p > 1 and not divides(p, h, w):
-            # the share of each mean in a full square
-            rows = (h - p * torch.arange(kv.shape[2], device=kv.device)).clamp(max=p)
-            cols = (w - p * torch.arange(kv.shape[3], device=kv.device)).clamp(max=p)
-            share = (rows.unsqueeze(1) * cols).flatten().to(k.dtype) / (p * p)
-            bias = share.log().expand(k.shape[0], k.shape[1], 1, k.shape[2])
         return k, v, bias, (kv.shape[2], kv.shape[3])
 
     def _scores(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

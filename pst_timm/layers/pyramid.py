@@ -131,6 +131,11 @@ class Pyramid(nn.Module):
         """Compute the maps between the levels again in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the gates, if any: where training does not run them, decay is all that would move them."""
+        return {name for name, _ in self.named_parameters() if '.attn.gate.' in name}
+
     def _levels(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
         raise NotImplementedError
 
@@ -234,7 +239,7 @@ class PSTPyramid(Pyramid):
         pools = list(kv_pool) if isinstance(kv_pool, Sequence) else [kv_pool] * (len(in_chs) - 1)
         if len(pools) != len(in_chs) - 1:
             raise ValueError(
-                f'kv_pool must be one number, or {len(in_chs) - 1} for the PSTs of {len(in_chs)} levels, got {kv_pool}.')
+                f'kv_pool must be one number, or one for each of the {len(in_chs) - 1} PSTs, got {kv_pool!r}.')
         # in the order in which they run, the coarsest first
         self.top_down = nn.ModuleList([
             PyramidLevel(
@@ -271,11 +276,6 @@ class PSTPyramid(Pyramid):
         """Draw for all levels, which walk through the same sequence; see `PyramidSparseAttention.draw_fine`."""
         draws = [attn.draw_fine() for attn in self.attentions()]  # a list, as every block has to take its draw
         return any(draws)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        """Names of the gates: where training does not run them, decay is all that would move them."""
-        return {name for name, _ in self.named_parameters() if '.attn.gate.' in name}
 
     def _levels(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
         x = maps[-1]
