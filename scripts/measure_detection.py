@@ -123,9 +123,9 @@ def setting_of(recipe: Dict[str, Any], counts: Dict[str, int], seeds: Sequence[i
     return (
         f'BCCD, {counts["train"]} training and {counts["test"]} test images; FCOS over {recipe["trunk"]} from scratch, '
         f'necks of {recipe["neck_width"]} channels, {recipe["img_size"]} px, {recipe["epochs"]} epochs, batch '
-        f'{recipe["batch_size"]}, seeds {", ".join(map(str, seeds))}; the last epoch, in float32; COCO\'s AP in percent, '
-        f'mean over the seeds, with 95% intervals by 1,000 draws of the test images; differences on the same draws; '
-        f'{hardware_name(torch.device("cpu"))}; torch {torch.__version__}, timm {timm.__version__}')
+        f'{recipe["batch_size"]}, seeds {", ".join(map(str, seeds))}; the last epoch, in float32; COCO\'s AP in '
+        f'percent, mean over the seeds, with 95% intervals by 1,000 draws of the test images; differences on the same '
+        f'draws; {hardware_name(torch.device("cpu"))}; torch {torch.__version__}, timm {timm.__version__}')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
