@@ -14,6 +14,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType, create_classifier, get_device_dtype, to_2tuple
 from timm.models import build_model_with_cfg, checkpoint, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices  # timm exports it from here alone
@@ -30,7 +31,7 @@ from pst_timm.layers import (
 from .digest import check_digest, drop_digest
 from .trunk import load_pretrained_trunk
 
-__all__ = ['PSTModel', 'build_pst']
+__all__ = ['PSTModel', 'build_pst', 'pst_cfg']
 
 
 class PSTModel(nn.Module):
@@ -418,7 +419,7 @@ class PSTModel(nn.Module):
 def build_pst(
         model_cls: Type[PSTModel],
         variant: str,
-        trunk: str,
+        plain: str,
         pretrained: bool = False,
         pretrained_trunk: Union[bool, str] = False,
         levels: int = 5,
@@ -429,7 +430,7 @@ def build_pst(
     Args:
         model_cls: Class of the model.
         variant: Name of the architecture.
-        trunk: Name of the plain timm model that the trunk is.
+        plain: Name of the timm model that the trunk is.
         pretrained: Whether it comes with published weights.
         pretrained_trunk: Whether the trunk begins with published weights of the plain model, or their tag.
         levels: How many levels it has.
@@ -461,7 +462,7 @@ def build_pst(
     )
     drop_digest(model)
     if pretrained_trunk:
-        load_pretrained_trunk(model, trunk, pretrained_trunk, kwargs.get('cache_dir'))
+        load_pretrained_trunk(model, plain, pretrained_trunk, kwargs.get('cache_dir'))
     return model
 
 
@@ -476,3 +477,16 @@ def _check_weights_exist(variant: str, pretrained_cfg: Any, pretrained_cfg_overl
         f'No pretrained weights exist for {missing}. The ways on are pretrained_trunk=True or pst_timm.load_trunk for '
         f'the weights of the plain model in its trunk, pst_timm.register_weights for your own, or the name of a '
         f"published model, 'hf-hub:org/name'.")
+
+
+def pst_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    """The pretrained configuration of a model with PST, where nothing else is said."""
+    return {
+        'url': url,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.95, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1', 'classifier': 'fc',
+        'license': 'apache-2.0', 'paper_ids': 'arXiv:2505.12772',
+        **kwargs,
+    }

@@ -14,12 +14,11 @@ from typing import Any, Dict, List, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from .fusion import PSTModel, build_pst
+from .fusion import PSTModel, build_pst, pst_cfg
 
 __all__ = ['ResNetPST']
 
@@ -171,28 +170,16 @@ def _create_resnet_pst(variant: str, pretrained: bool = False, **kwargs) -> ResN
     return build_pst(ResNetPST, variant, variant.removesuffix('_pst'), pretrained, **kwargs)
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.95, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1', 'classifier': 'fc',
-        'license': 'apache-2.0', 'paper_ids': 'arXiv:2505.12772',
-        **kwargs,
-    }
-
-
 default_cfgs = generate_default_cfgs({
-    'resnet18_pst.untrained': _cfg(),
-    'resnet26_pst.untrained': _cfg(),
-    'resnet34_pst.untrained': _cfg(),
-    'resnet50_pst.untrained': _cfg(),
-    'resnext50_32x4d_pst.untrained': _cfg(),
-    'resnet101_pst.untrained': _cfg(),
-    'test_resnet_pst.untrained': _cfg(
+    'resnet18_pst.untrained': pst_cfg(),
+    'resnet26_pst.untrained': pst_cfg(),
+    'resnet34_pst.untrained': pst_cfg(),
+    'resnet50_pst.untrained': pst_cfg(),
+    'resnext50_32x4d_pst.untrained': pst_cfg(),
+    'resnet101_pst.untrained': pst_cfg(),
+    'test_resnet_pst.untrained': pst_cfg(
         input_size=(3, 160, 160), pool_size=(5, 5), first_conv='conv1.0'),
-    'test_resnet_pst.digits': _cfg(
+    'test_resnet_pst.digits': pst_cfg(
         file=str(WEIGHTS / 'test_resnet_pst.digits.safetensors'),
         num_classes=10, label_names=tuple('0123456789'),
         input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0, first_conv='conv1.0'),
