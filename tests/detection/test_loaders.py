@@ -128,7 +128,8 @@ def test_limits_are_those_of_the_flags(root):
     assert len(list(loaders(root, max_bad_images=1).evaluation)) == 3
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+# torch takes five seconds to end a worker that has raised
+@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_too_many_damaged_images_end_with_a_sentence(root, workers):
     for i in range(COUNT):
         (root / 'train' / f'{i}.png').write_bytes(b'')
