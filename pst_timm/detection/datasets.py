@@ -70,6 +70,11 @@ class BoxDataset(Dataset):
     def class_names(self) -> List[str]:
         return self.annotations.class_names
 
+    @property
+    def class_to_idx(self) -> Dict[str, int]:
+        """Labels by name, as timm's readers have them."""
+        return {name: i for i, name in enumerate(self.class_names)}
+
     def __len__(self) -> int:
         return len(self.annotations)
 
