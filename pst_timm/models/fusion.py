@@ -53,7 +53,10 @@ class PSTModel(nn.Module):
     * `sweep_settings(topks)`: the settings that are worth a comparison, each for `with_settings`.
     * `settings_columns(setting, img_size)`: what a table of results says of one of these.
     * `tokens(img_size)`: how many tokens there are to select from; a k above it is that many.
+    * `own_args`: arguments of `timm.create_model` that the model worked out itself, so that a checkpoint can tell them.
     """
+    plain_name: str = ''
+    """Name of the timm model that the trunk is, where it is known."""
 
     def _add_fusion(
             self,
@@ -461,6 +464,7 @@ def build_pst(
         **kwargs,
     )
     drop_digest(model)
+    getattr(model, 'model', model).plain_name = plain  # features_only wraps the network
     if pretrained_trunk:
         load_pretrained_trunk(model, plain, pretrained_trunk, kwargs.get('cache_dir'))
     return model
