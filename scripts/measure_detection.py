@@ -3,8 +3,8 @@ images, with intervals.
 
     python -m scripts.measure_detection --data-dir BCCD --work runs/bccd --output results/detection
 
-Started again, it goes on where it stopped. The recipe, configs/detect/bccd.yaml, was chosen without the test images; what
-is evaluated is the last epoch.
+Started again, it goes on where it stopped. The recipe, configs/detect/bccd.yaml, was chosen on the validation images;
+what is evaluated on the test images is the last epoch.
 """
 import argparse
 import json
@@ -61,9 +61,14 @@ def run_cell(cell: str, seed: int, recipe: Dict[str, Any], given: Dict[str, Any]
     return result.output_dir / 'last.pth.tar'
 
 
-def evaluate_row(row: str, seed: int, dataset: BoxDataset, given: Dict[str, Any], work: Path) -> Optional[Dict[str, Any]]:
-    """Metrics of a row of the table on a split, with the boxes themselves in the folder of the run; None before it is
-    trained."""
+def evaluate_row(
+        row: str,
+        seed: int,
+        dataset: BoxDataset,
+        given: Dict[str, Any],
+        work: Path,
+) -> Optional[Dict[str, Any]]:
+    """Metrics and boxes of a row of the table, kept in the folder of its run; None before it is trained."""
     cell, setting = ROWS[row]
     folder = work / f'{cell}-{seed}'
     done = folder / f'{given["split"]}-{"-".join(map(str, setting.values())) or "coarse"}.json'
@@ -92,7 +97,8 @@ def summary(found: Dict[str, List[ImageMatches]], runs: Sequence[Dict[str, Any]]
         own = [run['metrics'] for run in runs if run['row'] == name]
         each = {key: sum(m[key] for m in own) / len(own) for key in own[0]}
         known = ap_intervals(matches)
-        row = dict(detector=name, seeds=len(own), AP=told(known['ap']), AP50=told(known['ap50']), AP75=shown(each['ap75']))
+        row = dict(
+            detector=name, seeds=len(own), AP=told(known['ap']), AP50=told(known['ap50']), AP75=shown(each['ap75']))
         row.update({key.removeprefix('ap_'): shown(value) for key, value in each.items() if key not in COMMON})
         twins = found.get(TWIN, [])
         if name != TWIN and len(twins) == len(matches):
@@ -117,9 +123,9 @@ def setting_of(recipe: Dict[str, Any], counts: Dict[str, int], seeds: Sequence[i
     return (
         f'BCCD, {counts["train"]} training and {counts["test"]} test images; FCOS over {recipe["trunk"]} from scratch, '
         f'necks of {recipe["neck_width"]} channels, {recipe["img_size"]} px, {recipe["epochs"]} epochs, batch '
-        f'{recipe["batch_size"]}, seeds {", ".join(map(str, seeds))}; the last epoch, in float32; COCO\'s AP in percent, mean '
-        f'over the seeds, with 95% intervals by 1,000 draws of the test images; differences on the same draws; '
-        f'{hardware_name(torch.device("cpu"))}; torch {torch.__version__}, timm {timm.__version__}')
+        f'{recipe["batch_size"]}, seeds {", ".join(map(str, seeds))}; the last epoch, in float32; COCO\'s AP in '
+        f'percent, mean over the seeds, with 95% intervals by 1,000 draws of the test images; differences on the same '
+        f'draws; {hardware_name(torch.device("cpu"))}; torch {torch.__version__}, timm {timm.__version__}')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -128,7 +128,7 @@ class Pyramid(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the maps between the levels again in the backward pass instead of keeping them."""
+        """Compute again in the backward pass, instead of keeping it, what lies within each PST, or within a PAN."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -195,7 +195,11 @@ class PyramidLevel(PyramidSparseTransformer):
 
 
 class PSTPyramid(Pyramid):
-    """A pyramid whose top-down steps are Pyramid Sparse Transformers, followed by strided convolutions bottom-up."""
+    """A pyramid whose top-down steps are Pyramid Sparse Transformers, followed by strided convolutions bottom-up.
+
+    State-dict names: `top_down.{i}` is a `PyramidSparseTransformer` over the concatenation, with its names, from the
+    coarsest level (P4 of three) to the finest; `down.{i}` and `merge.{i}` run from the finest to the coarsest.
+    """
 
     def __init__(
             self,
@@ -329,6 +333,11 @@ class PANPyramid(Pyramid):
         self._init_weights()
 
     def _levels(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint(self._run, maps, use_reentrant=False)
+        return self._run(maps)
+
+    def _run(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
         sums = [lateral(maps[i]) for i, lateral in enumerate(self.lateral)]
         for i in range(len(sums) - 1, 0, -1):
             sums[i - 1] = sums[i - 1] + upsample_as(sums[i], sums[i - 1])

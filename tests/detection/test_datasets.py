@@ -29,6 +29,12 @@ def test_a_missing_image_is_counted_when_the_data_is_opened(root):
     assert dataset[0][1]['image_id'] == 1
 
 
+def test_too_many_missing_images_are_told_when_the_data_is_opened(root):
+    (root / 'train' / '1.png').unlink()
+    with pytest.raises(PSTError, match=r'1 image could not be read, more than the share.*There is no image .*1\.png'):
+        open_boxes(root, 'train')
+
+
 def test_the_last_image_is_followed_by_the_first(root):
     damage(root / 'train' / '3.png')
     dataset = open_boxes(root, 'train', max_bad_share=1.)

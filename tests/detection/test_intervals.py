@@ -130,17 +130,16 @@ def split(matches, chosen, draws, seed):
 def test_an_interval_holds_the_truth_about_as_often_as_it_says():
     """Of splits drawn from the same images, the number of all of them lies in nearly all intervals."""
     rng = np.random.default_rng(7)
-    dataset = random_truth(rng, images=1200, classes=1, crowds=False, most=4)
+    dataset = random_truth(rng, images=800, classes=3, crowds=False, most=12)
     matches = detector(rng, dataset).matches()
     whole = ap_intervals([matches], 1)
     inside = {'ap': 0, 'ap50': 0}
-    for seed in range(50):
-        found = split(matches, sorted(rng.choice(1200, 60, replace=False).tolist()), 80, seed)
+    for seed in range(40):
+        found = split(matches, sorted(rng.choice(800, 50, replace=False).tolist()), 60, seed)
         for name in inside:
             low, high = found[name].images
             inside[name] += low <= whole[name].value <= high
-    # 90% and 94% of 150 with more draws; plain percentiles of the draws 85% and 89%
-    assert min(inside.values()) >= 43, inside
+    assert min(inside.values()) >= 33, inside
 
 
 def test_no_interval_reaches_beyond_what_there_can_be():

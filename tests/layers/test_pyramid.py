@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import GroupNorm1
 from timm.models import reparameterize_model
+from torch.autograd.graph import saved_tensors_hooks
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from pst_timm.layers import ConvNorm, FusedConvAct, MergeAct, MergeNorm, PANPyramid, PSTPyramid
@@ -219,8 +220,8 @@ def test_gradients_reach_every_parameter(neck, kwargs, checkpointing):
 
 
 @necks
-def test_checkpointing_changes_no_gradient(neck):
-    maps, grads = build_maps(size=(16, 16)), []
+def test_checkpointing_keeps_less_and_changes_no_gradient(neck):
+    maps, grads, saved, sizes = build_maps(size=(16, 16)), [], [], []
     for checkpointing in (False, True):
         kwargs = dict(train_topk=2, train_fine_prob=0.5) if neck is PSTPyramid else {}
         module = build(neck, **kwargs).train()
@@ -229,6 +230,11 @@ def test_checkpointing_changes_no_gradient(neck):
             torch.manual_seed(step)
             sum(y.square().mean() for y in module(maps)).backward()
         grads.append([p.grad for p in module.parameters()])
+        with saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+            module(maps)
+        saved.append(sum(sizes))
+        sizes.clear()
+    assert saved[1] < 0.7 * saved[0]
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*grads, strict=True))
 
 
@@ -280,6 +286,11 @@ def test_scripted_equals_eager(neck, kwargs, fold):
             assert largest_error(scripted(maps), neck(maps)) < 1e-10
     with pytest.raises(Exception, match='Got 2 maps, expected 3'):
         scripted(build_maps()[:2])
+    if isinstance(neck, PSTPyramid):
+        for each in (neck, scripted):
+            each.set_topk(1, fusion='gate')
+        with torch.no_grad():
+            assert largest_error(scripted(maps), neck(maps)) < 1e-10
 
 
 def run_onnx(data, maps):
