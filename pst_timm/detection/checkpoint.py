@@ -18,7 +18,7 @@ from pst_timm.checkpoints.rules import Unfit, either, flag, mapping, printable, 
 from pst_timm.checkpoints.trust import check_origin
 from pst_timm.layers import PANPyramid, PSTPyramid, PyramidSparseAttention, PyramidSparseTransformer
 from pst_timm.layers.module import PyramidSparseBlock
-from pst_timm.models import ResNetPST
+from pst_timm.models import PSTModel
 from pst_timm.utils.devices import check_device
 from pst_timm.utils.errors import PSTError
 
@@ -210,8 +210,7 @@ def load_trunk_weights(model: Detector, source: PathLike, use_ema: Optional[bool
             weights = read_checkpoint(source, use_ema).weights
         else:
             weights = create_model(os.fspath(source), pretrained=True).state_dict()
-        inner = getattr(trunk, 'model', trunk)
-        if isinstance(inner, ResNetPST) and not any(k.startswith('pst.') for k in weights):
+        if isinstance(getattr(trunk, 'model', trunk), PSTModel) and not any('.attn.pe.' in k for k in weights):
             ignored = load_trunk(trunk, weights).ignored
         else:
             weights, ignored = _match(trunk, weights, model.arguments)
@@ -255,7 +254,8 @@ def _match(
             raise PSTError(
                 f'The source is not a {name}: {k} is {tuple(v.shape)} of {v.dtype} in the source and '
                 f'{tuple(own[k].shape)} of {own[k].dtype} in the trunk. Use weights of the same width.')
-    return matched, [k for n, k in offered.items() if n not in wanted]
+    taken = {prefix + offered[n] for n in wanted if n in offered}
+    return matched, [k for k in weights if k not in taken]
 
 
 def _module_names(trunk: nn.Module) -> List[str]:

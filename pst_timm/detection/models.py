@@ -23,7 +23,8 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from pst_timm.checkpoints import create_model
 from pst_timm.layers import FINE_FUSIONS, PANPyramid, PSTPyramid, PyramidSparseAttention, attention_set
-from pst_timm.utils.errors import PSTError
+from pst_timm.models import PSTModel
+from pst_timm.utils.errors import PSTError, did_you_mean
 
 __all__ = ['KINDS', 'NECKS', 'Detector', 'create_detector']
 
@@ -317,8 +318,6 @@ def level_strides(levels: Sequence[int], extra_levels: int) -> Tuple[int, ...]:
 
 
 def _check_choice(what: str, value: str, known: Sequence[str]) -> None:
-    from pst_timm.utils.errors import did_you_mean
-
     if value not in known:
         raise PSTError(f'Unknown {what} {value!r}.{did_you_mean(str(value), known)} There are {", ".join(known)}.')
 
@@ -376,10 +375,18 @@ def _create_trunk(
             f'{name} has no maps of stride {", ".join(map(str, missing))}, it has those of stride '
             f'{", ".join(map(str, sorted(found)))}: choose other levels, or another trunk.')
     _check_sizes(name, shape.eval(), levels[-1])
+    if pretrained and isinstance(getattr(shape, 'model', shape), PSTModel) and not _published(name):
+        # of a model with PST at least its own trunk
+        pretrained, kwargs = False, dict(kwargs, pretrained_trunk=True)
     body = create_model(
         name, pretrained=pretrained, features_only=True, out_indices=tuple(found[s] for s in levels), **kwargs)
     cfg = {**_cfg_of(name), **{k: v for k, v in (getattr(body, 'pretrained_cfg', None) or {}).items() if v}}
     return body, list(body.feature_info.channels()), cfg
+
+
+def _published(name: str) -> bool:
+    cfg = timm.get_pretrained_cfg(name)
+    return cfg is not None and cfg.has_weights
 
 
 def _check_sizes(name: str, shape: nn.Module, stride: int) -> None:
