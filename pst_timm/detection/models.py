@@ -5,7 +5,6 @@ neck over them, anchors that follow the levels, and full precision where boxes a
 """
 import re
 from collections import OrderedDict
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
@@ -22,8 +21,9 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 from pst_timm.checkpoints import create_model
-from pst_timm.layers import FINE_FUSIONS, PANPyramid, PSTPyramid, PyramidSparseAttention, attention_set
+from pst_timm.layers import PANPyramid, PSTPyramid, PyramidSparseAttention
 from pst_timm.models import PSTModel
+from pst_timm.models.settings import AttentionSettings
 from pst_timm.utils.errors import PSTError, did_you_mean
 
 __all__ = ['KINDS', 'NECKS', 'Detector', 'create_detector']
@@ -82,7 +82,7 @@ class FloatRetinaNetHead(RetinaNetHead):
         return {k: v.float() for k, v in super().forward(x).items()}
 
 
-class Detector(nn.Module):
+class Detector(AttentionSettings, nn.Module):
     """What the detectors here have beside torchvision's interface; made by `create_detector`.
 
     Called as torchvision's are: with a list of images (3, H, W) in [0, 1] and, in training, a list of targets with
@@ -110,51 +110,6 @@ class Detector(nn.Module):
     def attentions(self) -> List[PyramidSparseAttention]:
         """The attention layers, those of a trunk with PST first."""
         return [m for m in self.modules() if isinstance(m, PyramidSparseAttention)]
-
-    def set_topk(self, topk: int, fusion: Optional[str] = None) -> None:
-        """Change the fine attention used at inference; weights are not touched.
-
-        Args:
-            topk: Coarse tokens selected per image and head, 0 for coarse attention alone.
-            fusion: 'gate' or 'joint', unchanged if None.
-
-        Raises:
-            ValueError: If `topk` is negative or not an integer, or the fusion is unknown.
-        """
-        for attn in self.attentions():
-            attn.set_topk(topk, fusion)
-
-    def set_train_step(self, seed: int, step: int = 0) -> None:
-        """Place the draws of `train_fine_prob` at a training step, see `engine.protocols.TrainStepAware`."""
-        for attn in self.attentions():
-            attn.set_fine_step(seed, step)
-
-    def inference_settings(self) -> Dict[str, Any]:
-        """`topk` and `fine_fusion` as they are now; empty for a detector without attention."""
-        attentions = self.attentions()
-        return {'topk': attentions[0].topk, 'fine_fusion': attentions[0].fine_fusion} if attentions else {}
-
-    def with_settings(
-            self,
-            topk: Optional[int] = None,
-            fine_fusion: Optional[str] = None,
-    ) -> AbstractContextManager:
-        """Set the fine attention for a while; 'coarse' is what tables call `topk=0`."""
-        attentions = self.attentions()
-        if not attentions:
-            return nullcontext()
-        return attention_set(attentions, topk, None if fine_fusion == 'coarse' else fine_fusion)
-
-    def sweep_settings(self, values: Sequence[int]) -> List[Dict[str, Any]]:
-        """`topk` and `fine_fusion` of each setting to compare: 'coarse' for 0, 'gate' and 'joint' for other values."""
-        values = values if self.attentions() else [0]
-        return [
-            {'topk': k, 'fine_fusion': fusion}
-            for k in dict.fromkeys(values) for fusion in (FINE_FUSIONS if k else ('coarse',))]
-
-    def settings_columns(self, setting: Dict[str, Any], img_size: Tuple[int, int]) -> Dict[str, Any]:
-        """The columns of a table of results that tell a setting; `selected` is of the finest attention."""
-        return {**setting, 'selected': min(setting['topk'], self.tokens(img_size))}
 
     def tokens(self, img_size: Union[int, Tuple[int, int]]) -> int:
         """How many tokens the finest attention selects from, 0 without attention."""

@@ -9,7 +9,7 @@ Shapes used throughout: B images, C channels in `heads` heads of d = C / heads; 
 import numbers
 import random
 from contextlib import contextmanager
-from typing import Final, Iterator, NamedTuple, Optional, Sequence, Tuple
+from typing import Final, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.fx
@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .conv_norm import ConvNorm
 
-__all__ = ['FINE_FUSIONS', 'PyramidSparseAttention', 'SparseTokens', 'attention_set']
+__all__ = ['FINE_FUSIONS', 'HasAttention', 'PyramidSparseAttention', 'SparseTokens', 'attention_set']
 
 FINE_FUSIONS = ('gate', 'joint')
 
@@ -500,6 +500,52 @@ class PyramidSparseAttention(nn.Module):
         index, exists = self._children(selected, fine_size, coarse_size, ratio)
         return SparseTokens(
             fine_size, coarse_size, attention, self._scores(q, k), selected, index.masked_fill(~exists, -1))
+
+
+class HasAttention:
+    """A module with attention layers inside, which are set together."""
+
+    @torch.jit.ignore
+    def attentions(self) -> List[PyramidSparseAttention]:
+        """The attention layers, in the order in which they run."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def set_topk(self, topk: int, fusion: Optional[str] = None) -> None:
+        """Change the fine attention used at inference; weights and training are not touched.
+
+        Works on a scripted module too; one that was saved, frozen or traced keeps what it had then. Not while other
+        threads run it, which would see it change between its layers.
+
+        Args:
+            topk: Coarse tokens selected per image and head, 0 for coarse attention alone; more than there are
+                selects all.
+            fusion: 'gate' or 'joint', unchanged if None.
+
+        Raises:
+            ValueError: If `topk` is negative or not an integer, or the fusion is unknown.
+        """
+        for attn in self.attentions():
+            attn.set_topk(topk, fusion)
+
+    @torch.jit.ignore
+    def set_fine_step(self, seed: int, step: int = 0) -> None:
+        """Seed the draws of `train_fine_prob` and place them at a training step.
+
+        Call it alike on all ranks. A run that calls it at the start of every epoch can be resumed at any of them.
+
+        Args:
+            seed: Seed of the sequence of draws.
+            step: Index of the next training step.
+        """
+        for attn in self.attentions():
+            attn.set_fine_step(seed, step)
+
+    @torch.jit.ignore
+    def draw_fine(self) -> bool:
+        """Draw for all layers, which walk through the same sequence; see `PyramidSparseAttention.draw_fine`."""
+        draws = [attn.draw_fine() for attn in self.attentions()]  # a list, as every layer has to take its draw
+        return any(draws)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from timm.layers import LayerType, register_notrace_function
 from torch.utils.checkpoint import checkpoint
 
-from .attention import PyramidSparseAttention
+from .attention import HasAttention, PyramidSparseAttention
 from .conv_norm import ConvNorm, MergeNorm, upsample_as
 from .module import PyramidSparseTransformer
 
@@ -194,7 +194,7 @@ class PyramidLevel(PyramidSparseTransformer):
         return self._run(self.conv_in(above, x), upper, fine)
 
 
-class PSTPyramid(Pyramid):
+class PSTPyramid(HasAttention, Pyramid):
     """A pyramid whose top-down steps are Pyramid Sparse Transformers, followed by strided convolutions bottom-up.
 
     State-dict names: `top_down.{i}` is a `PyramidSparseTransformer` over the concatenation, with its names, from the
@@ -262,24 +262,6 @@ class PSTPyramid(Pyramid):
     def attentions(self) -> List[PyramidSparseAttention]:
         """The attention of each block, in the order in which they run."""
         return [attn for level in self.top_down.children() for attn in level.attentions()]
-
-    @torch.jit.ignore
-    def set_topk(self, topk: int, fusion: Optional[str] = None) -> None:
-        """Change the fine attention of every level, see `PyramidSparseAttention.set_topk`."""
-        for attn in self.attentions():
-            attn.set_topk(topk, fusion)
-
-    @torch.jit.ignore
-    def set_fine_step(self, seed: int, step: int = 0) -> None:
-        """Place every level in the sequence of training steps, see `PyramidSparseAttention.set_fine_step`."""
-        for attn in self.attentions():
-            attn.set_fine_step(seed, step)
-
-    @torch.jit.ignore
-    def draw_fine(self) -> bool:
-        """Draw for all levels, which walk through the same sequence; see `PyramidSparseAttention.draw_fine`."""
-        draws = [attn.draw_fine() for attn in self.attentions()]  # a list, as every block has to take its draw
-        return any(draws)
 
     def _levels(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
         x = maps[-1]

@@ -194,7 +194,7 @@ class BackbonePST(PSTModel):
     @torch.jit.ignore
     def tokens(self, img_size: Union[int, Tuple[int, int]]) -> int:
         """How many coarse tokens there are to select from, see `PSTModel.tokens`."""
-        if not self.rounds_down or not self._attentions():
+        if not self.rounds_down or not self.attentions():
             return super().tokens(img_size)
         height, width = _level_shapes(self.trunk, self._last_two(), (self.in_chans, *to_2tuple(img_size)))[1][2:]
         return height * width
@@ -259,7 +259,7 @@ def fitting_width(
         head_dim: int = 32,
         **pst_kwargs: Any,
 ) -> int:
-    """The fusion width for a trunk: the largest with which all that follows it costs at most a tenth of the plain model.
+    """The fusion width for a trunk: the largest with which what follows it costs at most a tenth of the plain model.
 
     In multiply-adds, at the input size of the trunk. Tried are the even multiples of the width of an attention head, up
     to 512; the least of them is taken in any case.

@@ -7,8 +7,7 @@ With C4 and C5 the last two levels of the trunk, at strides 16 and 32, the rest 
     F = SiLU(bn(conv1x1([D ; C5])))   stride 32, w channels: the output of `forward_features`
     logits = fc(dropout(pool(SiLU(bn(conv1x1(F))))))
 """
-from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import timm
 import torch
@@ -19,22 +18,16 @@ from timm.layers import LayerType, create_classifier, get_device_dtype, to_2tupl
 from timm.models import build_model_with_cfg, checkpoint, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices  # timm exports it from here alone
 
-from pst_timm.layers import (
-    FINE_FUSIONS,
-    Concat,
-    ConvNorm,
-    PyramidSparseAttention,
-    PyramidSparseTransformer,
-    attention_set,
-)
+from pst_timm.layers import Concat, ConvNorm, PyramidSparseAttention, PyramidSparseTransformer
 
 from .digest import check_digest, drop_digest
+from .settings import AttentionSettings
 from .trunk import load_pretrained_trunk
 
 __all__ = ['PSTModel', 'build_pst', 'pst_cfg']
 
 
-class PSTModel(nn.Module):
+class PSTModel(AttentionSettings, nn.Module):
     """A trunk with a PST neck over its last two levels and a widened classification head.
 
     A model of this kind makes its trunk and lists its levels in `feature_info`, calls `_add_fusion`, and says how the
@@ -43,16 +36,6 @@ class PSTModel(nn.Module):
     FX keeps the attention whole, as `timm.models.create_feature_extractor` asks it to; torchvision's function of that
     name does so with `tracer_kwargs=dict(leaf_modules=timm.layers.get_notrace_modules(),
     autowrap_functions=timm.layers.get_notrace_functions())`, and without them is refused.
-
-    What training and validation have to know of a model beside timm's interface, it says itself. Any timm model may
-    offer these methods, and a caller uses those that it finds:
-
-    * `set_train_step(seed, step)`: place the model's own random decisions in a sequence that all ranks share.
-    * `inference_settings()`: what the model has beside its weights, as arguments of `timm.create_model`.
-    * `with_settings(**settings)`: a context in which these are others.
-    * `sweep_settings(topks)`: the settings that are worth a comparison, each for `with_settings`.
-    * `settings_columns(setting, img_size)`: what a table of results says of one of these.
-    * `tokens(img_size)`: how many tokens there are to select from; a k above it is that many.
     """
 
     def _add_fusion(
@@ -139,100 +122,9 @@ class PSTModel(nn.Module):
     # settings
 
     @torch.jit.ignore
-    def _attentions(self) -> List[PyramidSparseAttention]:
-        # a model pruned below has no PST
+    def attentions(self) -> List[PyramidSparseAttention]:
+        """The attention layers, in the order in which they run; none in a model that was pruned below them."""
         return self.pst.attentions() if self.last_level >= self.levels - 2 else []
-
-    @torch.jit.ignore
-    def set_topk(self, topk: int, fusion: Optional[str] = None) -> None:
-        """Change the fine attention used at inference; weights are not touched.
-
-        Works on a scripted model too; one that was saved, frozen or traced keeps what it had then. Not while other
-        threads run the model, which would see it change between its blocks: give each setting a model of its own, or
-        look with `pst_timm.inspect_tokens`, which leaves the model as it is.
-
-        Args:
-            topk: Coarse tokens selected per image and head, 0 for coarse attention alone; more than there are
-                selects all.
-            fusion: 'gate' or 'joint', unchanged if None.
-
-        Raises:
-            ValueError: If `topk` is negative or not an integer, or the fusion is unknown.
-        """
-        for attn in self._attentions():
-            attn.set_topk(topk, fusion)
-
-    @torch.jit.ignore
-    def set_train_step(self, seed: int, step: int = 0) -> None:
-        """Seed the draws of `train_fine_prob` and place them at a training step.
-
-        Call it alike on all ranks. A run that calls it at the start of every epoch can be resumed at any of them.
-
-        Args:
-            seed: Seed of the sequence of draws.
-            step: Index of the next training step.
-        """
-        for attn in self._attentions():
-            attn.set_fine_step(seed, step)
-
-    set_fine_step = set_train_step  # as the layers call it
-
-    @torch.jit.ignore
-    def inference_settings(self) -> Dict[str, Any]:
-        """`topk` and `fine_fusion` as they are now; empty for a model without attention."""
-        attentions = self._attentions()
-        return {'topk': attentions[0].topk, 'fine_fusion': attentions[0].fine_fusion} if attentions else {}
-
-    @torch.jit.ignore
-    @contextmanager
-    def with_settings(self, topk: Optional[int] = None, fine_fusion: Optional[str] = None) -> Iterator[None]:
-        """Set the fine attention for a while; afterwards it is as it was, also after an error.
-
-        Not while other threads run the model, see `set_topk`.
-
-        Args:
-            topk: Coarse tokens selected per image and head, unchanged if None.
-            fine_fusion: 'gate' or 'joint', unchanged if None; 'coarse' is what tables call `topk=0`.
-
-        Raises:
-            ValueError: If `topk` is negative or not an integer, or the fusion is unknown or does not go with it.
-        """
-        if fine_fusion == 'coarse':
-            if topk != 0:
-                raise ValueError(f"fine_fusion='coarse' is attention with topk=0, got topk={topk!r}.")
-            fine_fusion = None
-        with attention_set(self._attentions(), topk, fine_fusion):
-            yield
-
-    @torch.jit.ignore
-    def sweep_settings(self, topks: Sequence[int]) -> List[Dict[str, Any]]:
-        """Settings to compare, for `with_settings`, each once.
-
-        Args:
-            topks: Coarse tokens to select; 0 is coarse attention alone.
-
-        Returns:
-            `topk` and `fine_fusion` of each: 'coarse' for k = 0, 'gate' and then 'joint' for every other k. A model
-            without attention has one setting, the coarse one.
-        """
-        if not self._attentions():
-            topks = [0]
-        return [
-            {'topk': k, 'fine_fusion': fusion}
-            for k in dict.fromkeys(topks) for fusion in (FINE_FUSIONS if k else ('coarse',))]
-
-    @torch.jit.ignore
-    def settings_columns(self, setting: Dict[str, Any], img_size: Union[int, Tuple[int, int]]) -> Dict[str, Any]:
-        """The columns of a table of results that tell a setting.
-
-        Args:
-            setting: One of `sweep_settings`.
-            img_size: Height and width of the images, or one number for both.
-
-        Returns:
-            `topk` and `fine_fusion` as they are there, and how many tokens are then `selected`.
-        """
-        return {**setting, 'selected': min(setting['topk'], self.tokens(img_size))}
 
     @torch.jit.ignore
     def tokens(self, img_size: Union[int, Tuple[int, int]]) -> int:
@@ -242,7 +134,7 @@ class PSTModel(nn.Module):
             img_size: Height and width of the images, or one number for both.
         """
         height, width = (-(-side // self.coarse_stride) for side in to_2tuple(img_size))  # every stage rounds up
-        return height * width if self._attentions() else 0
+        return height * width if self.attentions() else 0
 
     # timm's habits
 
