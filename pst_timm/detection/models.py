@@ -32,6 +32,7 @@ KINDS = ('fcos', 'retinanet', 'retinanet_v2')
 NECKS = ('pst', 'pan', 'fpn')
 HEAD_CONVS = 4  # of torchvision's heads; RetinaNet's has no other number
 GROUPS = 32  # of the group norms in the heads
+WRAPPERS = ('model', 'body', 'trunk')  # modules that hold the trunk itself, in feature extractors and models with PST
 
 
 class PyramidTrunk(nn.Module):
@@ -129,7 +130,7 @@ class Detector(AttentionSettings, nn.Module):
         The trunk is the group of blocks, in the order of its modules: its stem is the first of them.
         """
         return dict(
-            stem=r'^backbone\.trunk\.(?:(?:model|body)\.)?(?:stem|conv1|bn1|conv_stem|patch_embed)',
+            stem=rf'^backbone\.trunk\.(?:(?:{"|".join(WRAPPERS)})\.)*(?:stem|conv1|bn1|conv_stem|patch_embed)',
             blocks=r'^backbone\.trunk' if coarse else [
                 (rf'^{re.escape(name)}(?:\.|$)', (i,)) for i, name in enumerate(self._trunk_parts())],
             neck=r'^backbone\.neck',
@@ -137,15 +138,18 @@ class Detector(AttentionSettings, nn.Module):
         )
 
     def _trunk_parts(self) -> List[str]:
-        """Names of the modules of the trunk in order: its children, and theirs where they are sequences."""
-        found = []
-        trunk = self.backbone.trunk
-        inner = [(f'{n}.', m) for n, m in trunk.named_children() if n in ('model', 'body')] or [('', trunk)]
-        for prefix, module in inner:
+        """Names of the modules of the trunk in order: its children, and theirs where they are sequences or wrappers."""
+        def parts(module: nn.Module, prefix: str) -> List[str]:
+            found = []
             for name, child in module.named_children():
-                names = [f'{name}.{n}' for n, _ in child.named_children()] if isinstance(child, nn.Sequential) else []
-                found += [f'backbone.trunk.{prefix}{n}' for n in names or [name]]
-        return found
+                if name in WRAPPERS or (isinstance(child, nn.Sequential) and len(child)):
+                    inner = [f'{prefix}{name}.{n}' for n, _ in child.named_children()]
+                    found += parts(child, f'{prefix}{name}.') if name in WRAPPERS else inner
+                else:
+                    found.append(f'{prefix}{name}')
+            return found
+
+        return parts(self.backbone.trunk, 'backbone.trunk.')
 
     def no_weight_decay(self) -> Set[str]:
         """Names of the gates, and of what the trunk keeps from decay."""

@@ -70,7 +70,7 @@ def test_a_detector_without_attention_takes_no_topk(tmp_path):
     model = small(neck='fpn')
     torch.save({'state_dict': model.state_dict(), FACTS_KEY: describe(model)}, tmp_path / 'fpn.pth.tar')
     assert open_detector(tmp_path / 'fpn.pth.tar', topk=0, device='cpu').class_names == ['0', '1']
-    with pytest.raises(PSTError, match='no attention to set'):
+    with pytest.raises(PSTError, match='holds a detector without attention'):
         open_detector(tmp_path / 'fpn.pth.tar', topk=8, device='cpu')
 
 
