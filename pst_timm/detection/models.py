@@ -22,8 +22,9 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from pst_timm.checkpoints import create_model
 from pst_timm.layers import PANPyramid, PSTPyramid, PyramidSparseAttention
+from pst_timm.models import PSTModel
 from pst_timm.models.settings import AttentionSettings
-from pst_timm.utils.errors import PSTError
+from pst_timm.utils.errors import PSTError, did_you_mean
 
 __all__ = ['KINDS', 'NECKS', 'Detector', 'create_detector']
 
@@ -31,6 +32,7 @@ KINDS = ('fcos', 'retinanet', 'retinanet_v2')
 NECKS = ('pst', 'pan', 'fpn')
 HEAD_CONVS = 4  # of torchvision's heads; RetinaNet's has no other number
 GROUPS = 32  # of the group norms in the heads
+WRAPPERS = ('model', 'body', 'trunk')  # modules that hold the trunk itself, in feature extractors and models with PST
 
 
 class PyramidTrunk(nn.Module):
@@ -128,7 +130,7 @@ class Detector(AttentionSettings, nn.Module):
         The trunk is the group of blocks, in the order of its modules: its stem is the first of them.
         """
         return dict(
-            stem=r'^backbone\.trunk\.(?:(?:model|body)\.)?(?:stem|conv1|bn1|conv_stem|patch_embed)',
+            stem=rf'^backbone\.trunk\.(?:(?:{"|".join(WRAPPERS)})\.)*(?:stem|conv1|bn1|conv_stem|patch_embed)',
             blocks=r'^backbone\.trunk' if coarse else [
                 (rf'^{re.escape(name)}(?:\.|$)', (i,)) for i, name in enumerate(self._trunk_parts())],
             neck=r'^backbone\.neck',
@@ -136,15 +138,18 @@ class Detector(AttentionSettings, nn.Module):
         )
 
     def _trunk_parts(self) -> List[str]:
-        """Names of the modules of the trunk in order: its children, and theirs where they are sequences."""
-        found = []
-        trunk = self.backbone.trunk
-        inner = [(f'{n}.', m) for n, m in trunk.named_children() if n in ('model', 'body')] or [('', trunk)]
-        for prefix, module in inner:
+        """Names of the modules of the trunk in order: its children, and theirs where they are sequences or wrappers."""
+        def parts(module: nn.Module, prefix: str) -> List[str]:
+            found = []
             for name, child in module.named_children():
-                names = [f'{name}.{n}' for n, _ in child.named_children()] if isinstance(child, nn.Sequential) else []
-                found += [f'backbone.trunk.{prefix}{n}' for n in names or [name]]
-        return found
+                if name in WRAPPERS or (isinstance(child, nn.Sequential) and len(child)):
+                    inner = [f'{prefix}{name}.{n}' for n, _ in child.named_children()]
+                    found += parts(child, f'{prefix}{name}.') if name in WRAPPERS else inner
+                else:
+                    found.append(f'{prefix}{name}')
+            return found
+
+        return parts(self.backbone.trunk, 'backbone.trunk.')
 
     def no_weight_decay(self) -> Set[str]:
         """Names of the gates, and of what the trunk keeps from decay."""
@@ -272,8 +277,6 @@ def level_strides(levels: Sequence[int], extra_levels: int) -> Tuple[int, ...]:
 
 
 def _check_choice(what: str, value: str, known: Sequence[str]) -> None:
-    from pst_timm.utils.errors import did_you_mean
-
     if value not in known:
         raise PSTError(f'Unknown {what} {value!r}.{did_you_mean(str(value), known)} There are {", ".join(known)}.')
 
@@ -331,10 +334,18 @@ def _create_trunk(
             f'{name} has no maps of stride {", ".join(map(str, missing))}, it has those of stride '
             f'{", ".join(map(str, sorted(found)))}: choose other levels, or another trunk.')
     _check_sizes(name, shape.eval(), levels[-1])
+    if pretrained and isinstance(getattr(shape, 'model', shape), PSTModel) and not _published(name):
+        # of a model with PST at least its own trunk
+        pretrained, kwargs = False, dict(kwargs, pretrained_trunk=True)
     body = create_model(
         name, pretrained=pretrained, features_only=True, out_indices=tuple(found[s] for s in levels), **kwargs)
     cfg = {**_cfg_of(name), **{k: v for k, v in (getattr(body, 'pretrained_cfg', None) or {}).items() if v}}
     return body, list(body.feature_info.channels()), cfg
+
+
+def _published(name: str) -> bool:
+    cfg = timm.get_pretrained_cfg(name)
+    return cfg is not None and cfg.has_weights
 
 
 def _check_sizes(name: str, shape: nn.Module, stride: int) -> None:

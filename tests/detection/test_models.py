@@ -104,6 +104,7 @@ def test_training_keeps_the_size_of_an_image_and_evaluation_fits_it():
     ('resnet18', (4, 8, 16, 32)),
     ('resnet18_pst', (8, 16, 32)),
     ('mobilenetv4_conv_small', (8, 16, 32)),
+    ('mobilenetv4_conv_small_pst', (8, 16, 32)),
     ('convnext_atto', (8, 16)),  # names of modules are others in the extractor
 ])
 def test_trunks_of_several_families(trunk, levels):

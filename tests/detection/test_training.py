@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pst_timm.cli import main
+from pst_timm.data.datasets import class_names
 from pst_timm.detection import open_detector, train, validate
 from pst_timm.detection.batches import BoxBatches
 from pst_timm.detection.datasets import open_boxes
@@ -147,6 +148,10 @@ class TestFrozen:
     def test_an_unknown_part_is_named(self, data, tmp_path):
         with pytest.raises(PSTError, match='--freeze layer9: the model has no such module'):
             prepare(tiny_args(data, tmp_path, freeze=['layer9']), Detection())
+
+
+def test_processes_can_compare_their_classes(data):
+    assert class_names(open_boxes(data, 'train')) == list(CLASSES)
 
 
 class TestBatches:
