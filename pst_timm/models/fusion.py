@@ -37,8 +37,8 @@ class PSTModel(AttentionSettings, nn.Module):
     name does so with `tracer_kwargs=dict(leaf_modules=timm.layers.get_notrace_modules(),
     autowrap_functions=timm.layers.get_notrace_functions())`, and without them is refused.
 
-    Beside `AttentionSettings` a model may have `own_args`: arguments of `timm.create_model` that it worked out itself, so
-    that a checkpoint can tell them.
+    Beside `AttentionSettings` a model may have `own_args`: arguments of `timm.create_model` that it worked out itself,
+    so that a checkpoint can tell them.
     """
     plain_name: str = ''
     """Name of the timm model that the trunk is, where it is known."""
