@@ -213,8 +213,9 @@ def model_card(
     lines = [
         f'# {name}: {checkpoint.arch}{f" trained on {prose(data_set)}" if data_set else ""}',
         '',
-        f'An image classifier{data}: `{checkpoint.arch}`, {made_of} whose last two stages are fused by a Pyramid Sparse '
-        'Transformer, for [timm](https://github.com/huggingface/pytorch-image-models) with the package `pst_timm`.',
+        f'An image classifier{data}: `{checkpoint.arch}`, {made_of} whose last two stages are fused by a Pyramid '
+        'Sparse Transformer, for [timm](https://github.com/huggingface/pytorch-image-models) with the package '
+        '`pst_timm`.',
         '',
         '| | |',
         '|---|---|',
