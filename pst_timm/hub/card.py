@@ -209,11 +209,13 @@ def model_card(
         classes += f': {shown}{", ... (all in config.json)" if len(names) > SHOWN_NAMES else ""}'
     data = f' for {prose(data_set)}' if data_set else ''
     saved = f'; saved with `topk={settings["topk"]}`, `fine_fusion={settings["fine_fusion"]!r}`'
+    made_of = f'the `{model.plain_name}`' if checkpoint.arch == 'backbone_pst' else 'a network'
     lines = [
         f'# {name}: {checkpoint.arch}{f" trained on {prose(data_set)}" if data_set else ""}',
         '',
-        f'An image classifier{data}: `{checkpoint.arch}`, a ResNet whose last two stages are fused by a Pyramid Sparse '
-        'Transformer, for [timm](https://github.com/huggingface/pytorch-image-models) with the package `pst_timm`.',
+        f'An image classifier{data}: `{checkpoint.arch}`, {made_of} whose last two stages are fused by a Pyramid '
+        'Sparse Transformer, for [timm](https://github.com/huggingface/pytorch-image-models) with the package '
+        '`pst_timm`.',
         '',
         '| | |',
         '|---|---|',
