@@ -1,6 +1,7 @@
 """Loaders of images with boxes: lists of images and of targets."""
+import math
 from argparse import Namespace
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from timm.utils import is_primary
@@ -12,13 +13,39 @@ from pst_timm.utils.errors import PSTError
 from .datasets import BoxDataset, Target
 from .transforms import eval_transforms, train_transforms
 
-__all__ = ['collate_boxes', 'create_box_loaders', 'create_eval_box_loader']
+__all__ = ['create_box_loaders', 'create_eval_box_loader', 'pack', 'unpack']
 
 
-def collate_boxes(samples: Sequence[Optional[Tuple[torch.Tensor, Target]]]) -> Tuple[List[torch.Tensor], List[Target]]:
-    """Samples as two lists, without the images that could not be read."""
+PER_BOX = ('boxes', 'labels', 'area', 'iscrowd')
+
+
+def pack(samples: Sequence[Optional[Tuple[torch.Tensor, Target]]]) -> Dict[str, Any]:
+    """Samples as few tensors, without the images that could not be read.
+
+    Each tensor that a worker hands over takes a file handle, of which a batch of images with their boxes would use
+    hundreds.
+    """
     kept = [sample for sample in samples if sample is not None]
-    return [image for image, _ in kept], [target for _, target in kept]
+    targets = [target for _, target in kept]
+    batch: Dict[str, Any] = dict(
+        shapes=[tuple(image.shape) for image, _ in kept],
+        counts=[len(target['boxes']) for target in targets],
+        plain=[{k: v for k, v in target.items() if k not in PER_BOX} for target in targets],
+    )
+    if kept:
+        batch['pixels'] = torch.cat([image.reshape(-1) for image, _ in kept])
+        batch.update({key: torch.cat([target[key] for target in targets]) for key in PER_BOX})
+    return batch
+
+
+def unpack(batch: Dict[str, Any]) -> Tuple[List[torch.Tensor], List[Target]]:
+    """The images and the targets of a batch, as two lists."""
+    if not batch['shapes']:
+        return [], []
+    pixels = batch['pixels'].split([math.prod(shape) for shape in batch['shapes']])
+    columns = [batch[key].split(batch['counts']) for key in PER_BOX]
+    targets = [{**dict(zip(PER_BOX, row)), **plain} for row, plain in zip(zip(*columns), batch['plain'])]
+    return [part.reshape(shape) for part, shape in zip(pixels, batch['shapes'])], targets
 
 
 class EveryNth(Sampler[int]):
@@ -40,11 +67,11 @@ class EveryNth(Sampler[int]):
         return iter(self.indices)
 
 
-class EvalLoader(DataLoader):
-    """A loader that passes over batches of which no image could be read."""
+class BoxLoader(DataLoader):
+    """A loader of two lists, images and targets, that passes over batches of which no image could be read."""
 
-    def __iter__(self) -> Iterator[Any]:
-        return (batch for batch in super().__iter__() if batch[0])
+    def __iter__(self) -> Iterator[Tuple[List[torch.Tensor], List[Target]]]:
+        return (batch for batch in map(unpack, super().__iter__()) if batch[0])
 
 
 def _common(args: Namespace, dataset: BoxDataset) -> dict:
@@ -53,7 +80,7 @@ def _common(args: Namespace, dataset: BoxDataset) -> dict:
     return dict(
         dataset=dataset,
         num_workers=args.workers,
-        collate_fn=collate_boxes,
+        collate_fn=pack,
         pin_memory=args.pin_mem and torch.accelerator.is_available(),
         # fresh workers take their seeds from the random state of the epoch, so that a resumed epoch is the same epoch
         persistent_workers=False,
@@ -79,7 +106,7 @@ def create_box_loaders(args: Namespace, train: BoxDataset, evaluation: Optional[
     sampler = None
     if args.distributed:
         sampler = DistributedSampler(train, args.world_size, args.rank, shuffle=True, seed=args.seed)
-    loader = DataLoader(
+    loader = BoxLoader(
         batch_size=args.batch_size, sampler=sampler, shuffle=sampler is None, drop_last=True, **_common(args, train))
     if len(loader) == 0:
         raise PSTError(
@@ -116,4 +143,4 @@ def create_eval_box_loader(
             raise PSTError(
                 f'{len(dataset)} image(s) to evaluate are too few for {args.world_size} processes: use fewer of them.')
         sampler = EveryNth(len(dataset), args.rank, args.world_size)
-    return EvalLoader(batch_size=batch_size, sampler=sampler, shuffle=False, **_common(args, dataset))
+    return BoxLoader(batch_size=batch_size, sampler=sampler, shuffle=False, **_common(args, dataset))

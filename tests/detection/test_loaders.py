@@ -7,7 +7,8 @@ import torch
 
 from pst_timm.data.loaders import checked_batches, report_bad_images
 from pst_timm.detection.datasets import open_boxes
-from pst_timm.detection.loaders import create_box_loaders, create_eval_box_loader
+from pst_timm.detection.loaders import create_box_loaders, create_eval_box_loader, pack, unpack
+from pst_timm.detection.transforms import train_transforms
 from pst_timm.engine.seeding import seeded_batches
 from pst_timm.utils.errors import PSTError
 
@@ -53,6 +54,21 @@ def test_batches_are_lists_and_training_has_whole_ones_alone(root):
 
 def test_the_validation_batch_may_have_another_size(root):
     assert [len(images) for images, _ in loaders(root, validation_batch_size=6).evaluation] == [6, 5]
+
+
+def test_a_batch_takes_few_file_handles_and_loses_nothing(root):
+    dataset = open_boxes(root, 'train')
+    dataset.transforms = train_transforms(32, hflip=0.5, box_crop=0.5)
+    samples = [dataset[i] for i in range(COUNT)]
+    packed = pack([None, *samples[:5], None, *samples[5:]])
+    assert sum(isinstance(value, torch.Tensor) for value in packed.values()) == 5
+    images, targets = unpack(packed)
+    for image, target, (expected, truth) in zip(images, targets, samples, strict=True):
+        assert image.equal(expected) and set(target) == set(truth)
+        for key, value in truth.items():
+            same = target[key].equal(value) if isinstance(value, torch.Tensor) else target[key] == value
+            assert same and type(target[key]) is type(value), key
+    assert unpack(pack([None, None])) == ([], [])
 
 
 def test_without_augmentation_training_sees_what_evaluation_sees(root):
