@@ -72,11 +72,6 @@ class BoxDataset(Dataset):
 
     @property
     def class_to_idx(self) -> Dict[str, int]:
-        """The same as timm's datasets have it: processes compare what they see."""
-        return {name: i for i, name in enumerate(self.class_names)}
-
-    @property
-    def class_to_idx(self) -> Dict[str, int]:
         """Labels by name, as timm's readers have them."""
         return {name: i for i, name in enumerate(self.class_names)}
 
