@@ -9,6 +9,7 @@ what is evaluated on the test images is the last epoch.
 import argparse
 import json
 import logging
+import statistics
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
@@ -23,6 +24,7 @@ from pst_timm.detection.evaluation import ImageMatches, detections_of, match, sh
 from pst_timm.detection.flags import TRAIN_FLAGS, train_args, validate_args
 from pst_timm.detection.intervals import Estimate, ap_differences, ap_intervals
 from pst_timm.detection.validation import evaluate_detector
+from pst_timm.engine import factories
 from pst_timm.engine.args import read_yaml
 from pst_timm.utils.devices import hardware_name
 from pst_timm.utils.files import write_csv, write_json
@@ -78,11 +80,11 @@ def evaluate_row(
         return None
     model = open_detector(folder / 'last.pth.tar', device='cpu', **setting)
     args = validate_args(**given, checkpoint='-', device='cpu', workers=0, channels_last=True, img_size=model.img_size)
-    metrics, evaluator = evaluate_detector(args, model, dataset, torch.device('cpu'), torch.float32)
+    metrics, evaluator = evaluate_detector(args, model, dataset, factories.init_device(args), torch.float32)
     metrics.pop('images_per_second')
     found = dict(row=row, seed=seed, metrics=metrics, boxes=evaluator.results())
     write_json(done, found)
-    return found
+    return json.loads(done.read_text())
 
 
 def summary(found: Dict[str, List[ImageMatches]], runs: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
@@ -95,7 +97,8 @@ def summary(found: Dict[str, List[ImageMatches]], runs: Sequence[Dict[str, Any]]
     rows = []
     for name, matches in found.items():
         own = [run['metrics'] for run in runs if run['row'] == name]
-        each = {key: sum(m[key] for m in own) / len(own) for key in own[0]}
+        # None where there is nothing to find
+        each = {key: None if own[0][key] is None else statistics.mean(m[key] for m in own) for key in own[0]}
         known = ap_intervals(matches)
         row = dict(
             detector=name, seeds=len(own), AP=told(known['ap']), AP50=told(known['ap50']), AP75=shown(each['ap75']))

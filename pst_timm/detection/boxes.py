@@ -209,5 +209,5 @@ def map_classes(found: Sequence[str], expected: Sequence[str], source: str) -> D
         raise PSTError(
             f'{source} has boxes of {listed(sorted(map(plain, unknown)))}, which {"is" if len(unknown) == 1 else "are"}'
             f' not among the {len(expected)} known classes ({listed(list(map(plain, expected)), 10)}).'
-            f'{did_you_mean(unknown[0], expected, 1)} Give both the same names, or take these boxes out.')
+            f'{did_you_mean(plain(unknown[0]), map(plain, expected), 1)} Give both the same names, or take these boxes out.')
     return {name: i for i, name in enumerate(expected)}

@@ -72,7 +72,7 @@ class BoxDataset(Dataset):
 
     @property
     def class_to_idx(self) -> Dict[str, int]:
-        """Labels by name, as timm's readers have them."""
+        """The same as timm's datasets have it: processes compare what they see."""
         return {name: i for i, name in enumerate(self.class_names)}
 
     def __len__(self) -> int:

@@ -191,7 +191,11 @@ class PyramidLevel(PyramidSparseTransformer):
             fine: Optional[bool] = None,
     ) -> torch.Tensor:
         """Fused level above (B, above_chs, h, w), fine map (B, in_chs, H, W) and coarse map (B, upper_chs, h, w)."""
-        return self._run(self.conv_in(above, x), upper, fine)
+        x = self.conv_in(above, x)
+        if not self.training:
+            # laid out as the attention reads it: one copy here saves several of large maps
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self._run(x, upper, fine)
 
 
 class PSTPyramid(HasAttention, Pyramid):

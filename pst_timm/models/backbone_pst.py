@@ -92,11 +92,12 @@ class BackbonePST(PSTModel):
             trunk_kwargs: Further arguments of the trunk, such as `img_size`.
 
         Raises:
+            TypeError: If the trunk does not take an argument, `output_stride` among them.
             ValueError: If there is no such trunk, it has no two levels to fuse, or an option is out of its range.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.trunk_name = trunk
+        self.plain_name = trunk
         # what makes the plain model again
         self.trunk_kwargs = dict(
             trunk_kwargs,
@@ -117,8 +118,8 @@ class BackbonePST(PSTModel):
             gmacs = count_gmacs(self.trunk, found.input_size)
             pst_width = fitting_width(gmacs, self.feature_info[-2:], found.sizes, head_hidden_size, **pst_kwargs)
         self.trunk.prune_intermediate_layers(list(range(len(self.feature_info))), prune_norm=True, prune_head=True)
-        # a checkpoint tells these too, as another version may come to others
-        self._model_args = {'pst_width': pst_width, 'head_hidden_size': head_hidden_size}
+        self.own_args = {'pst_width': pst_width, 'head_hidden_size': head_hidden_size}
+        self._model_args = dict(self.own_args)  # timm adds what it is given, and writes them to config.json
         self._add_fusion(
             pst_width,
             head_hidden_size,
@@ -291,7 +292,8 @@ def _make_trunk(name: str, output_stride: int, kwargs: Dict[str, Any]) -> Tuple[
     try:
         trunk = timm.create_model(name, num_classes=0, **kwargs)
     except (TypeError, NotImplementedError, AssertionError) as e:
-        raise ValueError(f'{name} cannot be made as a trunk with {_told(kwargs)}: {e}') from e
+        kind = TypeError if isinstance(e, TypeError) else ValueError
+        raise kind(f'{name} cannot be made as a trunk with {_told(kwargs)}: {e}') from e
     if isinstance(trunk, PSTModel):
         raise ValueError(f'{name} has its PST already: use it as it is, or the plain model as the trunk.')
     if not hasattr(trunk, 'forward_intermediates') or not hasattr(trunk, 'feature_info'):

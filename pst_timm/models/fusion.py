@@ -36,7 +36,12 @@ class PSTModel(AttentionSettings, nn.Module):
     FX keeps the attention whole, as `timm.models.create_feature_extractor` asks it to; torchvision's function of that
     name does so with `tracer_kwargs=dict(leaf_modules=timm.layers.get_notrace_modules(),
     autowrap_functions=timm.layers.get_notrace_functions())`, and without them is refused.
+
+    Beside `AttentionSettings` a model may have `own_args`: arguments of `timm.create_model` that it worked out itself,
+    so that a checkpoint can tell them.
     """
+    plain_name: str = ''
+    """Name of the timm model that the trunk is, where it is known."""
 
     def _add_fusion(
             self,
@@ -353,6 +358,7 @@ def build_pst(
         **kwargs,
     )
     drop_digest(model)
+    getattr(model, 'model', model).plain_name = plain  # features_only wraps the network
     if pretrained_trunk:
         load_pretrained_trunk(model, plain, pretrained_trunk, kwargs.get('cache_dir'))
     return model

@@ -88,10 +88,15 @@ def copy_trunk(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> TrunkLo
     )
 
 
+def nests_trunk(net: nn.Module) -> bool:
+    """Whether a model with PST keeps its trunk as a module of its own."""
+    return bool(getattr(net, 'plain_name', '')) and isinstance(getattr(net, 'trunk', None), nn.Module)
+
+
 def _wanted(net: nn.Module, target: Dict[str, torch.Tensor]) -> Tuple[str, str, List[str]]:
     """What a trunk is called, what its names begin with, and its keys."""
-    if isinstance(getattr(net, 'trunk_name', None), str):
-        return net.trunk_name, NESTED, [k for k in target if k.startswith(NESTED)]
+    if nests_trunk(net):
+        return net.plain_name, NESTED, [k for k in target if k.startswith(NESTED)]
     wanted = [k for k in target if RESNET.match(k)]
     if not wanted:
         raise ValueError(
@@ -102,15 +107,15 @@ def _wanted(net: nn.Module, target: Dict[str, torch.Tensor]) -> Tuple[str, str, 
 
 def _names(net: nn.Module, target: Dict[str, torch.Tensor]) -> Set[str]:
     """What the plain model may have: all that is in the trunk, and in one that is not pruned."""
-    if not hasattr(net, 'trunk_name'):
+    if not nests_trunk(net):
         return set(target)
     with torch.device('meta'):
-        return set(timm.create_model(net.trunk_name, **net.trunk_kwargs).state_dict())
+        return set(timm.create_model(net.plain_name, **net.trunk_kwargs).state_dict())
 
 
 def _of_a_trunk(net: nn.Module, key: str) -> bool:
     """Whether the name of a weight in the source belongs where the model has its trunk."""
-    if hasattr(net, 'trunk_name'):
+    if nests_trunk(net):
         return True
     stages = {k.split('.')[0] for k in net.state_dict() if RESNET.match(k)}
     return bool(RESNET.match(key)) and key.split('.')[0] in stages
