@@ -150,6 +150,17 @@ class TestFrozen:
             prepare(tiny_args(data, tmp_path, freeze=['layer9']), Detection())
 
 
+def test_a_split_of_crowds_alone_is_refused(data, tmp_path):
+    other = shutil.copytree(data, tmp_path / 'other')
+    path = other / 'annotations' / 'instances_val.json'
+    content = json.loads(path.read_text())
+    content['annotations'] = [dict(a, iscrowd=1) for a in content['annotations']]
+    path.write_text(json.dumps(content))
+    with pytest.raises(PSTError, match="The 'val' split has no box to find"):
+        train(tiny_args(other, tmp_path, epochs=1))
+    assert len(train(tiny_args(other, tmp_path, epochs=1, val_split='')).history) == 1
+
+
 def test_processes_can_compare_their_classes(data):
     assert class_names(open_boxes(data, 'train')) == list(CLASSES)
 
