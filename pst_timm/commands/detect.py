@@ -2,7 +2,7 @@
 import argparse
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 from pst_timm.utils.errors import PSTError
 
@@ -15,6 +15,7 @@ from .common import (
     add_source,
     at_least,
     fail,
+    files_of,
     run,
 )
 
@@ -132,24 +133,56 @@ def _predict(args: Namespace) -> None:
 def _main_export(words: Sequence[str]) -> int:
     parser = ArgumentParser(
         prog='pst-timm detect export',
-        description='Write a detector as ONNX, with its suppression of overlapping boxes, and check it.')
+        description='Write a detector as ONNX, with its suppression of overlapping boxes.')
     add_source(parser, names=False)
     add_output(parser, '.onnx file to write', required=True)
-    _add_detector_flags(parser)
+    add_ema_flag(parser)
+    add_attention_flags(parser)
+    parser.add_argument(
+        '--img-size', type=_height_and_width, metavar='SIDE|HxW',
+        help="height and width of the images, as 240x320, or one number for both (default: the detector's longer side)")
+    parser.add_argument(
+        '--reparam', action=argparse.BooleanOptionalAction, default=True,
+        help='fold the detector for inference (default: yes)')
+    parser.add_argument(
+        '--check', action='store_true', help='write what gives the boxes of the detector in ONNX Runtime, or nothing')
+    parser.add_argument(
+        '--images', nargs='+', default=[], type=Path, metavar='IMAGE',
+        help='photographs to check with (default: noise)')
     add_overwrite(parser)
-    return run(parser.prog, _export, parser.parse_args(words))
+    args = parser.parse_args(words)
+    missing = [p for p in args.images if not p.is_file()]
+    if missing:
+        parser.error(f'no image at {missing[0]}')
+    if args.images and not args.check:
+        parser.error('--images are for --check: give that too')
+    return run(parser.prog, _export, args)
 
 
 def _export(args: Namespace) -> None:
     from timm.utils import setup_default_logging
 
+    from pst_timm.detection.checkpoint import open_detector
     from pst_timm.detection.export import export_detector
+    from pst_timm.utils.files import check_output
 
     setup_default_logging()
-    export_detector(
-        args.source, args.output, overwrite=args.overwrite, use_ema=args.use_ema, topk=args.topk,
-        fine_fusion=args.fine_fusion, img_size=args.img_size)
-    print(f'Written: {args.output}')
+    check_output(args.output, args.overwrite, [*files_of(args.source), *args.images])
+    detector = open_detector(args.source, args.use_ema, args.topk, args.fine_fusion, 'cpu')
+    rows = export_detector(
+        detector, args.output, args.img_size, args.reparam, args.check, args.images, args.overwrite)
+    for row in rows:
+        print(f'{row["image"]}: {row["boxes"]} boxes above {row["score_thresh"]:g}, largest difference '
+              f'{row["pixels"]:.1e} px, of scores {row["score"]:.1e}')
+    print(f'Written: {args.output} ({args.output.stat().st_size / 2 ** 20:.1f} MiB)')
+
+
+def _height_and_width(text: str) -> Union[int, Tuple[int, int]]:
+    """The `type` of a flag that takes '320' or '240x320'."""
+    sides = tuple(int(part) if part.isdecimal() else 0 for part in text.split('x'))
+    if len(sides) > 2 or min(sides) < 32:
+        raise argparse.ArgumentTypeError(f'expected a side of at least 32, or HEIGHTxWIDTH, got {text!r}')
+    return sides[0] if len(sides) == 1 else sides
 
 
 def _add_detector_flags(parser: argparse.ArgumentParser) -> None:

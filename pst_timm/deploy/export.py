@@ -13,15 +13,14 @@ from pst_timm.checkpoints import attention_settings, label_names
 from pst_timm.data.images import open_image
 from pst_timm.metrics.agreement import compare_logits
 from pst_timm.models import reparameterize
-from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import check_output, write_whole
+from pst_timm.utils.onnx_file import METADATA, onnx_bytes
 
-from .loading import METADATA, load_exported
+from .loading import load_exported
 
 __all__ = ['FORMATS', 'check_export', 'export', 'tolerance']
 
 FORMATS = {'onnx': '.onnx', 'torchscript': '.pt', 'exported-program': '.pt2'}
-MOST_ONNX = 2 ** 31 - 2 ** 24  # bytes of weights: protocol buffers end at 2 GiB, and the graph wants room
 MIN_SIDE = 33  # below, the last stage has one row or column, which torch.export treats as a case of its own
 
 
@@ -119,16 +118,8 @@ def _serialized(
         torch.export.save(
             torch.export.export(model, (x,), dynamic_shapes=shapes), file, extra_files={METADATA: info})
     else:
-        size = sum(t.nbytes for t in model.state_dict().values())
-        if size > MOST_ONNX:
-            raise PSTError(
-                f'The weights take {size / 2 ** 30:.1f} GiB, an ONNX file holds at most 2: choose --dtype float16, or '
-                f'--format exported-program.')
-        program = torch.onnx.export(
-            model, (x,), dynamo=True, dynamic_shapes=shapes, input_names=['image'], output_names=['logits'],
-            verbose=False)
-        program.model.metadata_props[METADATA] = info
-        file.write(program.model_proto.SerializeToString())
+        return onnx_bytes(
+            model, x, info, ['logits'], shapes, 'choose --dtype float16, or --format exported-program')
     return file.getvalue()
 
 

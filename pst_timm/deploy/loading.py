@@ -20,10 +20,10 @@ import torch
 from pst_timm.checkpoints.reading import check_archive
 from pst_timm.checkpoints.trust import check_ordinary
 from pst_timm.utils.errors import PSTError
+from pst_timm.utils.onnx_file import METADATA
 
-__all__ = ['METADATA', 'load_exported']
+__all__ = ['load_exported']
 
-METADATA = 'pst_timm.json'
 MOST_BYTES = 2 ** 31  # of a file; the largest model here has a twentieth of it
 MOST_CODE = 2 ** 23  # of a TorchScript archive, unpacked: the one part that torch compresses
 MOST_TEXT = 10_000  # characters of an expression or a guard

@@ -123,7 +123,7 @@ def test_a_full_disk_leaves_what_was_there(write, here):
 
 
 def test_weights_beyond_what_onnx_holds_are_refused_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr('pst_timm.deploy.export.MOST_ONNX', 1000)
+    monkeypatch.setattr('pst_timm.utils.onnx_file.MOST_ONNX', 1000)
     monkeypatch.setattr(torch.onnx, 'export', lambda *args, **kwargs: pytest.fail('too late'))
     with pytest.raises(PSTError, match='an ONNX file holds at most 2'):
         export(build(), tmp_path / 'model.onnx')
