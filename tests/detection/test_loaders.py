@@ -19,7 +19,8 @@ COUNT = 11
 
 def arguments(**changes):
     return Namespace(**dict(dict(
-        img_size=32, hflip=0.5, scale_jitter=[0.6, 1.6], box_crop=0.5, color_jitter=0.3, no_aug=False, batch_size=4,
+        img_size=32, hflip=0.5, vflip=0.5, scale_jitter=[0.6, 1.6], box_crop=0.5, color_jitter=0.3, no_aug=False,
+        batch_size=4,
         validation_batch_size=None, workers=0, pin_mem=False, max_bad_images=100, max_bad_share=1., distributed=False,
         world_size=1, rank=0, seed=5, train_split='train'), **changes))
 
