@@ -8,9 +8,9 @@ from .version import __version__
 
 # the room that each public name comes from; loaded when it is asked for
 _ROOMS = {
-    'Inspection': 'models', 'ResNetPST': 'models', 'TrunkLoad': 'models', 'inspect_tokens': 'models',
-    'reparameterize': 'models', 'load_model': 'checkpoints', 'load_trunk': 'checkpoints', 'publish': 'hub',
-    'register_weights': 'hub',
+    'BackbonePST': 'models', 'Inspection': 'models', 'PSTModel': 'models', 'ResNetPST': 'models',
+    'TrunkLoad': 'models', 'create_pst': 'models', 'inspect_tokens': 'models', 'reparameterize': 'models',
+    'load_model': 'checkpoints', 'load_trunk': 'checkpoints', 'publish': 'hub', 'register_weights': 'hub',
 }
 _SUBPACKAGES = ('checkpoints', 'engine', 'hub', 'layers', 'models')
 

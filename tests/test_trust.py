@@ -28,10 +28,12 @@ from pst_timm.cli import main
 from pst_timm.commands.recalibrate import main as recalibrate_main
 from pst_timm.deploy.export import FORMATS
 from pst_timm.deploy.loading import load_exported
+from pst_timm.detection.checkpoint import load_initial, load_trunk_weights, open_detector
 from pst_timm.study.cell import run_cell
 from pst_timm.study.config import Cell
 from pst_timm.utils.errors import PSTError
 from tests.checkpoints.helpers import Payload, build, run_args, save_checkpoint
+from tests.detection.tiny import small, write_squares
 from tests.engine.helpers import TINY, tiny_image, write_images
 from tests.hub.conftest import hub, registry  # noqa: F401, fixtures
 
@@ -100,6 +102,24 @@ def origin_on_the_hub_among_the_facts(place):
     return run_with(place, facts={'arch': 'hf_hub:evil/model', 'pretrained_cfg': {'num_classes': 3}})
 
 
+def detector_with(place, **told):
+    model = small()
+    facts = {'detector': {**model.arguments, **told}}
+    return save_checkpoint(place.source / 'last.pth.tar', model, args=run_args(), facts=facts)
+
+
+def trunk_of_a_detector_on_the_hub(place):
+    return detector_with(place, trunk='hf-hub:evil/model')
+
+
+def arguments_of_a_trunk(place):
+    return detector_with(place, trunk_kwargs=place.fetching)
+
+
+def arguments_of_a_neck(place):
+    return detector_with(place, neck_kwargs=place.fetching)
+
+
 def header_of_safetensors(place):
     path = place.source / 'model.safetensors'
     save_file(place.weights, path, {
@@ -159,7 +179,7 @@ def bare_pickle_that_runs(place):
 KINDS = (
     arguments_of_a_run, facts_of_a_run, configuration_of_a_run, origin_on_the_hub, origin_on_the_hub_among_the_facts,
     header_of_safetensors, config_json, config_json_with_a_source, pickle_that_runs, bare_pickle_that_runs,
-    script_that_writes)
+    script_that_writes, trunk_of_a_detector_on_the_hub, arguments_of_a_trunk, arguments_of_a_neck)
 
 
 # doors
@@ -262,6 +282,38 @@ def study(source, data, place):
     return run_cell(cell, str(data), place.work, 'cpu')
 
 
+def detect_train_resume(source, data, place):
+    return main(['detect', 'train', '--data-dir', str(boxes(place)), '--trunk', 'test_resnet', '--neck-width', '64',
+                 '--img-size', '64', '--epochs', '1', '--warmup-epochs', '0', '-b', '4', '--workers', '0', '--device',
+                 'cpu', '--output', str(place.work / 'runs'), '--resume', str(source)])
+
+
+def detect_validate(source, data, place):
+    return main(['detect', 'validate', '--data-dir', str(boxes(place)), '--checkpoint', str(source), '--workers', '0',
+                 '--device', 'cpu'])
+
+
+def detect_predict(source, data, place):
+    return main(['detect', 'predict', str(source), str(data), '--device', 'cpu', '-o', str(place.work / 'drawn')])
+
+
+def boxes(place):
+    """A folder of images with boxes."""
+    folder = place.work / 'boxes'
+    return folder if folder.exists() else write_squares(folder, {'train': 4, 'val': 2})
+
+
+def open_the_detector(source, data, place):
+    return open_detector(source, device='cpu')
+
+
+def begin_with_a_detector(source, data, place):
+    model = small()
+    with contextlib.suppress(PSTError):
+        load_initial(model, source)
+    load_trunk_weights(model, source)
+
+
 def load_the_model(source, data, place):
     return load_model(source)
 
@@ -298,7 +350,8 @@ DOORS = (
     train_resume, train_initial_checkpoint, train_trunk_checkpoint, train_pretrained_path, train_from_a_folder,
     train_teacher, validate, publish, convert, export, visualize, benchmark, predict, compare, recalibrate, audit,
     monitor_fit, monitor_check, study, load_the_model, load_a_folder, architecture_from_a_folder, load_the_trunk,
-    load_the_trunk_of_a_folder, load_an_export, register_weights)
+    load_the_trunk_of_a_folder, load_an_export, register_weights, detect_train_resume, detect_validate,
+    detect_predict, open_the_detector, begin_with_a_detector)
 
 
 @pytest.mark.parametrize('door', DOORS, ids=lambda door: door.__name__)

@@ -6,6 +6,7 @@ the ratio of the two.
 from .attention import benchmark_layers, plain_attention
 from .figures import benchmark_figures, figures_setting
 from .models import Source, benchmark_models, build, make_call, open_source, plain_twin
+from .necks import benchmark_necks
 from .parts import benchmark_parts
 from .plot import plot
 from .setting import Row, Setting
@@ -17,6 +18,7 @@ __all__ = [
     'benchmark_figures',
     'benchmark_layers',
     'benchmark_models',
+    'benchmark_necks',
     'benchmark_parts',
     'build',
     'figures_setting',

@@ -3,7 +3,7 @@ import dataclasses
 import logging
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional, Union
 
 import timm
 import torch
@@ -11,7 +11,7 @@ import torch.nn as nn
 from timm.data import resolve_data_config, resolve_input_data_config
 from timm.models import get_pretrained_cfg, get_pretrained_cfg_value, resolve_pretrained_cfg
 
-from pst_timm.models import reparameterize
+from pst_timm.models import PRETRAINED_TRUNK, copy_trunk, pretrained_name, reparameterize
 from pst_timm.models.digest import check_digest, drop_digest
 from pst_timm.utils.errors import PSTError, did_you_mean
 
@@ -23,8 +23,8 @@ from .rules import printable
 from .trust import check_model_args, check_size, is_local_arch
 
 __all__ = [
-    'build_model', 'check_model_name', 'create_model', 'label_names', 'load_model', 'open_checkpoint', 'preprocessing',
-    'temperature_of',
+    'build_model', 'check_model_name', 'create_model', 'label_names', 'load_model', 'open_checkpoint', 'plain_weights',
+    'preprocessing', 'temperature_of',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -54,7 +54,8 @@ def check_model_name(name: str) -> None:
 def create_model(name: str, **kwargs: Any) -> nn.Module:
     """`timm.create_model`, with errors for people, and for strangers' folders and repositories as well.
 
-    What a config.json says is checked before timm sees it, see `trust`; what the caller gives is not.
+    What a config.json says is checked before timm sees it, see `trust`; what the caller gives is not. The weights of
+    `pretrained_trunk` are read as those of a stranger as well.
 
     Raises:
         PSTError: If there is no such model, it does not take an argument, or its weights cannot be had.
@@ -64,10 +65,12 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     if kwargs.get('pretrained') and not overlay:
         check_fetchable(name)
+    which = None if kwargs.get('pretrained') else kwargs.pop(PRETRAINED_TRUNK, None)
     try:
-        if ':' in name:
-            return _create_from_config(name, **kwargs)
-        return _create_checked(name, name, **kwargs)
+        model = _create_from_config(name, **kwargs) if ':' in name else _create_checked(name, name, **kwargs)
+        if which:
+            _begin_trunk(model, which)
+        return model
     except PSTError as e:
         if str(e).startswith(name):
             raise
@@ -76,6 +79,28 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         # a model that lacks all of its weights names each of them
         reason = first_line(e) if isinstance(e, OSError) else ' '.join(str(e).split()) or type(e).__name__
         raise PSTError(f'Cannot create {name}: {printable(reason[:500])}') from e
+
+
+def _begin_trunk(model: nn.Module, which: Union[bool, str]) -> None:
+    """Load the weights that timm has for the plain model into the trunk; arguments as in `pretrained_name`."""
+    net = getattr(model, 'model', model)
+    if not getattr(net, 'plain_name', ''):
+        raise TypeError(f'{type(net).__name__} takes no {PRETRAINED_TRUNK}, as it is no model with PST')
+    copy_trunk(model, plain_weights(net, pretrained_name(net.plain_name, which)))
+
+
+def plain_weights(net: nn.Module, name: str) -> Dict[str, torch.Tensor]:
+    """The published weights of a plain model, by name, in the sizes of a trunk.
+
+    Args:
+        net: The model with the trunk.
+        name: A timm model name, with or without a tag, or what else names weights.
+
+    Raises:
+        PSTError: If they cannot be had.
+    """
+    same = name.split('.')[0] == getattr(net, 'plain_name', '')
+    return create_model(name, pretrained=True, **(getattr(net, 'trunk_kwargs', {}) if same else {})).state_dict()
 
 
 def _create_from_config(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -189,10 +214,11 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
         **checkpoint.model_args,
         **(checkpoint.args.get('model_kwargs') or {}),
     }
-    told = {k: v for k, v in told.items() if k not in model_kwargs}
+    # what its trunk began with is long overwritten
+    told = {k: v for k, v in told.items() if k not in model_kwargs and k != PRETRAINED_TRUNK}
     kwargs = {
         'num_classes': _size(weights, arch, 'classifier', 0) or checkpoint.pretrained_cfg.get('num_classes'),
-        'in_chans': _size(weights, arch, 'first_conv', 1),
+        'in_chans': _size(weights, arch, 'first_conv', 1) or (checkpoint.pretrained_cfg.get('input_size') or [None])[0],
         **check_model_args(checkpoint.path, arch, told, weights),
         **model_kwargs,
     }

@@ -5,6 +5,7 @@ from typing import Any, Dict, Optional, Sequence, Tuple
 import torch.nn as nn
 from timm.models import get_pretrained_cfg, parse_model_name, split_model_name_tag
 
+from pst_timm.models import PRETRAINED_TRUNK
 from pst_timm.utils.errors import PSTError
 
 from .fetching import fetch
@@ -67,7 +68,9 @@ def describe(
     cfg['num_classes'] = model.num_classes
     if class_names:
         cfg['label_names'] = list(class_names)
-    model_args = {**_kept(origin_args), **model_kwargs, **inference_settings(model)}
+    model_args = {
+        **_kept(origin_args), **getattr(model, 'own_args', {}), **model_kwargs, **inference_settings(model)}
+    model_args.pop(PRETRAINED_TRUNK, None)  # the checkpoint has weights of its own
     return dict(arch=arch, model_args=as_plain(model_args), pretrained_cfg=as_plain(cfg))
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 from pst_timm.metrics.agreement import compare_logits
+from pst_timm.models import PRETRAINED_TRUNK
 from pst_timm.models.digest import digest_note
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import check_output, write_whole
@@ -102,13 +103,14 @@ def save_folder(
 
 @contextmanager
 def _timms_cfg(model: nn.Module) -> Iterator[None]:
-    """Have a model's configuration without what timm does not know in one."""
-    own = model.pretrained_cfg
+    """Have a model's configuration without what timm does not know in one, nor is to do again."""
+    own, args = model.pretrained_cfg, getattr(model, '_model_args', {})
     model.pretrained_cfg = {k: v for k, v in own.items() if k != 'temperature'}
+    model._model_args = {k: v for k, v in args.items() if k != PRETRAINED_TRUNK}
     try:
         yield
     finally:
-        model.pretrained_cfg = own
+        model.pretrained_cfg, model._model_args = own, args
 
 
 @torch.inference_mode()

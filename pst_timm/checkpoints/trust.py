@@ -148,7 +148,11 @@ def check_model_args(
     """The arguments of `check_origin`, for an architecture that is known to be one."""
     allowed = dict(COMMON_ARGS)
     if not set(model_args) <= set(allowed):
-        allowed = {**_rules_of(arch, len(weights) if weights else MOST_BLOCKS), **allowed}
+        tensors = len(weights) if weights else MOST_BLOCKS
+        allowed = {**_rules_of(arch, tensors), **allowed}
+        trunk = model_args.get('trunk') or _class_of(arch)[2] if 'trunk' in allowed else None
+        if is_local_arch(trunk):  # it takes what the plain model takes
+            allowed = {**_rules_of(trunk, tensors), **allowed}
     checked = {}
     for name, value in model_args.items():
         if value is None:
@@ -168,17 +172,17 @@ def check_model_args(
 
 
 @lru_cache(maxsize=64)
-def _class_of(arch: str) -> Tuple[type, int]:
-    """The class of an architecture, and how many elements it has as it is."""
+def _class_of(arch: str) -> Tuple[type, int, str]:
+    """The class of an architecture, how many elements it has as it is, and the plain model it is made of, if any."""
     with torch.device('meta'):
         model = timm.create_model(arch)
-    return type(model), sum(v.numel() for v in model.state_dict().values())
+    return type(model), sum(v.numel() for v in model.state_dict().values()), getattr(model, 'plain_name', '')
 
 
 def _rules_of(arch: str, tensors: int) -> Dict[str, rules.Rule]:
     """Rules for the arguments of an architecture's class that are plain values."""
     try:
-        kind, _ = _class_of(arch)
+        kind = _class_of(arch)[0]
     except Exception:  # a model of another package, which may do as it likes
         return {}
     found: Dict[str, inspect.Parameter] = {}
@@ -248,7 +252,7 @@ def check_size(
         try:
             with torch.device('meta'):
                 model = timm.create_model(arch, **kwargs)
-            usual = _class_of(arch)[1]
+            usual = max(_class_of(name)[1] for name in (arch, kwargs.get('trunk')) if is_local_arch(name))
         except Exception:
             if not set(kwargs) <= {*COMMON_ARGS, 'pretrained_cfg'}:
                 raise

@@ -22,7 +22,7 @@ def model_rows() -> List[Dict[str, Any]]:
     from pst_timm.utils.cost import count_gmacs
 
     rows = []
-    for name in timm.list_models('*resnet*_pst'):
+    for name in timm.list_models('*_pst', exclude_filters='backbone_pst'):
         # no memory is touched, only shapes are followed
         with torch.device('meta'):
             model = timm.create_model(name)

@@ -15,8 +15,8 @@ from timm.data import get_img_extensions
 from pst_timm.utils.errors import PSTError
 
 __all__ = [
-    'EXTENSIONS', 'MODES', 'FoundImages', 'UnreadableImage', 'as_seen', 'find_images', 'first_of', 'listed',
-    'open_image', 'read_image', 'scan_folder', 'warn_once',
+    'EXTENSIONS', 'MODES', 'FoundImages', 'UnreadableImage', 'as_seen', 'find_images', 'first_of', 'image_size',
+    'listed', 'open_image', 'read_image', 'scan_folder', 'warn_once',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -80,6 +80,17 @@ def read_image(file: Union[os.PathLike, BinaryIO], mode: str = 'RGB', upright: b
         raise UnreadableImage('cannot identify image file') from e
     except Exception as e:  # what Pillow's decoders raise over damaged bytes is no short list
         raise UnreadableImage(str(e) or type(e).__name__) from e
+
+
+def image_size(path: os.PathLike) -> Optional[Tuple[int, int]]:
+    """Width and height in pixels as they are stored, which the head of a file tells; None if it cannot be read."""
+    if not os.path.isfile(path):
+        return None
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            return image.size
+    except Exception:  # see `read_image`
+        return None
 
 
 @cache

@@ -6,11 +6,12 @@ slightly wrong is taken right and counted, what cannot be right is an error; not
 import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from pst_timm.data.images import listed
+from pst_timm.data.images import image_size, listed
 from pst_timm.utils.errors import PSTError, did_you_mean
 from pst_timm.utils.markdown import plain
 
@@ -35,7 +36,7 @@ class Annotations:
     files: List[str]
     """Image files, relative to the folder of the images."""
     sizes: np.ndarray
-    """Width and height (images, 2) that the boxes are for, int64; 0 where the file does not tell."""
+    """Width and height (images, 2) that the boxes are for, int64; 0 where neither file nor image tells."""
     starts: np.ndarray
     """Where the boxes of each image start (images + 1,)."""
     boxes: np.ndarray
@@ -65,12 +66,14 @@ class Annotations:
 class BoxCollector:
     """Takes in images and boxes, checks them, and keeps count of what it mends."""
 
-    def __init__(self, source: str):
+    def __init__(self, source: str, folder: Path):
         """
         Args:
-            source: File or folder of the annotations, for messages.
+            source: File of the annotations, for messages.
+            folder: Folder of the images, which tell their size where the annotations do not.
         """
         self.source = source
+        self.folder = folder
         self.image_ids: List[int] = []
         self.files: List[str] = []
         self.sizes: List[Tuple[int, int]] = []
@@ -79,7 +82,9 @@ class BoxCollector:
         self.mended: Dict[str, List[str]] = {}
 
     def image(self, image_id: int, file: str, width: int, height: int) -> None:
-        """Start an image, whose boxes follow; a width and height of 0 are not known."""
+        """Start an image, whose boxes follow; a width or height of 0 is not known."""
+        if not (width and height):
+            width, height = image_size(self.folder / file) or (0, 0)
         self.image_ids.append(image_id)
         self.files.append(file)
         self.sizes.append((width, height))
@@ -204,5 +209,5 @@ def map_classes(found: Sequence[str], expected: Sequence[str], source: str) -> D
         raise PSTError(
             f'{source} has boxes of {listed(sorted(map(plain, unknown)))}, which {"is" if len(unknown) == 1 else "are"}'
             f' not among the {len(expected)} known classes ({listed(list(map(plain, expected)), 10)}).'
-            f'{did_you_mean(unknown[0], expected, 1)} Give both the same names, or take these boxes out.')
+            f'{did_you_mean(plain(unknown[0]), map(plain, expected), 1)} Give both the same names, or take these boxes out.')
     return {name: i for i, name in enumerate(expected)}

@@ -11,14 +11,14 @@ import torch
 import torch.nn as nn
 
 from pst_timm.checkpoints import Checkpoint, create_model, load_trunk, load_weights, read_checkpoint
-from pst_timm.checkpoints.facts import as_plain
+from pst_timm.checkpoints.facts import as_plain, set_attention
 from pst_timm.checkpoints.fitting import COUNTER, check_fit
 from pst_timm.checkpoints.reading import PathLike, is_file
 from pst_timm.checkpoints.rules import Unfit, either, flag, mapping, printable, real, short, text
 from pst_timm.checkpoints.trust import check_origin
 from pst_timm.layers import PANPyramid, PSTPyramid, PyramidSparseAttention, PyramidSparseTransformer
 from pst_timm.layers.module import PyramidSparseBlock
-from pst_timm.models import ResNetPST
+from pst_timm.models import PSTModel
 from pst_timm.utils.devices import check_device
 from pst_timm.utils.errors import PSTError
 
@@ -92,27 +92,13 @@ def open_detector(
         raise PSTError(f'{checkpoint.path} describes no detector that can be made ({reason}).') from e
     load_weights(model, checkpoint.weights, fit, hint)
     if topk is not None or fine_fusion is not None:
+        if not model.attentions() and (topk or fine_fusion is not None):
+            raise PSTError(
+                f'{checkpoint.path} holds a detector without attention (neck {model.arguments["neck"]}): leave out '
+                f'topk and fine_fusion.')
         set_attention(model, topk, fine_fusion)
     model.checkpoint_ema = checkpoint.ema
     return model.to(check_device(device) if isinstance(device, str) else device).eval()
-
-
-def set_attention(model: Detector, topk: Optional[int], fine_fusion: Optional[str]) -> None:
-    """Set what is given of the attention of a detector.
-
-    Raises:
-        PSTError: If it has none, or a value does not fit.
-    """
-    now = model.inference_settings()
-    if not now:
-        if topk or fine_fusion is not None:
-            raise PSTError(f'This detector has no attention to set (neck {model.arguments["neck"]}): leave out topk '
-                           f'and fine_fusion.')
-        return
-    try:
-        model.set_topk(now['topk'] if topk is None else topk, fine_fusion)
-    except ValueError as e:
-        raise PSTError(str(e)) from None
 
 
 def _checked_arguments(checkpoint: Checkpoint) -> Dict[str, Any]:
@@ -210,8 +196,7 @@ def load_trunk_weights(model: Detector, source: PathLike, use_ema: Optional[bool
             weights = read_checkpoint(source, use_ema).weights
         else:
             weights = create_model(os.fspath(source), pretrained=True).state_dict()
-        inner = getattr(trunk, 'model', trunk)
-        if isinstance(inner, ResNetPST) and not any(k.startswith('pst.') for k in weights):
+        if isinstance(getattr(trunk, 'model', trunk), PSTModel) and not any('.attn.pe.' in k for k in weights):
             ignored = load_trunk(trunk, weights).ignored
         else:
             weights, ignored = _match(trunk, weights, model.arguments)
@@ -255,7 +240,8 @@ def _match(
             raise PSTError(
                 f'The source is not a {name}: {k} is {tuple(v.shape)} of {v.dtype} in the source and '
                 f'{tuple(own[k].shape)} of {own[k].dtype} in the trunk. Use weights of the same width.')
-    return matched, [k for n, k in offered.items() if n not in wanted]
+    taken = {prefix + offered[n] for n in wanted if n in offered}
+    return matched, [k for k in weights if k not in taken]
 
 
 def _module_names(trunk: nn.Module) -> List[str]:

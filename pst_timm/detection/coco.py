@@ -70,7 +70,8 @@ def read_coco(
     content = _read(path)
     categories = _categories(content, path)
     images = _images(content, path)
-    collector = BoxCollector(str(path))
+    folder = _folder(path, images, folders)
+    collector = BoxCollector(str(path), folder)
     boxes = _boxes(content, images, categories, collector)
     used = {categories[entry['category_id']] for entries in boxes.values() for _, entry in entries}
     if class_names is None:
@@ -91,16 +92,23 @@ def read_coco(
             collector.box(
                 (x, y, x + w, y + h), places[categories[entry['category_id']]], where, _area(entry, where, path),
                 crowd=_flag(entry.get('iscrowd', 0), f'{path}, {where}: iscrowd'))
-    annotations = collector.finish(named, ids, show)
-    first = annotations.files[0]
-    folder = next((folder for folder in folders if (folder / first).is_file()), None)
-    if folder is None:  # which image is missing is told when they are read
-        folder = next((folder for folder in folders[:-1] if folder.is_dir()), None)
-    if folder is None:
-        raise PSTError(
-            f'The images of {path} are not there: expected {first!r} in one of '
-            f'{listed([str(folder) for folder in folders], 5)}.')
-    return annotations, folder
+    return collector.finish(named, ids, show), folder
+
+
+def _folder(path: Path, images: Dict[int, Tuple[str, int, int]], folders: Sequence[Path]) -> Path:
+    """The folder that has the images."""
+    if not images:
+        raise PSTError(f'{path} has no images.')
+    first = [file for file, _, _ in images.values()][:10]
+    for folder in folders:
+        if any((folder / file).is_file() for file in first):
+            return folder
+    for folder in folders[:-1]:  # which images are missing is told later
+        if folder.is_dir():
+            return folder
+    raise PSTError(
+        f'The images of {path} are not there: expected {plain(first[0])} in one of '
+        f'{listed([str(folder) for folder in folders], 5)}.')
 
 
 def _read(path: Path) -> Dict[str, Any]:

@@ -70,6 +70,11 @@ class BoxDataset(Dataset):
     def class_names(self) -> List[str]:
         return self.annotations.class_names
 
+    @property
+    def class_to_idx(self) -> Dict[str, int]:
+        """The same as timm's datasets have it: processes compare what they see."""
+        return {name: i for i, name in enumerate(self.class_names)}
+
     def __len__(self) -> int:
         return len(self.annotations)
 
@@ -156,7 +161,8 @@ def open_boxes(
         show: Whether this process has anything to say.
 
     Raises:
-        PSTError: If there is no such data or split, or it is broken; the message names file and entry.
+        PSTError: If there is no such data or split, it is broken, or too many images are missing; the message names
+            file and entry.
     """
     if not split.strip():
         raise PSTError('No split is named: name one, such as train or val.')
@@ -196,3 +202,4 @@ def _check_files(dataset: BoxDataset) -> None:
         raise PSTError(
             f'Not one of the {len(dataset)} images is in {dataset.folder}, such as {listed([dataset.name(0)])}: fetch '
             f'them, or name the folder that has them.')
+    dataset.bad_images.check(dataset)

@@ -13,11 +13,14 @@ import torch
 import torch.distributed as dist
 
 from pst_timm.utils.errors import PSTError
+from pst_timm.utils.markdown import plain
 
 from .boxes import Annotations
 from .datasets import BoxDataset
 
-__all__ = ['METRICS', 'CocoEvaluator', 'Detections', 'ImageMatches', 'match', 'shown', 'summarise']
+__all__ = [
+    'METRICS', 'CocoEvaluator', 'Detections', 'ImageMatches', 'detections_of', 'in_pixels_of', 'match', 'shown',
+    'summarise']
 
 METRICS = (
     'ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large',
@@ -29,7 +32,7 @@ NONE = math.nan  # of what there is nothing to find
 class Detections(NamedTuple):
     """What a detector says of an image, in pixels of its file."""
     boxes: np.ndarray
-    """XYXY (n, 4), float32."""
+    """XYXY (n, 4), float64."""
     scores: np.ndarray
     """(n,), float32."""
     labels: np.ndarray
@@ -39,6 +42,23 @@ class Detections(NamedTuple):
 def shown(value: Optional[float], digits: int = 1) -> str:
     """A metric as people see it; '-' where there is nothing to find, such as no small objects."""
     return '-' if value is None or math.isnan(value) else f'{value:.{digits}f}'
+
+
+def in_pixels_of(
+        size: Sequence[float],
+        boxes: torch.Tensor,
+        given_size: Sequence[float],
+) -> np.ndarray:
+    """Boxes XYXY (n, 4), float64, in an image that was resized for the model.
+
+    Args:
+        size: Its height and width.
+        boxes: XYXY (n, 4) as the model gave them.
+        given_size: Height and width that the model was given.
+    """
+    (height, width), (given_height, given_width) = size, given_size
+    scale = np.array([float(width) / float(given_width), float(height) / float(given_height)] * 2)
+    return boxes.detach().cpu().double().numpy().reshape(-1, 4) * scale
 
 
 def _coco_eval() -> Any:
@@ -82,10 +102,8 @@ class CocoEvaluator:
         """
         self._matches = None
         for output, target in zip(outputs, targets, strict=True):
-            height, width = map(float, target['orig_size'])
-            given_height, given_width = map(float, target.get('given_size', target['orig_size']))
-            scale = np.array([width / given_width, height / given_height] * 2)
-            boxes = output['boxes'].detach().cpu().double().numpy().reshape(-1, 4) * scale
+            size = target['orig_size']
+            boxes = in_pixels_of(size, output['boxes'], target.get('given_size', size))
             scores = output['scores'].detach().cpu().float().numpy()
             if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
                 raise PSTError(
@@ -137,6 +155,36 @@ class CocoEvaluator:
                     score=round(score, 6),
                 ))
         return rows
+
+
+def detections_of(annotations: Annotations, rows: Sequence[Mapping[str, Any]]) -> Dict[int, Detections]:
+    """Detections of all images from COCO's list of results, such as `CocoEvaluator.results` gave.
+
+    Args:
+        annotations: What is true of the images.
+        rows: Entries with image_id, category_id, bbox (XYWH) and score; images without one have no detections.
+
+    Raises:
+        PSTError: If an entry is of an image or class that is not there, or has no numbers.
+    """
+    places = {key: i for i, key in enumerate(annotations.image_ids)}
+    labels = {key: k for k, key in enumerate(annotations.category_ids)}
+    found: Dict[int, List[Tuple[List[float], float, int]]] = {i: [] for i in places.values()}
+    for n, row in enumerate(rows):
+        try:
+            place, label = places[row['image_id']], labels[row['category_id']]
+            x, y, w, h, score = map(float, [*row['bbox'], row['score']])
+        except (KeyError, TypeError, ValueError):
+            raise PSTError(
+                f'Entry {n} of the detections, {plain(row, 120)}, is not of these images: expected image_id and '
+                f'category_id as the annotations have them, a bbox of four numbers, and a score.') from None
+        found[place].append(([x, y, x + w, y + h], score, label))
+    return {
+        place: Detections(
+            np.array([box for box, _, _ in entries], np.float64).reshape(-1, 4),
+            np.array([score for _, score, _ in entries], np.float32),
+            np.array([label for _, _, label in entries], np.int64))
+        for place, entries in found.items()}
 
 
 class ImageMatches:

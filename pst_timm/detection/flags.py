@@ -157,7 +157,7 @@ def _wrong_in_training(args: Namespace) -> Iterator[str]:
         yield f'{flag} chooses the weights of --initial-checkpoint or --trunk-checkpoint, and neither is given.'
     if args.lr_noise is not None and (len(args.lr_noise) > 2 or args.lr_noise != sorted(args.lr_noise)):
         yield f'--lr-noise needs where the noise goes on, and perhaps where it goes off, got {args.lr_noise}.'
-    if args.neck == 'fpn' and (args.topk or args.train_topk) and '_pst' not in args.trunk:
+    if args.neck != 'pst' and (args.topk or args.train_topk) and '_pst' not in args.trunk:
         yield f'--topk and --train-topk are for a neck or trunk with PST: leave them out for --neck {args.neck}.'
 
 

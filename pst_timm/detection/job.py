@@ -16,6 +16,7 @@ from pst_timm.engine.factories import check_finite_weights
 from pst_timm.engine.flags import recipe
 from pst_timm.engine.processes import check_ranks
 from pst_timm.engine.transfer import Frozen, apply_transfer
+from pst_timm.utils.errors import PSTError
 
 from .batches import BoxBatches
 from .checkpoint import describe, load_initial, load_trunk_weights
@@ -56,6 +57,11 @@ class Detection:
                 _logger.warning(
                     f'Training and validation read the same images, those of {args.train_split!r}: the precision will '
                     f"tell nothing new. Choose another --val-split, or '' for none.")
+        for dataset, split in ((train, args.train_split), (evaluation, args.val_split)):
+            if dataset is not None and dataset.annotations.crowd.all():
+                raise PSTError(
+                    f"The {split!r} split has no box to find: choose another --train-split or --val-split ('' for no "
+                    f'validation).')
         args.num_classes = len(self.class_names)
         self.splits = TrainSplits(train, evaluation)
         check_ranks(args, self.splits)

@@ -72,8 +72,10 @@ def create_box_loaders(args: Namespace, train: BoxDataset, evaluation: Optional[
         PSTError: If there are fewer images than a batch.
     """
     train.replace_bad = True
-    train.transforms = train_transforms(
-        args.img_size, args.hflip, args.scale_jitter, args.box_crop, args.color_jitter, args.vflip)
+    augmentation = {} if args.no_aug else dict(
+        hflip=args.hflip, scale_jitter=args.scale_jitter, box_crop=args.box_crop,
+        color_jitter=args.color_jitter, vflip=args.vflip)
+    train.transforms = train_transforms(args.img_size, **augmentation)
     sampler = None
     if args.distributed:
         sampler = DistributedSampler(train, args.world_size, args.rank, shuffle=True, seed=args.seed)

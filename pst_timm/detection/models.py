@@ -5,7 +5,6 @@ neck over them, anchors that follow the levels, and full precision where boxes a
 """
 import re
 from collections import OrderedDict
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
@@ -22,8 +21,10 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 from pst_timm.checkpoints import create_model
-from pst_timm.layers import FINE_FUSIONS, PANPyramid, PSTPyramid, PyramidSparseAttention, attention_set
-from pst_timm.utils.errors import PSTError
+from pst_timm.layers import PANPyramid, PSTPyramid, PyramidSparseAttention
+from pst_timm.models import PSTModel
+from pst_timm.models.settings import AttentionSettings
+from pst_timm.utils.errors import PSTError, did_you_mean
 
 __all__ = ['KINDS', 'NECKS', 'Detector', 'create_detector']
 
@@ -31,6 +32,7 @@ KINDS = ('fcos', 'retinanet', 'retinanet_v2')
 NECKS = ('pst', 'pan', 'fpn')
 HEAD_CONVS = 4  # of torchvision's heads; RetinaNet's has no other number
 GROUPS = 32  # of the group norms in the heads
+WRAPPERS = ('model', 'body', 'trunk')  # modules that hold the trunk itself, in feature extractors and models with PST
 
 
 class PyramidTrunk(nn.Module):
@@ -81,7 +83,7 @@ class FloatRetinaNetHead(RetinaNetHead):
         return {k: v.float() for k, v in super().forward(x).items()}
 
 
-class Detector(nn.Module):
+class Detector(AttentionSettings, nn.Module):
     """What the detectors here have beside torchvision's interface; made by `create_detector`.
 
     Called as torchvision's are: with a list of images (3, H, W) in [0, 1] and, in training, a list of targets with
@@ -110,51 +112,6 @@ class Detector(nn.Module):
         """The attention layers, those of a trunk with PST first."""
         return [m for m in self.modules() if isinstance(m, PyramidSparseAttention)]
 
-    def set_topk(self, topk: int, fusion: Optional[str] = None) -> None:
-        """Change the fine attention used at inference; weights are not touched.
-
-        Args:
-            topk: Coarse tokens selected per image and head, 0 for coarse attention alone.
-            fusion: 'gate' or 'joint', unchanged if None.
-
-        Raises:
-            ValueError: If `topk` is negative or not an integer, or the fusion is unknown.
-        """
-        for attn in self.attentions():
-            attn.set_topk(topk, fusion)
-
-    def set_train_step(self, seed: int, step: int = 0) -> None:
-        """Place the draws of `train_fine_prob` at a training step, see `engine.protocols.TrainStepAware`."""
-        for attn in self.attentions():
-            attn.set_fine_step(seed, step)
-
-    def inference_settings(self) -> Dict[str, Any]:
-        """`topk` and `fine_fusion` as they are now; empty for a detector without attention."""
-        attentions = self.attentions()
-        return {'topk': attentions[0].topk, 'fine_fusion': attentions[0].fine_fusion} if attentions else {}
-
-    def with_settings(
-            self,
-            topk: Optional[int] = None,
-            fine_fusion: Optional[str] = None,
-    ) -> AbstractContextManager:
-        """Set the fine attention for a while; 'coarse' is what tables call `topk=0`."""
-        attentions = self.attentions()
-        if not attentions:
-            return nullcontext()
-        return attention_set(attentions, topk, None if fine_fusion == 'coarse' else fine_fusion)
-
-    def sweep_settings(self, values: Sequence[int]) -> List[Dict[str, Any]]:
-        """`topk` and `fine_fusion` of each setting to compare: 'coarse' for 0, 'gate' and 'joint' for other values."""
-        values = values if self.attentions() else [0]
-        return [
-            {'topk': k, 'fine_fusion': fusion}
-            for k in dict.fromkeys(values) for fusion in (FINE_FUSIONS if k else ('coarse',))]
-
-    def settings_columns(self, setting: Dict[str, Any], img_size: Tuple[int, int]) -> Dict[str, Any]:
-        """The columns of a table of results that tell a setting; `selected` is of the finest attention."""
-        return {**setting, 'selected': min(setting['topk'], self.tokens(img_size))}
-
     def tokens(self, img_size: Union[int, Tuple[int, int]]) -> int:
         """How many tokens the finest attention selects from, 0 without attention."""
         stride = 2 * self.backbone.levels[0]
@@ -173,7 +130,7 @@ class Detector(nn.Module):
         The trunk is the group of blocks, in the order of its modules: its stem is the first of them.
         """
         return dict(
-            stem=r'^backbone\.trunk\.(?:(?:model|body)\.)?(?:stem|conv1|bn1|conv_stem|patch_embed)',
+            stem=rf'^backbone\.trunk\.(?:(?:{"|".join(WRAPPERS)})\.)*(?:stem|conv1|bn1|conv_stem|patch_embed)',
             blocks=r'^backbone\.trunk' if coarse else [
                 (rf'^{re.escape(name)}(?:\.|$)', (i,)) for i, name in enumerate(self._trunk_parts())],
             neck=r'^backbone\.neck',
@@ -181,15 +138,18 @@ class Detector(nn.Module):
         )
 
     def _trunk_parts(self) -> List[str]:
-        """Names of the modules of the trunk in order: its children, and theirs where they are sequences."""
-        found = []
-        trunk = self.backbone.trunk
-        inner = [(f'{n}.', m) for n, m in trunk.named_children() if n in ('model', 'body')] or [('', trunk)]
-        for prefix, module in inner:
+        """Names of the modules of the trunk in order: its children, and theirs where they are sequences or wrappers."""
+        def parts(module: nn.Module, prefix: str) -> List[str]:
+            found = []
             for name, child in module.named_children():
-                names = [f'{name}.{n}' for n, _ in child.named_children()] if isinstance(child, nn.Sequential) else []
-                found += [f'backbone.trunk.{prefix}{n}' for n in names or [name]]
-        return found
+                if name in WRAPPERS or (isinstance(child, nn.Sequential) and len(child)):
+                    inner = [f'{prefix}{name}.{n}' for n, _ in child.named_children()]
+                    found += parts(child, f'{prefix}{name}.') if name in WRAPPERS else inner
+                else:
+                    found.append(f'{prefix}{name}')
+            return found
+
+        return parts(self.backbone.trunk, 'backbone.trunk.')
 
     def no_weight_decay(self) -> Set[str]:
         """Names of the gates, and of what the trunk keeps from decay."""
@@ -317,8 +277,6 @@ def level_strides(levels: Sequence[int], extra_levels: int) -> Tuple[int, ...]:
 
 
 def _check_choice(what: str, value: str, known: Sequence[str]) -> None:
-    from pst_timm.utils.errors import did_you_mean
-
     if value not in known:
         raise PSTError(f'Unknown {what} {value!r}.{did_you_mean(str(value), known)} There are {", ".join(known)}.')
 
@@ -376,10 +334,18 @@ def _create_trunk(
             f'{name} has no maps of stride {", ".join(map(str, missing))}, it has those of stride '
             f'{", ".join(map(str, sorted(found)))}: choose other levels, or another trunk.')
     _check_sizes(name, shape.eval(), levels[-1])
+    if pretrained and isinstance(getattr(shape, 'model', shape), PSTModel) and not _published(name):
+        # of a model with PST at least its own trunk
+        pretrained, kwargs = False, dict(kwargs, pretrained_trunk=True)
     body = create_model(
         name, pretrained=pretrained, features_only=True, out_indices=tuple(found[s] for s in levels), **kwargs)
     cfg = {**_cfg_of(name), **{k: v for k, v in (getattr(body, 'pretrained_cfg', None) or {}).items() if v}}
     return body, list(body.feature_info.channels()), cfg
+
+
+def _published(name: str) -> bool:
+    cfg = timm.get_pretrained_cfg(name)
+    return cfg is not None and cfg.has_weights
 
 
 def _check_sizes(name: str, shape: nn.Module, stride: int) -> None:

@@ -5,6 +5,7 @@ from typing import Collection
 from pst_timm.data.datasets import TRAINING, VALIDATION
 from pst_timm.data.images import first_of
 from pst_timm.utils.errors import PSTError, did_you_mean
+from pst_timm.utils.markdown import plain
 
 __all__ = ['choose_split']
 
@@ -31,7 +32,7 @@ def choose_split(split: str, known: Collection[str], where: str) -> str:
         return alike[0]
     have = f'it has {first_of(known, 10)}' if known else 'it has none'
     which = f': {first_of(alike)} could be meant' if len(alike) > 1 and not year else ''
-    raise PSTError(f'{where} has no {split!r} split{which}; {have}.{did_you_mean(split, known)}')
+    raise PSTError(f'{where} has no {split!r} split{which}; {have}.{did_you_mean(split, map(plain, known))}')
 
 
 def _group(name: str) -> object:

@@ -37,7 +37,7 @@ def eval_transforms(img_size: int) -> nn.Module:
 
 def train_transforms(
         img_size: int,
-        hflip: float = 0.5,
+        hflip: float = 0.,
         scale_jitter: Optional[Sequence[float]] = None,
         box_crop: float = 0.,
         color_jitter: float = 0.,
@@ -50,8 +50,7 @@ def train_transforms(
         hflip: Probability of a left-right flip.
         scale_jitter: Range of the factors by which objects get larger or smaller; none if None.
         box_crop: Probability of a crop that keeps boxes, as SSD takes them.
-        color_jitter: Strength of the changes of brightness, contrast and saturation; a quarter of it for hue, at most
-            0.1.
+        color_jitter: Strength of the changes of brightness, contrast and saturation, as timm has it.
         vflip: Probability of an upside-down flip.
     """
     steps: List[nn.Module] = [_WithoutCrowds()]
@@ -64,8 +63,7 @@ def train_transforms(
     steps.append(_Fit(img_size, scale_jitter))
     steps.append(v2.SanitizeBoundingBoxes(SMALLEST, labels_getter=_per_box))
     if color_jitter:
-        steps.append(v2.ColorJitter(
-            brightness=color_jitter, contrast=color_jitter, saturation=color_jitter, hue=min(color_jitter / 4, 0.1)))
+        steps.append(v2.ColorJitter(*[color_jitter] * 3))
     return v2.Compose([*steps, _BoxAreas(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()])
 
 

@@ -40,8 +40,8 @@ def validate(args: Namespace) -> List[Results]:
         args: From `flags.parse_validate_args` or `flags.validate_args`; not changed.
 
     Returns:
-        One mapping, or one for each setting of --topk-sweep: model, metrics in percent, `ap_CLASS` of each class,
-        images per second, and what was evaluated.
+        One mapping, or one for each setting of --topk-sweep: model, metrics in percent, `ap_CLASS` of each class (None
+        where there is nothing to find), images per second, and what was evaluated.
 
     Raises:
         PSTError: If anything the user can mend is wrong; the message says what.
@@ -77,8 +77,10 @@ def validate(args: Namespace) -> List[Results]:
             columns = model.settings_columns(setting, (model.img_size, model.img_size)) if setting else {}
             with model.with_settings(**setting):
                 metrics, _ = evaluate_detector(args, model, dataset, device, dtype)
+            _logger.info(f'{setting or args.split}: {format_metrics({k: metrics[k] for k in ("ap", "ap50")})}')
+            # of what there is nothing to find, JSON has no number
+            metrics = {k: None if math.isnan(v) else round(v, 3) for k, v in metrics.items()}
             row = OrderedDict(model=_name(model), **columns, **metrics, **_facts(args, model, dataset))
-            _logger.info(f'{setting or ""} {format_metrics({k: row[k] for k in ("ap", "ap50")})}')
             rows.append(row)
     if args.results_file:
         write_results(args.results_file, rows, args.results_format)
@@ -102,7 +104,7 @@ def evaluate_detector(
         dtype: Precision of the images.
 
     Returns:
-        The metrics, those of each class (None where there is nothing to find) and images per second; and the evaluator,
+        The metrics, those of each class (NaN where there is nothing to find) and images per second; and the evaluator,
         which has the detections.
     """
     evaluator = CocoEvaluator(dataset, max_dets=model.detections_per_img)
@@ -116,8 +118,6 @@ def evaluate_detector(
     )
     speed = found.pop('images_per_second')
     found.update({f'ap_{name}': value for name, value in evaluator.class_ap().items()})
-    # of what there is nothing to find, JSON has no number
-    found = {k: None if math.isnan(v) else round(v, 3) for k, v in found.items()}
     return dict(found, images_per_second=round(speed, 2)), evaluator
 
 

@@ -103,7 +103,7 @@ def read_voc(
     check_class_list(named, str(path))
     found = {item.name for _, record, _ in records for item in record.objects}
     places = map_classes(sorted(found), named, str(path))
-    collector = BoxCollector(str(path))
+    collector = BoxCollector(str(path), folder / IMAGES)
     files = _image_files(folder / IMAGES)
     for i, (name, record, source) in enumerate(records):
         # the name of the file counts: what stands in the XML is often that of another tool's folder

@@ -78,7 +78,7 @@ def apply_transfer(args: Namespace, model: nn.Module) -> Frozen:
     """
     names = _named(model, args.freeze or [])
     if args.freeze_trunk:
-        names |= _groups(model, 'stem', 'blocks')
+        names |= _groups(model, 'stem', 'blocks', 'trunk')
     if args.linear_probe:
         names |= _all_but(model, model.get_classifier())
     frozen = Frozen(model, names)

@@ -15,7 +15,7 @@ from timm.models import split_model_name_tag
 from pst_timm.checkpoints import attention_settings, build_model, open_checkpoint, set_attention
 from pst_timm.checkpoints.folder import CARD, check_target, save_folder
 from pst_timm.checkpoints.reading import Checkpoint
-from pst_timm.models import ResNetPST
+from pst_timm.models import PSTModel
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import read_csv, write_text
 from pst_timm.utils.waiting import TIMEOUT
@@ -96,7 +96,7 @@ def publish(
         check_target(Path(folder), Path(checkpoint), overwrite)
     source = open_checkpoint(checkpoint, arch, use_ema)
     model = build_model(source)
-    if not isinstance(model, ResNetPST):
+    if not isinstance(model, PSTModel):
         raise PSTError(
             f'{source.path} is a checkpoint of {source.arch}, which is no architecture of this package. Use '
             f'timm.models.push_to_hf_hub for it.')

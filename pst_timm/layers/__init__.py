@@ -1,5 +1,5 @@
 """The layers of PST: tensors in, tensors out. They know torch and timm.layers only."""
-from .attention import FINE_FUSIONS, PyramidSparseAttention, SparseTokens, attention_set
+from .attention import FINE_FUSIONS, HasAttention, PyramidSparseAttention, SparseTokens, attention_set
 from .conv_norm import Concat, ConvNorm, FusedConvAct, MergeAct, MergeNorm, Pair, SplitConvAct
 from .module import PyramidSparseBlock, PyramidSparseTransformer
 from .pyramid import PANPyramid, PSTPyramid
@@ -9,6 +9,7 @@ __all__ = [
     'Concat',
     'ConvNorm',
     'FusedConvAct',
+    'HasAttention',
     'MergeAct',
     'MergeNorm',
     'PANPyramid',

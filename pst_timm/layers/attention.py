@@ -9,7 +9,7 @@ Shapes used throughout: B images, C channels in `heads` heads of d = C / heads; 
 import numbers
 import random
 from contextlib import contextmanager
-from typing import Final, Iterator, NamedTuple, Optional, Sequence, Tuple
+from typing import Final, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.fx
@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .conv_norm import ConvNorm
 
-__all__ = ['FINE_FUSIONS', 'PyramidSparseAttention', 'SparseTokens', 'attention_set']
+__all__ = ['FINE_FUSIONS', 'HasAttention', 'PyramidSparseAttention', 'SparseTokens', 'attention_set']
 
 FINE_FUSIONS = ('gate', 'joint')
 
@@ -36,7 +36,7 @@ class SparseTokens(NamedTuple):
     fine_size: Tuple[int, int]
     """Height H and width W of the fine map."""
     coarse_size: Tuple[int, int]
-    """Height h and width w of the coarse map."""
+    """Height h and width w of the coarse map, after pooling if the layer has `kv_pool`."""
     attention: torch.Tensor
     """Coarse attention (B, heads, H * W, h * w): what each query gives to each coarse token, 1 in all."""
     scores: torch.Tensor
@@ -44,7 +44,10 @@ class SparseTokens(NamedTuple):
     selected: torch.Tensor
     """Selected coarse tokens (B, heads, k), the best first; k is 0 for coarse attention alone."""
     children: torch.Tensor
-    """Fine tokens below the selected ones (B, heads, k, 4), or 1 for equal maps; -1 where an odd edge has none."""
+    """Fine tokens below the selected ones (B, heads, k, 4), or 1 for equal maps; -1 where an odd edge has none.
+
+    With `kv_pool` = p there are p * p times as many.
+    """
 
 
 def as_topk(value: int, name: str = 'topk') -> int:
@@ -68,6 +71,17 @@ def as_fine_fusion(value: str) -> str:
     if value not in FINE_FUSIONS:
         raise ValueError(f'fine_fusion must be one of {FINE_FUSIONS}, got {value!r}.')
     return value
+
+
+def as_kv_pool(value: int) -> int:
+    """Validate the side of the pooled squares.
+
+    Raises:
+        ValueError: If the value is not a positive integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f'kv_pool must be a positive integer (1 pools nothing), got {value!r}.')
+    return int(value)
 
 
 def as_probability(value: float, name: str) -> float:
@@ -127,6 +141,14 @@ def level_ratio(fine_size: Tuple[int, int], coarse_size: Tuple[int, int]) -> int
         f'or both maps must have the same size.')
 
 
+def divides(p: int, h: int, w: int) -> bool:
+    """Whether p is known to divide both sizes; under export with dynamic sizes it is not."""
+    if not torch.jit.is_scripting():
+        if not torch.jit.is_tracing():
+            return statically_known_true(h % p == 0) and statically_known_true(w % p == 0)
+    return h % p == 0 and w % p == 0
+
+
 @register_notrace_module  # sizes decide which tokens exist, so FX keeps the layer whole
 class PyramidSparseAttention(nn.Module):
     """Attention from a fine map to the coarser map above it, refined on the children of the best coarse tokens.
@@ -141,6 +163,12 @@ class PyramidSparseAttention(nn.Module):
     * 'joint' (ours, no parameters): one softmax over the unselected coarse tokens and the children of the selected
       ones, each child's logit lowered by the log of how many siblings share its parent (itself included). Children
       that equal their parent then reproduce coarse attention exactly.
+
+    `kv_pool` = p attends to a smaller coarse map (ours): keys and values are averaged over p x p coarse tokens, so that
+    coarse attention costs p * p times less. The means take the tokens' place in all that is said above: they are what
+    is scored and selected, and each owns the 2p x 2p fine tokens below it, whose keys and values are not pooled. A mean
+    of fewer tokens, at an edge that p does not divide, weighs that much less (the log of their share in its logit):
+    equal tokens then give the same with and without pooling. The position encoding still reads all coarse values.
 
     Training is coarse-only unless `train_topk` is set: the fine branch does not run. Where training does not run the
     gate, its gradient is zero, so that every parameter has one; kept from weight decay, it then stays as it is.
@@ -159,6 +187,7 @@ class PyramidSparseAttention(nn.Module):
             train_topk: int = 0,
             train_fine_prob: float = 1.0,
             pos_enc: bool = True,
+            kv_pool: int = 1,
             norm_layer: LayerType = nn.BatchNorm2d,
             device=None,
             dtype=None,
@@ -172,6 +201,7 @@ class PyramidSparseAttention(nn.Module):
             train_topk: Coarse tokens selected in training, 0 for coarse-only training.
             train_fine_prob: Share of the training steps in which the fine branch runs, if `train_topk` is set.
             pos_enc: Whether to add the position encoding; without it for ablations.
+            kv_pool: Side of the squares of coarse tokens whose keys and values are averaged, 1 for none.
             norm_layer: Norm of every projection. With anything but a batch norm, the keys and values of the fine
                 branch are projected on the whole map at inference too, as such a norm may depend on it.
 
@@ -191,6 +221,7 @@ class PyramidSparseAttention(nn.Module):
         self.train_fusion = self.fine_fusion  # set_topk must not change what a run trains
         self.train_topk = as_topk(train_topk, 'train_topk')
         self.train_fine_prob = as_probability(train_fine_prob, 'train_fine_prob')
+        self.kv_pool = as_kv_pool(kv_pool)
         self.fine_seed = 0
         self.fine_step = 0
         self.fused_attn = use_fused_attn()
@@ -279,6 +310,33 @@ class PyramidSparseAttention(nn.Module):
             logits = logits + bias
         return logits.softmax(dim=-1) @ v
 
+    def _keys(self, kv: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor], Tuple[int, int]]:
+        """What coarse attention reads.
+
+        Args:
+            kv: Keys and values of the coarse map (B, 2C, h, w).
+
+        Returns:
+            Keys and values (B, heads, M, d), what is added to the logits (B, heads, 1, M) if anything, and the height
+            and width of their map: the coarse one, or that of its means.
+        """
+        h, w, p = kv.shape[2], kv.shape[3], self.kv_pool
+        bias: Optional[torch.Tensor] = None
+        if p > 1:
+            partial = not divides(p, h, w)
+            if partial:  # what ceil_mode would do, which export with dynamic sizes does not get past
+                kv = F.pad(kv, (0, p - 1, 0, p - 1))
+            kv = F.avg_pool2d(kv, p)
+            if partial:
+                # the share of each mean in a full square
+                rows = (h - p * torch.arange(kv.shape[2], device=kv.device)).clamp(max=p)
+                cols = (w - p * torch.arange(kv.shape[3], device=kv.device)).clamp(max=p)
+                share = (rows.unsqueeze(1) * cols).to(kv.dtype) / (p * p)
+                kv = kv / share
+                bias = share.log().flatten().expand(kv.shape[0], self.num_heads, 1, -1)
+        k, v = self._heads(kv).chunk(2, dim=-1)
+        return k, v, bias, (kv.shape[2], kv.shape[3])
+
     def _scores(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Mean logit of each coarse token over all queries (B, heads, M)."""
         q, k = q.detach(), k.detach()
@@ -346,6 +404,7 @@ class PyramidSparseAttention(nn.Module):
             q: torch.Tensor,
             k: torch.Tensor,
             v: torch.Tensor,
+            coarse_bias: Optional[torch.Tensor],
             coarse_size: Tuple[int, int],
             ratio: int,
             topk: int,
@@ -359,12 +418,13 @@ class PyramidSparseAttention(nn.Module):
             # log of one over the number of siblings, and -inf for a child that does not exist
             share = exists.to(q.dtype)
             share = (share / share.sum(dim=-1, keepdim=True)).log()
-            bias = torch.cat([
-                torch.zeros_like(k[..., 0]).scatter(2, parents, float('-inf')),
-                share.flatten(2),
-            ], dim=2)
+            weight = torch.zeros_like(k[..., 0])
+            if coarse_bias is not None:
+                weight = coarse_bias.squeeze(2)
+                share = share + weight.gather(2, parents).unsqueeze(-1)
+            bias = torch.cat([weight.scatter(2, parents, float('-inf')), share.flatten(2)], dim=2)
             return self._attend(q, torch.cat([k, fine_k], dim=2), torch.cat([v, fine_v], dim=2), bias.unsqueeze(2))
-        coarse = self._attend(q, k, v)
+        coarse = self._attend(q, k, v, coarse_bias)
         missing = torch.zeros_like(exists, dtype=q.dtype).masked_fill(~exists, float('-inf'))
         fine = self._attend(q, fine_k, fine_v, missing.flatten(2).unsqueeze(2))
         gate = self.gate(torch.cat([coarse, fine], dim=-1)).sigmoid()
@@ -397,17 +457,20 @@ class PyramidSparseAttention(nn.Module):
                 topk = self.train_topk if (self.draw_fine() if fine is None else fine) else 0
 
         q = self._heads(self.q(x))
-        k, v = self._heads(self.kv(upper)).chunk(2, dim=-1)
+        kv = self.kv(upper)
+        k, v, bias, size = self._keys(kv)
         if topk > 0:
-            out = self._fine(x, q, k, v, (h, w), ratio, topk)
+            out = self._fine(x, q, k, v, bias, size, ratio * self.kv_pool, topk)
         else:
-            out = self._attend(q, k, v)
+            out = self._attend(q, k, v, bias)
         if self.training:
             # the gate takes part, with no effect, in steps that do not run it: DDP wants every parameter used
             out = out + 0. * (self.gate.weight.sum() + self.gate.bias.sum())
 
         out = self._map(out, (H, W))
         if self.pos_enc:
+            if self.kv_pool > 1:
+                v = self._heads(kv).chunk(2, dim=-1)[1]
             pe = self.pe(self._map(v, (h, w)))
             out = out + F.interpolate(pe, size=(H, W), mode='bilinear', align_corners=False)
         return self.proj(out)
@@ -426,17 +489,63 @@ class PyramidSparseAttention(nn.Module):
             ValueError: If the channels, the batch or the sizes of the two maps do not fit.
         """
         check_maps(x, self.dim, upper, self.dim)
-        fine_size, coarse_size = (x.shape[2], x.shape[3]), (upper.shape[2], upper.shape[3])
-        ratio = level_ratio(fine_size, coarse_size)
+        fine_size = (x.shape[2], x.shape[3])
+        ratio = level_ratio(fine_size, (upper.shape[2], upper.shape[3])) * self.kv_pool
         q = self._heads(self.q(x))
-        k = self._heads(self.kv(upper)).chunk(2, dim=-1)[0]
+        k, _, bias, coarse_size = self._keys(self.kv(upper))
         M = k.shape[2]
         # attending to unit vectors gives the weights
-        attention = self._attend(q, k, torch.eye(M, device=k.device, dtype=k.dtype).expand(*k.shape[:2], M, M))
+        attention = self._attend(q, k, torch.eye(M, device=k.device, dtype=k.dtype).expand(*k.shape[:2], M, M), bias)
         selected = self._select(q, k, min(self.topk, M))
         index, exists = self._children(selected, fine_size, coarse_size, ratio)
         return SparseTokens(
             fine_size, coarse_size, attention, self._scores(q, k), selected, index.masked_fill(~exists, -1))
+
+
+class HasAttention:
+    """A module with attention layers inside, which are set together."""
+
+    @torch.jit.ignore
+    def attentions(self) -> List[PyramidSparseAttention]:
+        """The attention layers, in the order in which they run."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def set_topk(self, topk: int, fusion: Optional[str] = None) -> None:
+        """Change the fine attention used at inference; weights and training are not touched.
+
+        Works on a scripted module too; one that was saved, frozen or traced keeps what it had then. Not while other
+        threads run it, which would see it change between its layers.
+
+        Args:
+            topk: Coarse tokens selected per image and head, 0 for coarse attention alone; more than there are
+                selects all.
+            fusion: 'gate' or 'joint', unchanged if None.
+
+        Raises:
+            ValueError: If `topk` is negative or not an integer, or the fusion is unknown.
+        """
+        for attn in self.attentions():
+            attn.set_topk(topk, fusion)
+
+    @torch.jit.ignore
+    def set_fine_step(self, seed: int, step: int = 0) -> None:
+        """Seed the draws of `train_fine_prob` and place them at a training step.
+
+        Call it alike on all ranks. A run that calls it at the start of every epoch can be resumed at any of them.
+
+        Args:
+            seed: Seed of the sequence of draws.
+            step: Index of the next training step.
+        """
+        for attn in self.attentions():
+            attn.set_fine_step(seed, step)
+
+    @torch.jit.ignore
+    def draw_fine(self) -> bool:
+        """Draw for all layers, which walk through the same sequence; see `PyramidSparseAttention.draw_fine`."""
+        draws = [attn.draw_fine() for attn in self.attentions()]  # a list, as every layer has to take its draw
+        return any(draws)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch.fx
 import torch.nn as nn
 from timm.layers import DropPath, LayerType
 
-from .attention import PyramidSparseAttention, check_maps
+from .attention import HasAttention, PyramidSparseAttention, check_maps
 from .conv_norm import ConvNorm
 
 __all__ = ['PyramidSparseBlock', 'PyramidSparseTransformer']
@@ -70,7 +70,7 @@ class PyramidSparseBlock(nn.Module):
         return x
 
 
-class PyramidSparseTransformer(nn.Module):
+class PyramidSparseTransformer(HasAttention, nn.Module):
     """Fuses a fine map and the coarser map above it into one map at the fine resolution (paper, section 3).
 
     Both maps are brought to a hidden width, the fine one passes through `depth` blocks that attend to the coarse one,
@@ -141,24 +141,6 @@ class PyramidSparseTransformer(nn.Module):
         """The attention of each block, in the order in which they run."""
         # a loop over the list of a scripted module gives the blocks that it was scripted from
         return [block.attn for block in self.blocks.children()]
-
-    @torch.jit.ignore
-    def set_topk(self, topk: int, fusion: Optional[str] = None) -> None:
-        """Change the fine attention of every block, see `PyramidSparseAttention.set_topk`."""
-        for attn in self.attentions():
-            attn.set_topk(topk, fusion)
-
-    @torch.jit.ignore
-    def set_fine_step(self, seed: int, step: int = 0) -> None:
-        """Place every block in the sequence of training steps, see `PyramidSparseAttention.set_fine_step`."""
-        for attn in self.attentions():
-            attn.set_fine_step(seed, step)
-
-    @torch.jit.ignore
-    def draw_fine(self) -> bool:
-        """Draw for all blocks, which walk through the same sequence; see `PyramidSparseAttention.draw_fine`."""
-        draws = [attn.draw_fine() for attn in self.attentions()]  # a list, as every block has to take its draw
-        return any(draws)
 
     def forward(self, x: torch.Tensor, upper: torch.Tensor, fine: Optional[bool] = None) -> torch.Tensor:
         """

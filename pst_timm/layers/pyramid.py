@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from timm.layers import LayerType, register_notrace_function
 from torch.utils.checkpoint import checkpoint
 
-from .attention import PyramidSparseAttention
+from .attention import HasAttention, PyramidSparseAttention
 from .conv_norm import ConvNorm, MergeNorm, upsample_as
 from .module import PyramidSparseTransformer
 
@@ -73,7 +73,7 @@ def check_levels(maps: List[torch.Tensor], names: List[str], in_chs: List[int]) 
 
 
 class ExtraLevels(nn.Module):
-    """Levels above the last one: convolved as torchvision's `LastLevelP6P7`, or one pooled as its `LastLevelMaxPool`."""
+    """Levels above the last: convolved as torchvision's `LastLevelP6P7`, or one pooled as its `LastLevelMaxPool`."""
 
     def __init__(self, chs: int, levels: Union[int, str], device=None, dtype=None):
         """
@@ -85,8 +85,9 @@ class ExtraLevels(nn.Module):
             ValueError: If it is neither.
         """
         super().__init__()
-        if isinstance(levels, bool) or not (levels == 'pool' or isinstance(levels, int) and levels >= 0):
-            raise ValueError(f"extra_levels must be a number of convolved levels (0 for none) or 'pool', got {levels!r}.")
+        if levels != 'pool' and (isinstance(levels, bool) or not isinstance(levels, int) or levels < 0):
+            raise ValueError(
+                f"extra_levels must be a number of convolved levels (0 for none) or 'pool', got {levels!r}.")
         self.pool = levels == 'pool'
         self.names: List[str] = ['pool'] if self.pool else [f'p{6 + i}' for i in range(int(levels))]
         self.convs = nn.ModuleList([
@@ -127,8 +128,13 @@ class Pyramid(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the maps between the levels again in the backward pass instead of keeping them."""
+        """Compute again in the backward pass, instead of keeping it, what lies within each PST, or within a PAN."""
         self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the gates, if any: where training does not run them, decay is all that would move them."""
+        return {name for name, _ in self.named_parameters() if '.attn.gate.' in name}
 
     def _levels(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
         raise NotImplementedError
@@ -184,12 +190,20 @@ class PyramidLevel(PyramidSparseTransformer):
             upper: torch.Tensor,
             fine: Optional[bool] = None,
     ) -> torch.Tensor:
-        """The fused level above (B, above_chs, h, w), fine map (B, in_chs, H, W) and coarse map (B, upper_chs, h, w)."""
-        return self._run(self.conv_in(above, x), upper, fine)
+        """Fused level above (B, above_chs, h, w), fine map (B, in_chs, H, W) and coarse map (B, upper_chs, h, w)."""
+        x = self.conv_in(above, x)
+        if not self.training:
+            # laid out as the attention reads it: one copy here saves several of large maps
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self._run(x, upper, fine)
 
 
-class PSTPyramid(Pyramid):
-    """A pyramid whose top-down steps are Pyramid Sparse Transformers, followed by strided convolutions bottom-up."""
+class PSTPyramid(HasAttention, Pyramid):
+    """A pyramid whose top-down steps are Pyramid Sparse Transformers, followed by strided convolutions bottom-up.
+
+    State-dict names: `top_down.{i}` is a `PyramidSparseTransformer` over the concatenation, with its names, from the
+    coarsest level (P4 of three) to the finest; `down.{i}` and `merge.{i}` run from the finest to the coarsest.
+    """
 
     def __init__(
             self,
@@ -200,6 +214,7 @@ class PSTPyramid(Pyramid):
             head_dim: int = 32,
             extra_levels: Union[int, str] = 0,
             bottom_up: bool = True,
+            kv_pool: Union[int, Sequence[int]] = 1,
             act_layer: LayerType = nn.SiLU,
             norm_layer: LayerType = nn.BatchNorm2d,
             device=None,
@@ -215,6 +230,7 @@ class PSTPyramid(Pyramid):
             head_dim: Channels per head.
             extra_levels: Number of convolved levels above the last one, or 'pool' for one pooled level.
             bottom_up: Whether the strided convolutions follow; without them the outputs are those of the PSTs.
+            kv_pool: See `PyramidSparseAttention`: one for all PSTs, or one for each, that of the finest first.
             act_layer: Activation of the convolutions and the MLPs.
             norm_layer: Norm of every convolution but the extra levels', which have none.
             block_kwargs: Options of `PyramidSparseBlock` and of the attention in it, such as `topk=8, drop_path=0.1`.
@@ -228,11 +244,15 @@ class PSTPyramid(Pyramid):
         super().__init__(in_chs, out_chs, extra_levels, **dd)
         conv_kwargs = dict(norm_layer=norm_layer, act_layer=act_layer, **dd)
         levels = range(len(in_chs))
+        pools = list(kv_pool) if isinstance(kv_pool, Sequence) else [kv_pool] * (len(in_chs) - 1)
+        if len(pools) != len(in_chs) - 1:
+            raise ValueError(
+                f'kv_pool must be one number, or one for each of the {len(in_chs) - 1} PSTs, got {kv_pool!r}.')
         # in the order in which they run, the coarsest first
         self.top_down = nn.ModuleList([
             PyramidLevel(
                 in_chs[i + 1] if i == len(in_chs) - 2 else out_chs, in_chs[i], in_chs[i + 1], out_chs, depth=depth,
-                expansion=expansion, head_dim=head_dim, **conv_kwargs, **block_kwargs)
+                expansion=expansion, head_dim=head_dim, kv_pool=pools[i], **conv_kwargs, **block_kwargs)
             for i in reversed(levels[:-1])])
         self.conv_top = nn.Identity() if bottom_up else ConvNorm(in_chs[-1], out_chs, 1, **conv_kwargs)
         self.down = nn.ModuleList([
@@ -246,29 +266,6 @@ class PSTPyramid(Pyramid):
     def attentions(self) -> List[PyramidSparseAttention]:
         """The attention of each block, in the order in which they run."""
         return [attn for level in self.top_down.children() for attn in level.attentions()]
-
-    @torch.jit.ignore
-    def set_topk(self, topk: int, fusion: Optional[str] = None) -> None:
-        """Change the fine attention of every level, see `PyramidSparseAttention.set_topk`."""
-        for attn in self.attentions():
-            attn.set_topk(topk, fusion)
-
-    @torch.jit.ignore
-    def set_fine_step(self, seed: int, step: int = 0) -> None:
-        """Place every level in the sequence of training steps, see `PyramidSparseAttention.set_fine_step`."""
-        for attn in self.attentions():
-            attn.set_fine_step(seed, step)
-
-    @torch.jit.ignore
-    def draw_fine(self) -> bool:
-        """Draw for all levels, which walk through the same sequence; see `PyramidSparseAttention.draw_fine`."""
-        draws = [attn.draw_fine() for attn in self.attentions()]  # a list, as every block has to take its draw
-        return any(draws)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        """Names of the gates: where training does not run them, decay is all that would move them."""
-        return {name for name, _ in self.named_parameters() if '.attn.gate.' in name}
 
     def _levels(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
         x = maps[-1]
@@ -322,6 +319,11 @@ class PANPyramid(Pyramid):
         self._init_weights()
 
     def _levels(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint(self._run, maps, use_reentrant=False)
+        return self._run(maps)
+
+    def _run(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
         sums = [lateral(maps[i]) for i, lateral in enumerate(self.lateral)]
         for i in range(len(sums) - 1, 0, -1):
             sums[i - 1] = sums[i - 1] + upsample_as(sums[i], sums[i - 1])

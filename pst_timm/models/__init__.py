@@ -1,7 +1,12 @@
 """The architectures, registered with timm on import. They know the layers."""
+from .backbone_pst import BackbonePST, create_pst
+from .fusion import PSTModel
 from .inspection import Inspection, inspect_tokens
 from .reparameterize import reparameterize
 from .resnet_pst import ResNetPST
-from .trunk import TrunkLoad, copy_trunk
+from .trunk import PRETRAINED_TRUNK, TrunkLoad, copy_trunk, pretrained_name
 
-__all__ = ['Inspection', 'ResNetPST', 'TrunkLoad', 'copy_trunk', 'inspect_tokens', 'reparameterize']
+__all__ = [
+    'PRETRAINED_TRUNK', 'BackbonePST', 'Inspection', 'PSTModel', 'ResNetPST', 'TrunkLoad', 'copy_trunk', 'create_pst',
+    'inspect_tokens', 'pretrained_name', 'reparameterize',
+]

@@ -11,7 +11,7 @@ from torchvision.models.feature_extraction import NodePathTracer
 
 from pst_timm.layers import FusedConvAct, Pair, SplitConvAct
 
-from .resnet_pst import ResNetPST
+from .fusion import PSTModel
 
 __all__ = ['reparameterize']
 
@@ -20,8 +20,8 @@ def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Fold a convolutional model for inference.
 
     What `timm.models.reparameterize_model` does, and beyond it: batch norms of the trunk are folded into their
-    convolutions too, and a ResNet-PST convolves the two halves of its concatenations apart instead of copying them
-    together. A plain timm ResNet is folded in the same way, which makes it a fair baseline. The answers are the same
+    convolutions too, and a model with PST convolves the two halves of its concatenations apart instead of copying them
+    together. A plain timm model is folded in the same way, which makes it a fair baseline. The answers are the same
     but for rounding; `set_topk`, `features_only`, scripting, tracing, compilation and export still work.
 
     Args:
@@ -43,7 +43,7 @@ def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
     model = reparameterize_model(model.eval(), inplace=True)
     _fold_batch_norms(model)
     for module in model.modules():
-        if isinstance(module, ResNetPST):
+        if isinstance(module, PSTModel):
             _split_concatenations(module)
     kept = dict(model.named_modules())
     lost = [name for name, m in hooked.items() if kept.get(name) is not m]
@@ -81,7 +81,7 @@ def _fold_batch_norms(model: nn.Module) -> None:
         model.set_submodule(node.target, getattr(norm, 'act', nn.Identity()))
 
 
-def _split_concatenations(model: ResNetPST) -> None:
+def _split_concatenations(model: PSTModel) -> None:
     """Give `fuse_down` and `fuse_merge` a convolution for each of their two inputs."""
     for concat, conv in (('pst_cat', 'fuse_down'), ('merge_cat', 'fuse_merge')):
         fused = getattr(model, conv)

@@ -31,7 +31,7 @@ from pst_timm.data.scores import stratified_folds
 from pst_timm.engine import parse_train_args, train, train_args
 from pst_timm.engine.factories import import_modules
 from pst_timm.engine.flags import keys_with_role
-from pst_timm.engine.training import expected_channels
+from pst_timm.engine.jobs import expected_channels
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import write_json, write_text
 

@@ -11,7 +11,7 @@ from timm.data import create_transform, resolve_data_config
 from pst_timm.checkpoints import label_names
 from pst_timm.data.images import find_images, open_image
 from pst_timm.layers import PyramidSparseAttention
-from pst_timm.models import ResNetPST, inspect_tokens
+from pst_timm.models import PSTModel, inspect_tokens
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import check_output, write_whole
 
@@ -27,7 +27,7 @@ MIN_SIDE = 32  # a coarse token
 
 
 def look(
-        model: ResNetPST,
+        model: PSTModel,
         path: os.PathLike,
         topk: Optional[int] = None,
         fusion: Optional[str] = None,
@@ -68,7 +68,7 @@ def look(
     if tokens.selected.shape[2] == 0:
         raise PSTError('topk must be at least 1 to draw what is selected: with 0 nothing is.')
     mean, std = (torch.tensor(config[k])[:, None, None] for k in ('mean', 'std'))
-    fine_cell = model.feature_info[3]['reduction']
+    fine_cell = model.feature_info[-2]['reduction']
     layers = [m for m in model.modules() if isinstance(m, PyramidSparseAttention)]
     ratio = 2 if tokens.children.shape[3] == 4 else 1
     return View(
@@ -96,7 +96,7 @@ def _array(x: torch.Tensor) -> Any:
 
 def visualize(
         source: os.PathLike,
-        model: ResNetPST,
+        model: PSTModel,
         output: os.PathLike,
         limit: int = 12,
         each: bool = False,

@@ -13,7 +13,7 @@ from pst_timm.checkpoints import building
 from pst_timm.models import copy_trunk
 from pst_timm.utils.errors import PSTError
 from tests.helpers import randomize
-from tests.models.helpers import MODELS, TINY, build, images
+from tests.models.helpers import BACKBONES, SOME, TINY, build, images
 
 HEAD = ('pst.', 'fuse_down.', 'fuse_merge.', 'conv_head.', 'fc.')
 
@@ -108,25 +108,29 @@ def test_features_only(out_indices, stages, source):
     assert all(torch.equal(state[k], source.state_dict()[k]) for k in result.loaded)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', SOME)
 def test_timms_own_weights_by_name(name, monkeypatch):
     """A name with tag goes to timm with pretrained=True; here timm answers without downloading."""
     trunk = name.removesuffix('_pst')
-    source = tiny_trunk() if name == TINY else timm.create_model(trunk)
+    source = tiny_trunk() if name == TINY else randomize(timm.create_model(trunk))
     tagged, asked = timm.list_pretrained(f'{trunk}.*')[0], []
 
     def create_model(model_name, pretrained=False, **kwargs):
+        if not pretrained:
+            return create(model_name, **kwargs)
         asked.append((model_name, pretrained))
         return source
 
-    model = timm.create_model(name)
+    model, create = timm.create_model(name), timm.create_model
     monkeypatch.setattr(timm, 'create_model', create_model)
     monkeypatch.setattr(building, 'check_fetchable', lambda name: None)
     monkeypatch.setattr(building, 'find_pretrained', lambda cfg, cache_dir: None)
     result = pst_timm.load_trunk(model, tagged)
     assert asked == [(tagged, True)]
-    assert result.ignored == ['fc.weight', 'fc.bias']
-    assert torch.equal(model.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
+    own, prefix = model.state_dict(), 'trunk.' if name in BACKBONES else ''
+    assert result.loaded == [k for k in own if not k.startswith(HEAD)]
+    assert set(result.ignored) == {k for k in source.state_dict() if prefix + k not in own or k.startswith('fc.')}
+    assert all(torch.equal(own[k], source.state_dict()[k.removeprefix(prefix)]) for k in result.loaded)
 
 
 def test_local_dir(tmp_path):

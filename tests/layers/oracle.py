@@ -84,15 +84,34 @@ def children(token, fine_size, coarse_size):
     return [(row, col) for row in rows for col in cols if row < fine_size[0] and col < fine_size[1]]
 
 
-def head_attention(q, k, v, fine_k, fine_v, topk, fusion, gate):
+def pooled(vectors, pool):
+    """Means of vectors, a dict from places, over squares of pool x pool places, and the share of each that exists."""
+    squares = {}
+    for (i, j), vector in vectors.items():
+        squares.setdefault((i // pool, j // pool), []).append(vector)
+    return ({place: sum(square) / len(square) for place, square in squares.items()},
+            {place: len(square) / pool ** 2 for place, square in squares.items()})
+
+
+def head_attention(q, k, v, fine_k, fine_v, topk, fusion, gate, pool=1):
     """Attention of one head of one image.
 
     q, fine_k, fine_v: dicts from the places of the fine map to vectors of d; k, v: those of the coarse map.
-    gate: weight (d, 2d) and bias (d,). Returns the attended vector of every fine place.
+    gate: weight (d, 2d) and bias (d,). Returns the attended vector of every fine place. With pool above 1 the means of
+    squares of coarse tokens stand for these, each as heavy as its square is full.
     """
     d = len(next(iter(q.values())))
     fine_size = tuple(np.max(list(q), axis=0) + 1)
     coarse_size = tuple(np.max(list(k), axis=0) + 1)
+    (k, share), (v, _) = pooled(k, pool), pooled(v, pool)
+
+    def offspring(token):
+        return [
+            child
+            for i in range(pool * token[0], pool * token[0] + pool)
+            for j in range(pool * token[1], pool * token[1] + pool)
+            if i < coarse_size[0] and j < coarse_size[1]
+            for child in children((i, j), fine_size, coarse_size)]
 
     def logit(query, key):
         return float(np.dot(query, key)) / math.sqrt(d)
@@ -103,30 +122,31 @@ def head_attention(q, k, v, fine_k, fine_v, topk, fusion, gate):
     chosen = sorted(k, key=score, reverse=True)[:topk] if topk else []
     out = {}
     for place, query in q.items():
-        coarse = softmax_average([logit(query, k[token]) for token in k], list(v.values()))
+        coarse = softmax_average(
+            [logit(query, k[token]) + math.log(share[token]) for token in k], [v[token] for token in k])
         if not chosen:
             out[place] = coarse
             continue
-        fine_logits, fine_values, siblings = [], [], []
+        fine_logits, fine_values, shares = [], [], []
         for token in chosen:
-            family = children(token, fine_size, coarse_size)
+            family = offspring(token)
             for child in family:
                 fine_logits.append(logit(query, fine_k[child]))
                 fine_values.append(fine_v[child])
-                siblings.append(len(family))
+                shares.append(share[token] / len(family))
         if fusion == 'gate':
             fine = softmax_average(fine_logits, fine_values)
             g = sigmoid(gate[0] @ np.concatenate([coarse, fine]) + gate[1])
             out[place] = g * fine + (1 - g) * coarse
         else:
-            logits = [logit(query, k[token]) for token in k if token not in chosen]
+            logits = [logit(query, k[token]) + math.log(share[token]) for token in k if token not in chosen]
             values = [v[token] for token in k if token not in chosen]
-            logits += [fine_logit - math.log(n) for fine_logit, n in zip(fine_logits, siblings)]
+            logits += [fine_logit + math.log(part) for fine_logit, part in zip(fine_logits, shares)]
             out[place] = softmax_average(logits, values + fine_values)
     return out
 
 
-def attention(w, x, u, heads, topk=0, fusion='gate'):
+def attention(w, x, u, heads, topk=0, fusion='gate', pool=1):
     """Pyramid sparse attention: x (B, C, H, W) over u (B, C, h, w)."""
     B, C, H, W = x.shape
     _, _, h, width = u.shape
@@ -153,6 +173,7 @@ def attention(w, x, u, heads, topk=0, fusion='gate'):
                 topk,
                 fusion,
                 (w['gate.weight'], w['gate.bias']),
+                pool,
             )
             for (i, j), vector in result.items():
                 out[b, head * d:(head + 1) * d, i, j] = vector
@@ -160,14 +181,14 @@ def attention(w, x, u, heads, topk=0, fusion='gate'):
     return conv_norm(part(w, 'proj.'), out + upsample(conv_norm(part(w, 'pe.'), values), H, W))
 
 
-def block(w, x, u, heads, topk=0, fusion='gate'):
+def block(w, x, u, heads, topk=0, fusion='gate', pool=1):
     """x + attention, then + MLP."""
-    x = x + attention(part(w, 'attn.'), x, u, heads, topk, fusion)
+    x = x + attention(part(w, 'attn.'), x, u, heads, topk, fusion, pool)
     hidden = silu(conv_norm(part(w, 'mlp.0.'), x))
     return x + conv_norm(part(w, 'mlp.1.'), hidden)
 
 
-def pst(w, x, u, head_dim, topk=0, fusion='gate'):
+def pst(w, x, u, head_dim, topk=0, fusion='gate', pool=1):
     """The PST module: x (B, in, H, W) and u (B, upper, h, w) to (B, out, H, W)."""
     x = silu(conv_norm(part(w, 'conv_in.'), x))
     outs = [x]
@@ -175,7 +196,7 @@ def pst(w, x, u, head_dim, topk=0, fusion='gate'):
     while f'blocks.{depth}.attn.q.conv.weight' in w:
         if depth == 0:
             u = silu(conv_norm(part(w, 'conv_upper.'), u))
-        x = block(part(w, f'blocks.{depth}.'), x, u, x.shape[1] // head_dim, topk, fusion)
+        x = block(part(w, f'blocks.{depth}.'), x, u, x.shape[1] // head_dim, topk, fusion, pool)
         outs.append(x)
         depth += 1
     return silu(conv_norm(part(w, 'conv_out.'), np.concatenate(outs, axis=1)))
@@ -189,3 +210,31 @@ def fusion_head(w, c4, c5, head_dim, topk=0, fusion='gate'):
     fused = silu(conv_norm(part(w, 'fuse_merge.'), np.concatenate([down, c5], axis=1)))
     pooled = silu(conv_norm(part(w, 'conv_head.'), fused)).mean(axis=(2, 3))
     return p, fused, pooled @ w['fc.weight'].T + w['fc.bias']
+
+
+def nearest(x, H, W):
+    """x (B, C, h, w) with every token repeated over the places that it owns in a map of H x W, 2h x 2w or one less."""
+    y = np.zeros((*x.shape[:2], H, W))
+    for i in range(H):
+        for j in range(W):
+            y[:, :, i, j] = x[:, :, i // 2, j // 2]
+    return y
+
+
+def pyramid(w, maps, head_dim, topk=0, fusion='gate', pools=None):
+    """The PST pyramid over maps, the finest first: fused maps without extra levels."""
+    last = len(maps) - 1
+    outs = list(maps)
+    if 'conv_top.conv.weight' in w:
+        outs[last] = silu(conv_norm(part(w, 'conv_top.'), maps[last]))
+    above = maps[last]
+    for i in range(last - 1, -1, -1):
+        x = np.concatenate([nearest(above, *maps[i].shape[2:]), maps[i]], axis=1)
+        above = pst(
+            part(w, f'top_down.{last - 1 - i}.'), x, maps[i + 1], head_dim, topk, fusion, pools[i] if pools else 1)
+        outs[i] = above
+    if 'down.0.conv.weight' in w:
+        for i in range(1, last + 1):
+            down = silu(conv_norm(part(w, f'down.{i - 1}.'), outs[i - 1], stride=2))
+            outs[i] = silu(conv_norm(part(w, f'merge.{i - 1}.'), np.concatenate([down, outs[i]], axis=1)))
+    return outs

@@ -22,7 +22,8 @@ backends = pytest.mark.parametrize('fused', [True, False], ids=['fused', 'plain'
 
 
 def expected_attention(layer, x, upper, topk, fusion):
-    y = oracle.attention(oracle.arrays(layer.state_dict()), x.numpy(), upper.numpy(), layer.num_heads, topk, fusion)
+    y = oracle.attention(
+        oracle.arrays(layer.state_dict()), x.numpy(), upper.numpy(), layer.num_heads, topk, fusion, layer.kv_pool)
     return torch.from_numpy(y)
 
 
@@ -42,13 +43,14 @@ def level_sizes(draw, largest=5):
     head_dim=st.sampled_from([1, 2, 5]),
     topk=st.one_of(st.integers(0, 4), st.sampled_from([9, 25, 1000])),
     fusion=st.sampled_from(FINE_FUSIONS),
+    kv_pool=st.sampled_from([1, 1, 2, 3]),
     fused=st.booleans(),
     channels_last=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_equals_the_oracle(sizes, batch, heads, head_dim, topk, fusion, fused, channels_last, seed):
+def test_equals_the_oracle(sizes, batch, heads, head_dim, topk, fusion, kv_pool, fused, channels_last, seed):
     dim = heads * head_dim
-    layer = build_attention(dim, heads, fused=fused, topk=topk, fine_fusion=fusion, seed=seed)
+    layer = build_attention(dim, heads, fused=fused, topk=topk, fine_fusion=fusion, kv_pool=kv_pool, seed=seed)
     x, upper = build_maps(batch, dim, sizes, seed=seed + 1)
     expected = expected_attention(layer, x, upper, topk, fusion)
     if channels_last:
@@ -109,6 +111,19 @@ def test_joint_with_children_equal_to_parents_is_coarse_attention(sizes, topk, f
     assert relative_error(layer(x, upper), coarse) < 1e-12
     single = copy.deepcopy(layer).float()
     assert relative_error(single(x.float(), upper.float()), coarse) < 1e-6
+
+
+@pytest.mark.parametrize('topk', [0, 1, 10 ** 6])
+@pytest.mark.parametrize('kv_pool', [2, 3])
+@pytest.mark.parametrize('sizes', SIZES, ids=str)
+def test_pooling_equal_tokens_changes_nothing(sizes, kv_pool, topk):
+    """Coarse tokens that repeat their mean, and children that repeat them, give what an unpooled layer gives."""
+    pooled, plain = (build_attention(fine_fusion='joint', topk=topk, kv_pool=p) for p in (kv_pool, 1))
+    (H, W), (h, w) = sizes
+    _, means = build_maps(sizes=(sizes[0], (-(-h // kv_pool), -(-w // kv_pool))))
+    upper = means.repeat_interleave(kv_pool, 2).repeat_interleave(kv_pool, 3)[:, :, :h, :w].contiguous()
+    x = nearest_children(upper, H, W)
+    assert relative_error(pooled(x, upper), plain(x, upper)) < 1e-12
 
 
 @fusions
@@ -292,6 +307,9 @@ def test_only_the_children_of_the_best_tokens_are_read(fusion):
     (dict(train_fine_prob=1.5), ['train_fine_prob', '1.5']),
     (dict(train_fine_prob=float('nan')), ['train_fine_prob', 'nan']),
     (dict(train_fine_prob='half'), ['train_fine_prob', "'half'"]),
+    (dict(kv_pool=0), ['kv_pool', '0']),
+    (dict(kv_pool=2.), ['kv_pool', '2.0']),
+    (dict(kv_pool=True), ['kv_pool', 'True']),
     (dict(num_heads=3), ['dim=8', 'num_heads=3']),
     (dict(num_heads=0), ['dim=8', 'num_heads=0']),
     (dict(num_heads=-2), ['dim=8', 'num_heads=-2']),

@@ -15,7 +15,7 @@ from torchvision.models.feature_extraction import create_feature_extractor as to
 import pst_timm
 from pst_timm.layers import FINE_FUSIONS
 from tests.helpers import relative_error
-from tests.models.helpers import MODELS, TINY, build, images
+from tests.models.helpers import SOME, TINY, build, images
 
 ATTENTION = [dict(), *(dict(topk=3, fine_fusion=fusion) for fusion in FINE_FUSIONS)]
 attentions = pytest.mark.parametrize('kwargs', ATTENTION, ids=['coarse', *FINE_FUSIONS])
@@ -236,7 +236,7 @@ class TestReparameterize:
     """timm's folding of the neck and the head, and the package's own, which folds the trunk as well."""
 
     @attentions
-    @pytest.mark.parametrize('name', MODELS)
+    @pytest.mark.parametrize('name', SOME)
     def test_every_model(self, fold, name, kwargs):
         model = build(name, num_classes=5, **kwargs)
         folded = fold(model)

@@ -268,7 +268,7 @@ class TestOutputStride:
         assert model.fuse_down.conv.stride == (1, 1)
 
     @pytest.mark.parametrize('output_stride', [8, 16])
-    @pytest.mark.parametrize('name', MODELS)
+    @pytest.mark.parametrize('name', [name for name in MODELS if not name.startswith('mobilenetv4')])
     def test_names_and_parameters_are_those_of_stride_32(self, name, output_stride):
         with torch.device('meta'):
             a, b = timm.create_model(name), timm.create_model(name, output_stride=output_stride)

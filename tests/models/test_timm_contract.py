@@ -7,7 +7,7 @@ import torch
 from timm.models import create_feature_extractor, group_parameters
 
 from tests.helpers import relative_error
-from tests.models.helpers import LEVELS, MODELS, build, features_of, images, unused
+from tests.models.helpers import SOME, build, features_of, images, unused
 
 SIZE = (64, 96)
 SCRIPTED = [pytest.mark.filterwarnings('ignore:.*torch.jit.*'), pytest.mark.skipif(
@@ -32,7 +32,7 @@ class Graph(torch.nn.Module):
         return self.graph(x)['fc']
 
 
-@pytest.fixture(scope='module', params=MODELS)
+@pytest.fixture(scope='module', params=SOME)
 def model(request):
     """One of our models, which tests share: they leave it as it is."""
     return build(request.param, num_classes=7)
@@ -76,7 +76,7 @@ class TestEveryModel:
             for feature_cls in ('getter', 'hook'):
                 features = features_of(model, feature_cls=feature_cls)
                 outs, info = features(x), features.feature_info
-                assert info.reduction() == [2, 4, 8, 16, 32] and len(outs) == LEVELS
+                assert info.reduction() == [2, 4, 8, 16, 32][-model.levels:] and len(outs) == model.levels
                 for out, level, channels, stride in zip(outs, levels, info.channels(), info.reduction()):
                     assert out.shape == (2, channels, SIZE[0] // stride, SIZE[1] // stride)
                     assert relative_error(out, level) < 1e-5
@@ -85,7 +85,7 @@ class TestEveryModel:
         x = images(SIZE)
         with torch.no_grad():
             levels = model.forward_intermediates(x, intermediates_only=True)
-        for index in range(LEVELS):
+        for index in range(model.levels):
             pruned = copy.deepcopy(model)
             kept = pruned.prune_intermediate_layers([index], prune_norm=True)
             with torch.no_grad():
@@ -95,7 +95,7 @@ class TestEveryModel:
             assert unused(pruned) == set()
 
 
-@pytest.mark.parametrize('name', timm.list_models('*resnet*_pst*', include_tags=True))
+@pytest.mark.parametrize('name', timm.list_models('*_pst*', include_tags=True, exclude_filters='backbone_pst*'))
 class TestConfiguration:
     """On the meta device, where shapes cost nothing."""
 

@@ -8,16 +8,25 @@ from timm.models import is_model_pretrained
 from torch.utils.flop_counter import FlopCounterMode
 
 from pst_timm.layers import FINE_FUSIONS
-from pst_timm.models import ResNetPST
-from tests.models.helpers import MODELS, TINY, build, images
+from pst_timm.models import PSTModel, ResNetPST
+from pst_timm.utils.cost import count_gmacs
+from tests.models.helpers import BACKBONES, MODELS, SOME, TINY, build, images
 
-# parameters, GMACs at 224, channels of C4 and C5, fusion width, heads, trunk in timm
+# parameters, GMACs at 224, channels of C4 and C5, fusion width, heads, channels of the head
 TABLE = {
-    'resnet18_pst': (14_471_368, 1.950, 256, 512, 256, 4, 'resnet18'),
-    'resnet26_pst': (19_698_632, 2.621, 1024, 2048, 256, 4, 'resnet26'),
-    'resnet50_pst': (29_260_488, 4.376, 1024, 2048, 256, 4, 'resnet50'),
-    'resnet101_pst': (54_423_368, 8.495, 1024, 2048, 512, 8, 'resnet101'),
+    'resnet18_pst': (14_471_368, 1.950, 256, 512, 256, 4, 1280),
+    'resnet26_pst': (19_698_632, 2.621, 1024, 2048, 256, 4, 1280),
+    'resnet50_pst': (29_260_488, 4.376, 1024, 2048, 256, 4, 1280),
+    'resnet101_pst': (54_423_368, 8.495, 1024, 2048, 512, 8, 1280),
+    # these are not published ones
+    'resnet34_pst': (24_579_528, 3.794, 256, 512, 256, 4, 1280),
+    'resnext50_32x4d_pst': (28_732_360, 4.494, 1024, 2048, 256, 4, 1280),
+    'mobilenetv4_conv_small_pst': (2_835_592, 0.201, 96, 960, 64, 1, 1280),
+    'efficientnet_b0_pst': (5_460_676, 0.402, 112, 320, 128, 2, 1280),
+    'regnety_008_pst': (7_119_840, 0.849, 320, 768, 128, 2, 768),
+    'convnext_atto_pst': (4_212_736, 0.581, 160, 320, 128, 2, 320),
 }
+SMALLEST = 'mobilenetv4_conv_small_pst'
 models = pytest.mark.parametrize('name', MODELS)
 published = pytest.mark.parametrize('name', TABLE)
 
@@ -46,24 +55,36 @@ def test_macs_are_within_a_percent_of_the_table(name):
 
 @published
 def test_widths_equal_the_table(name):
-    _, _, c4, c5, width, heads, _ = TABLE[name]
+    _, _, c4, c5, width, heads, hidden = TABLE[name]
     model = build_meta(name)
     assert (model.pst.in_chs, model.pst.upper_chs, model.pst.out_chs) == (c4, c5, width)
     assert len(model.pst.blocks) == 1
     attn = model.pst.blocks[0].attn
     assert (attn.num_heads, attn.head_dim, attn.dim) == (heads, 32, width // 2)
-    assert model.num_features == width and model.head_hidden_size == 1280
-    assert model.fc.weight.shape == (1000, 1280)
-    assert model.feature_info[3]['num_chs'] == width + c4
+    assert model.num_features == width and model.head_hidden_size == hidden
+    assert model.fc.weight.shape == (1000, hidden)
+    assert model.feature_info[-2]['num_chs'] == width + c4
 
 
 @published
 def test_trunk_keys_and_shapes_are_timms(name):
-    ours = {k: v.shape for k, v in build_meta(name).state_dict().items()}
-    timms = {k: v.shape for k, v in build_meta(TABLE[name][-1], num_classes=0).state_dict().items()}
+    ours = {k.removeprefix('trunk.'): v.shape for k, v in build_meta(name).state_dict().items()}
+    plain = timm.create_model(name.removesuffix('_pst'), num_classes=0)
+    if name in BACKBONES:
+        plain.prune_intermediate_layers(list(range(len(plain.feature_info))), prune_norm=True)
+        own = {k.split('.')[0] for k in build_meta(name).state_dict()}
+        assert own == {'trunk', 'pst', 'fuse_down', 'fuse_merge', 'conv_head', 'fc'}
+    timms = {k: v.shape for k, v in plain.state_dict().items()}
     assert {k: v for k, v in ours.items() if k in timms} == timms
     others = {k.split('.')[0] for k in ours if k not in timms}
     assert others == {'pst', 'fuse_down', 'fuse_merge', 'conv_head', 'fc'}
+
+
+# resnet26 is half of resnet50, of which it has the width
+@pytest.mark.parametrize('name', [name for name in TABLE if name != 'resnet26_pst'])
+def test_what_pst_adds_is_within_its_bound(name):
+    plain, ours = (count_gmacs(build_meta(n), (3, 224, 224)) for n in (name.removesuffix('_pst'), name))
+    assert 0.02 < ours / plain - 1 < (0.15 if name == SMALLEST else 0.1)
 
 
 def test_state_dict_names_and_shapes_are_the_recorded_ones():
@@ -79,7 +100,7 @@ def test_the_tiny_model_is_tiny():
 
 @pytest.mark.parametrize('topk', [4, 10 ** 6])
 @pytest.mark.parametrize('fusion', FINE_FUSIONS)
-@models
+@pytest.mark.parametrize('name', SOME)
 def test_fine_attention_acts_and_repeats_bitwise(name, fusion, topk):
     model = build(name, num_classes=7)
     x = images((96, 64))
@@ -133,6 +154,6 @@ def test_weights_that_are_given_are_loaded(tmp_path, key, source, features_only)
 @models
 def test_registry(name):
     model = build_meta(name)
-    assert isinstance(model, ResNetPST)
+    assert isinstance(model, PSTModel) and isinstance(model, ResNetPST) == (name not in BACKBONES)
     assert timm.is_model(name) and timm.models.model_entrypoint(name).__doc__
     assert model.pretrained_cfg['architecture'] == name

@@ -1,0 +1,390 @@
+"""What all models with PST share: fusion and head over the last two levels of a trunk, settings, timm's habits.
+
+With C4 and C5 the last two levels of the trunk, at strides 16 and 32, the rest of the network is, at fusion width w:
+
+    P = PST(C4, C5)                   stride 16, w channels
+    D = SiLU(bn(conv3x3([P ; C4])))   to the stride of C5, w channels
+    F = SiLU(bn(conv1x1([D ; C5])))   stride 32, w channels: the output of `forward_features`
+    logits = fc(dropout(pool(SiLU(bn(conv1x1(F))))))
+"""
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import LayerType, create_classifier, get_device_dtype, to_2tuple
+from timm.models import build_model_with_cfg, checkpoint, resolve_pretrained_cfg
+from timm.models._features import feature_take_indices  # timm exports it from here alone
+
+from pst_timm.layers import Concat, ConvNorm, PyramidSparseAttention, PyramidSparseTransformer
+
+from .digest import check_digest, drop_digest
+from .settings import AttentionSettings
+from .trunk import load_pretrained_trunk
+
+__all__ = ['PSTModel', 'build_pst', 'pst_cfg']
+
+
+class PSTModel(AttentionSettings, nn.Module):
+    """A trunk with a PST neck over its last two levels and a widened classification head.
+
+    A model of this kind makes its trunk and lists its levels in `feature_info`, calls `_add_fusion`, and says how the
+    trunk is run and shortened: `_trunk`, `_trunk_levels`, `_prune_trunk`, `_trunk_groups`.
+
+    FX keeps the attention whole, as `timm.models.create_feature_extractor` asks it to; torchvision's function of that
+    name does so with `tracer_kwargs=dict(leaf_modules=timm.layers.get_notrace_modules(),
+    autowrap_functions=timm.layers.get_notrace_functions())`, and without them is refused.
+
+    Beside `AttentionSettings` a model may have `own_args`: arguments of `timm.create_model` that it worked out itself,
+    so that a checkpoint can tell them.
+    """
+    plain_name: str = ''
+    """Name of the timm model that the trunk is, where it is known."""
+
+    def _add_fusion(
+            self,
+            width: int,
+            head_hidden_size: int,
+            head_skip: bool,
+            num_classes: int,
+            global_pool: str,
+            act_layer: LayerType,
+            norm_layer: LayerType,
+            device=None,
+            dtype=None,
+            **pst_kwargs: Any,
+    ) -> None:
+        """Add PST, fusion and head over the last two levels in `feature_info`, and tell there what becomes of them.
+
+        Args:
+            width: Fusion width w.
+            head_hidden_size: Channels of the convolution before the pooling.
+            head_skip: Whether the classifier reads C5 too.
+            num_classes: Number of classes, 0 for no classifier.
+            global_pool: Pooling before the classifier.
+            act_layer: Activation of PST, fusion and head.
+            norm_layer: Norm of PST, fusion and head.
+            pst_kwargs: Further arguments of `PyramidSparseTransformer`.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        conv_kwargs = dict(norm_layer=norm_layer, act_layer=act_layer, **dd)
+        c4, c5 = self.feature_info[-2:]
+        self.pst = PyramidSparseTransformer(c4['num_chs'], c5['num_chs'], width, **pst_kwargs, **conv_kwargs)
+        self.pst_cat = Concat()
+        self.fuse_down = ConvNorm(
+            width + c4['num_chs'], width, 3, stride=c5['reduction'] // c4['reduction'], **conv_kwargs)
+        self.merge_cat = Concat()
+        self.fuse_merge = ConvNorm(width + c5['num_chs'], width, 1, **conv_kwargs)
+        self.feature_info[-2:] = [
+            dict(c4, num_chs=width + c4['num_chs'], module='pst_cat'), dict(c5, num_chs=width, module='fuse_merge')]
+        self.levels = len(self.feature_info)
+        self.last_level = self.levels - 1
+        self.coarse_stride = c5['reduction']
+
+        self.head_skip = head_skip
+        skipped = c5['num_chs'] if head_skip else 0
+        self.num_features = width + skipped
+        self.conv_head = ConvNorm(width, head_hidden_size, 1, **conv_kwargs)
+        self._set_classifier(num_classes, global_pool, head_hidden_size + skipped, **dd)
+        for module in (self.pst, self.fuse_down, self.fuse_merge, self.conv_head):
+            for m in module.modules():
+                if isinstance(m, nn.Conv2d):  # as those of a ResNet
+                    nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+
+    def _set_classifier(self, num_classes: int, global_pool: str, in_features: int, device=None, dtype=None) -> None:
+        if num_classes > 0 and not global_pool:
+            raise ValueError(
+                f"global_pool='' leaves a map, which the classifier of {num_classes} classes cannot read: "
+                f"use num_classes=0 as well, or a pooling such as 'avg'.")
+        self.num_classes = num_classes
+        self.global_pool, self.fc = create_classifier(
+            in_features, num_classes, pool_type=global_pool, device=device, dtype=dtype)
+        self.head_hidden_size = in_features * self.global_pool.feat_mult()
+
+    # the trunk
+
+    def _trunk(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Images to C4 and C5, also in TorchScript."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def _trunk_levels(self, x: torch.Tensor, indices: Sequence[int]) -> List[torch.Tensor]:
+        """Images to the trunk's own maps at some levels, in their order; nothing beyond the last of them is run."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def _prune_trunk(self, last: int) -> None:
+        """Drop what is above a level."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def _trunk_groups(self, coarse: bool) -> Dict[str, Any]:
+        """The trunk's part of `group_matcher`."""
+        raise NotImplementedError
+
+    # settings
+
+    @torch.jit.ignore
+    def attentions(self) -> List[PyramidSparseAttention]:
+        """The attention layers, in the order in which they run; none in a model that was pruned below them."""
+        return self.pst.attentions() if self.last_level >= self.levels - 2 else []
+
+    @torch.jit.ignore
+    def tokens(self, img_size: Union[int, Tuple[int, int]]) -> int:
+        """How many coarse tokens there are to select from, 0 in a model without attention.
+
+        Args:
+            img_size: Height and width of the images, or one number for both.
+        """
+        height, width = (-(-side // self.coarse_stride) for side in to_2tuple(img_size))  # every stage rounds up
+        return height * width if self.attentions() else 0
+
+    # timm's habits
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Patterns that order the parameters stem, trunk, PST, fusion; what they leave (the head) comes last."""
+        return dict(
+            **self._trunk_groups(coarse),
+            pst=r'^pst' if coarse else [
+                (r'^pst\.conv_(?:in|upper)', (-1,)),
+                (r'^pst\.blocks\.(\d+)', None),
+                (r'^pst\.conv_out', (99999,)),
+            ],
+            fuse=r'^fuse_(?:down|merge)',
+        )
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the gates: where training does not run them, decay is all that would move them."""
+        return {n for n, _ in self.named_parameters() if n.startswith('pst.blocks.') and '.attn.gate.' in n}
+
+    @torch.jit.ignore
+    def get_classifier(self, name_only: bool = False) -> Union[str, nn.Module]:
+        """The classifier, or its name."""
+        return 'fc' if name_only else self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the classifier.
+
+        Args:
+            num_classes: Number of classes, 0 for no classifier.
+            global_pool: Pooling type, '' (with `num_classes=0`) for none. None leaves it as it is, but for a
+                classifier on a model without pooling, which gets 'avg'.
+
+        Raises:
+            ValueError: If classes without pooling are asked for.
+        """
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type or ('avg' if num_classes > 0 else '')
+        in_features = self.head_hidden_size // self.global_pool.feat_mult()
+        self._set_classifier(num_classes, global_pool, in_features, **get_device_dtype(self))
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Forward features that returns intermediates.
+
+        The levels are those of the trunk, with [P ; C4] and F in the places of the last two.
+
+        Args:
+            x: Images (B, in_chans, H, W).
+            indices: Take last n levels if int, all if None, select matching indices if sequence.
+            norm: Ignored, the levels have no separate norm.
+            stop_early: Stop at the last level asked for; the final features returned are then that level.
+            output_fmt: Shape of the levels, 'NCHW'.
+            intermediates_only: Only return the levels.
+
+        Returns:
+            Final features and list of levels, or the list alone.
+
+        Raises:
+            ValueError: If a level was pruned from the model.
+        """
+        assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
+        take_indices, max_index = feature_take_indices(self.levels, indices)
+        if max_index > self.last_level:
+            raise ValueError(f'Level {max_index} was pruned from this model, the last one kept is {self.last_level}.')
+        last = max_index if stop_early else self.last_level
+        fine, coarse = self.levels - 2, self.levels - 1
+        wanted = sorted({i for i in take_indices if i < fine} | ({fine, coarse} if last >= fine else {last}))
+        levels = self._trunk_levels(x, wanted)
+        x = levels[-1]
+        intermediates = [level for i, level in zip(wanted, levels) if i in take_indices and i < fine]
+        if last >= fine:
+            c4, c5 = levels[-2:]
+            p_c4 = self.pst_cat(self._pst(c4, c5), c4)
+            # a reparameterized model goes on without the concatenation, so that it is made only where it is asked for
+            asked = last == fine or fine in take_indices
+            x = torch.cat(p_c4, dim=1) if isinstance(p_c4, tuple) and asked else p_c4
+            if fine in take_indices:
+                intermediates.append(x)
+            if last >= coarse:
+                x = self.fuse_merge(self.merge_cat(self.fuse_down(p_c4), c5))
+                if coarse in take_indices:
+                    intermediates.append(x)
+                x = self._skip(x, c5)
+
+        if intermediates_only:
+            return intermediates
+
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Prune layers not required for specified intermediates.
+
+        The last level but one needs all of the trunk and the PST, the levels below it neither.
+
+        Args:
+            indices: Indices of intermediate levels to keep.
+            prune_norm: Ignored, the levels have no separate norm.
+            prune_head: Whether to prune the convolution before the pooling, and the classifier.
+
+        Returns:
+            List of indices that were kept.
+        """
+        take_indices, max_index = feature_take_indices(self.levels, indices)
+        drop = []
+        if max_index < self.levels - 1:
+            drop += ['fuse_down', 'merge_cat', 'fuse_merge']
+        if max_index < self.levels - 2:
+            drop += ['pst', 'pst_cat']
+            self._prune_trunk(max_index)
+        for name in drop:
+            setattr(self, name, nn.Identity())
+        self.last_level = max_index
+        if prune_head or max_index < self.levels - 1:
+            self.num_features = self.feature_info[max_index]['num_chs']
+            # the head was sized for what `forward_features` gives
+            self.conv_head = nn.Identity()
+            self.head_skip = False
+            self._set_classifier(0, '', self.num_features)
+        return take_indices
+
+    def _pst(self, c4: torch.Tensor, c5: torch.Tensor) -> torch.Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            # drawn outside, so that the recomputation repeats the step it belongs to
+            return checkpoint(self.pst, c4, c5, self.pst.draw_fine())
+        return self.pst(c4, c5)
+
+    def _skip(self, fused: torch.Tensor, c5: torch.Tensor) -> torch.Tensor:
+        return torch.cat([fused, c5], dim=1) if self.head_skip else fused
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to the fused map F (B, num_features, H / 32, W / 32).
+
+        With `head_skip` it is [F ; C5]. A model pruned to a lower level gives that level.
+        """
+        if not torch.jit.is_scripting():
+            if self.last_level < self.levels - 1:
+                return self.forward_intermediates(x, [self.last_level], stop_early=True, intermediates_only=True)[0]
+        c4, c5 = self._trunk(x)
+        p_c4 = self.pst_cat(self._pst(c4, c5), c4)
+        return self._skip(self.fuse_merge(self.merge_cat(self.fuse_down(p_c4), c5)), c5)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Output of `forward_features` to logits (B, num_classes), or to what the classifier reads if `pre_logits`."""
+        if self.head_skip:
+            x = torch.cat([self.conv_head(x[:, :self.pst.out_chs]), x[:, self.pst.out_chs:]], dim=1)
+        else:
+            x = self.conv_head(x)
+        x = self.global_pool(x)
+        if self.drop_rate:
+            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def build_pst(
+        model_cls: Type[PSTModel],
+        variant: str,
+        plain: str,
+        pretrained: bool = False,
+        pretrained_trunk: Union[bool, str] = False,
+        levels: int = 5,
+        **kwargs: Any,
+) -> PSTModel:
+    """`timm.models.build_model_with_cfg` for a model with PST.
+
+    Args:
+        model_cls: Class of the model.
+        variant: Name of the architecture.
+        plain: Name of the timm model that the trunk is.
+        pretrained: Whether it comes with published weights.
+        pretrained_trunk: Whether the trunk begins with published weights of the plain model, or their tag.
+        levels: How many levels it has.
+        kwargs: All other arguments of the entry point.
+
+    Raises:
+        ValueError: If an argument asks for what these models cannot be.
+        RuntimeError: If there are no such weights.
+    """
+    feature_cls = kwargs.get('feature_cls', 'getter')
+    if kwargs.get('features_only') and feature_cls in ('list', 'dict'):
+        raise ValueError(
+            f"feature_cls='{feature_cls}' runs a model as a chain of modules, which {variant} is not: "
+            f"use 'getter' (the default), 'hook' or 'fx'.")
+    if pretrained and pretrained_trunk:
+        raise ValueError('pretrained=True brings weights of the whole model: leave pretrained_trunk out.')
+    if pretrained:
+        _check_weights_exist(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    elif not kwargs.get('pretrained_cfg'):
+        # weights that were not asked for decide neither class count nor input size
+        kwargs['pretrained_cfg'] = 'untrained'
+    model = build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=check_digest,
+        feature_cfg=dict(out_indices=tuple(range(levels)), feature_cls='getter'),
+        **kwargs,
+    )
+    drop_digest(model)
+    getattr(model, 'model', model).plain_name = plain  # features_only wraps the network
+    if pretrained_trunk:
+        load_pretrained_trunk(model, plain, pretrained_trunk, kwargs.get('cache_dir'))
+    return model
+
+
+def _check_weights_exist(variant: str, pretrained_cfg: Any, pretrained_cfg_overlay: Optional[Dict[str, Any]]) -> None:
+    """Raise a RuntimeError that says what to do where timm's own says only that there are no weights."""
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    if cfg.has_weights or cfg.state_dict:
+        return
+    name, tags = '.'.join(filter(None, (variant, cfg.tag))), timm.list_pretrained(f'{variant}.*')
+    missing = f'{name}, only for {", ".join(tags)}' if tags else f'{variant} yet'
+    raise RuntimeError(
+        f'No pretrained weights exist for {missing}. The ways on are pretrained_trunk=True or pst_timm.load_trunk for '
+        f'the weights of the plain model in its trunk, pst_timm.register_weights for your own, or the name of a '
+        f"published model, 'hf-hub:org/name'.")
+
+
+def pst_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    """The pretrained configuration of a model with PST, where nothing else is said."""
+    return {
+        'url': url,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.95, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1', 'classifier': 'fc',
+        'license': 'apache-2.0', 'paper_ids': 'arXiv:2505.12772',
+        **kwargs,
+    }
