@@ -249,18 +249,21 @@ def _check(
     Raises:
         PSTError: If they do not agree.
     """
-    reference = deepcopy(reference)
+    reference, everything = deepcopy(reference), deepcopy(reference)
+    # without suppression, and with what is just beyond the other limits
+    everything.nms_thresh, everything.detections_per_img = 1., 10 ** 9
+    everything.topk_candidates = 2 * reference.topk_candidates
     given = _inputs(images, size, reference.transform.image_mean)
     tolerance = TOLERANCE * max(1., max(size) / 320)
     rows = []
     for threshold in dict.fromkeys((reference.score_thresh, 0.)):
         run = _runner(data, threshold)
-        reference.score_thresh = threshold
+        reference.score_thresh, everything.score_thresh = threshold, threshold - TIE
         for name, x in given.items():
             with torch.inference_mode():
-                expected = reference([x[0]])[0]
+                expected, candidates = reference([x[0]])[0], everything([x[0]])[0]
             got = run(x)
-            pixels, score = _differences(got, expected, reference)
+            pixels, score = _differences(got, expected, candidates, reference)
             rows.append({
                 'image': name, THRESHOLD: threshold, 'boxes': len(got['boxes']), 'pixels': pixels, 'score': score})
             # a NaN is no agreement either
@@ -309,39 +312,46 @@ def _runner(data: bytes, threshold: float) -> Callable[[torch.Tensor], Dict[str,
     return run
 
 
-def _differences(got: Boxes, expected: Boxes, detector: Detector) -> Tuple[float, float]:
-    """Largest difference of boxes in pixels and of scores, infinite for a box that only one of the two has.
+def _differences(got: Boxes, expected: Boxes, candidates: Boxes, detector: Detector) -> Tuple[float, float]:
+    """Largest difference of boxes in pixels and of scores, infinite where there is nothing to compare with.
 
-    Boxes are compared as sets, and those left out that rounding may decide either way.
+    Every box has to be among the candidates of the detector. Which of them are left is compared as a set, without those
+    that rounding may decide either way.
+
+    Args:
+        got: Boxes of the exported detector.
+        expected: Boxes of the detector.
+        candidates: Its boxes before overlapping ones are suppressed.
+        detector: The detector.
     """
-    pairs = [
-        _one_way(a, b, detector.nms_thresh, detector.score_thresh, detector.detections_per_img)
-        for a, b in ((got, expected), (expected, got))]
-    pixels, scores = zip(*pairs)
+    found = [_nearest(got, candidates), _missing(got, expected, detector), _missing(expected, got, detector)]
     # max would pass over a NaN
-    return torch.tensor(pixels).max().item(), torch.tensor(scores).max().item()
+    return tuple(torch.cat([torch.zeros(1), *parts]).max().item() for parts in zip(*found))
 
 
-def _one_way(some: Boxes, others: Boxes, nms_thresh: float, score_thresh: float, most: int) -> Tuple[float, float]:
-    """How far each of some boxes is from one of the same label among others, at most."""
-    if not len(some['boxes']):
-        return 0., 0.
-    count = len(others['boxes'])
-    cutoff = others['scores'].min().item() if count == most else score_thresh
-    open_to_rounding = some['scores'] <= cutoff + TIE
-    if not count:
-        return (0., 0.) if open_to_rounding.all() else (torch.inf, torch.inf)
+def _nearest(some: Boxes, others: Boxes) -> Tuple[torch.Tensor, torch.Tensor]:
+    """How far each box is from the nearest of its label: in pixels (n,), and in its score (n,)."""
+    count = len(some['boxes'])
+    if not count or not len(others['boxes']):
+        return (torch.full((count,), torch.inf),) * 2
     same = some['labels'][:, None] == others['labels']
     pixels = (some['boxes'][:, None] - others['boxes']).abs().amax(2)
     scores = (some['scores'][:, None] - others['scores']).abs()
     # boxes without area do not suppress each other, so that a place alone may not tell them apart
     nearest = torch.where(same, pixels + scores, torch.inf).argmin(1, keepdim=True)
-    pixels, score = pixels.gather(1, nearest)[:, 0], scores.gather(1, nearest)[:, 0]
-    score = torch.where(same.any(1), score, torch.inf)
-    # left out for a box that is as good, or that overlaps as much as is just allowed
+    return tuple(torch.where(same.any(1), x.gather(1, nearest)[:, 0], torch.inf) for x in (pixels, scores))
+
+
+def _missing(some: Boxes, others: Boxes, detector: Detector) -> Tuple[torch.Tensor, torch.Tensor]:
+    """As `_nearest`, of the boxes that the others lack and that rounding cannot have left out."""
+    pixels, scores = _nearest(some, others)
+    full = len(others['boxes']) == detector.detections_per_img
+    cutoff = others['scores'].min().item() if full and len(others['boxes']) else detector.score_thresh
+    # suppressed by one as good, or by a better one that overlaps as much as is just allowed
     overlap = box_iou(some['boxes'], others['boxes'])
+    tied = (some['scores'][:, None] - others['scores']).abs() <= TIE
     better = others['scores'] >= some['scores'][:, None] - TIE
-    rival = same & ((scores <= TIE) & (overlap >= nms_thresh - TIE) | better & ((overlap - nms_thresh).abs() <= TIE))
-    far = (pixels > TOLERANCE) | (score > TOLERANCE)
-    counted = ~(far & (open_to_rounding | rival.any(1)))
-    return tuple(torch.cat([x[counted], torch.zeros(1)]).max().item() for x in (pixels, score))
+    rival = tied & (overlap >= detector.nms_thresh - TIE) | better & ((overlap - detector.nms_thresh).abs() <= TIE)
+    rival &= some['labels'][:, None] == others['labels']
+    told = ((pixels > TOLERANCE) | (scores > TOLERANCE)) & (some['scores'] > cutoff + TIE) & ~rival.any(1)
+    return pixels[told], scores[told]
