@@ -87,10 +87,14 @@ def test_what_pst_adds_is_within_its_bound(name):
     assert 0.02 < ours / plain - 1 < (0.15 if name == SMALLEST else 0.1)
 
 
-def test_state_dict_names_and_shapes_are_the_recorded_ones():
+@pytest.mark.parametrize('file, kwargs', [
+    ('state_dict_names.txt', dict(name=TINY)),
+    ('state_dict_names_backbone.txt', dict(name='backbone_pst', trunk='test_efficientnet')),
+])
+def test_state_dict_names_and_shapes_are_the_recorded_ones(file, kwargs):
     """Checkpoints live under these names: a difference here breaks every published weight."""
-    recorded = Path(__file__).with_name('state_dict_names.txt').read_text().splitlines()
-    current = [f'{name} {list(tensor.shape)}' for name, tensor in build(TINY, pst_depth=2).state_dict().items()]
+    recorded = Path(__file__).with_name(file).read_text().splitlines()
+    current = [f'{name} {list(tensor.shape)}' for name, tensor in build(**kwargs, pst_depth=2).state_dict().items()]
     assert sorted(current) == sorted(recorded)
 
 
