@@ -66,7 +66,8 @@ def pictures(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(pictures(), st.integers(0, 10 ** 6), st.sampled_from([
-    dict(hflip=1.), dict(vflip=1.), dict(scale_jitter=(0.6, 0.9)), dict(scale_jitter=(1.1, 1.8)), dict(box_crop=1.), ALL]))
+    dict(hflip=1.), dict(vflip=1.), dict(scale_jitter=(0.6, 0.9)), dict(scale_jitter=(1.1, 1.8)), dict(box_crop=1.),
+    ALL]))
 def test_boxes_follow_their_pixels(drawn, seed, kwargs):
     torch.manual_seed(seed)
     image, target = train_transforms(160, **kwargs)(*sample(*drawn))
