@@ -103,7 +103,7 @@ def test_the_file_gives_what_torchvision_gives(kind, neck, values, tmp_path):
     model = detector(kind, neck, **TWO_LEVELS, **values)
     path = tmp_path / 'model.onnx'
     rows = export_detector(model, path, SIZE, check=True)
-    assert {row['score_thresh'] for row in rows} == {0.05, 0.} and max(row['boxes'] for row in rows) > 20
+    assert {row['score_thresh'] for row in rows} == {0.05, 0.} and max(row['boxes'] for row in rows) > 10
     with torch.no_grad():
         for seed in range(4):
             assert_same(run(path, picture(seed)), model([picture(seed)[0]])[0])
