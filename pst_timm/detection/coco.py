@@ -16,6 +16,7 @@ from .splits import choose_split
 __all__ = ['find_coco', 'read_coco']
 
 LARGEST = 4 * 2 ** 30  # bytes; the training split of COCO has 0.45 GB
+LONGEST = 255  # bytes of the name of a file or folder
 BESIDE = '_annotations.coco.json'  # as Roboflow calls the file that lies among the images
 
 
@@ -175,6 +176,8 @@ def _images(content: Dict[str, Any], path: Path) -> Dict[int, Tuple[str, int, in
         if not isinstance(file, str) or not file.strip() or '\0' in file:
             raise PSTError(f'{where}: its file_name is {plain(repr(file), 80)}; expected the name of a file.')
         normal = posixpath.normpath(file)
+        if any(len(part.encode('utf-8', 'surrogatepass')) > LONGEST for part in normal.split('/')):
+            raise PSTError(f'{where}: {plain(file, 80)!r} is longer than the name of a file can be.')
         if os.path.isabs(normal) or normal.split('/')[0] == '..':
             raise PSTError(f'{where}: {plain(file)!r} is not below the folder of the images: name it relative to it.')
         found[key] = (normal, *(_pixels(entry, axis, where) for axis in ('width', 'height')))

@@ -22,7 +22,7 @@ from pst_timm.utils.errors import PSTError
 from .batches import BoxBatches
 from .checkpoint import open_detector
 from .datasets import BoxDataset, open_boxes
-from .evaluation import CocoEvaluator
+from .evaluation import METRICS, CocoEvaluator
 from .loaders import create_eval_box_loader
 from .models import Detector
 
@@ -40,8 +40,9 @@ def validate(args: Namespace) -> List[Results]:
         args: From `flags.parse_validate_args` or `flags.validate_args`; not changed.
 
     Returns:
-        One mapping, or one for each setting of --topk-sweep: model, metrics in percent, `ap_CLASS` of each class (None
-        where there is nothing to find), images per second, and what was evaluated.
+        One mapping, or one for each setting of --topk-sweep: model, metrics in percent, `ap_CLASS` of each class
+        (`ap_class_CLASS` where a metric has that name; None where there is nothing to find), images per second, and
+        what was evaluated.
 
     Raises:
         PSTError: If anything the user can mend is wrong; the message says what.
@@ -117,7 +118,9 @@ def evaluate_detector(
         log_interval=args.log_freq,
     )
     speed = found.pop('images_per_second')
-    found.update({f'ap_{name}': value for name, value in evaluator.class_ap().items()})
+    for name, value in evaluator.class_ap().items():
+        # a class may be called 'small', which is the name of a size too
+        found[f'ap_{name}' if f'ap_{name}' not in METRICS else f'ap_class_{name}'] = value
     return dict(found, images_per_second=round(speed, 2)), evaluator
 
 

@@ -166,8 +166,8 @@ def test_what_can_be_trained_can_be_opened(tmp_path, values):
 
 def test_what_could_not_be_opened_is_not_trained(tmp_path):
     data = write_squares(tmp_path / 'data', {'train': 4})
-    with pytest.raises(PSTError, match=r"could not be opened again.*'norm_layer'.*--trunk-kwargs"):
-        train(tiny_args(data, tmp_path, val_split='', trunk_kwargs=dict(norm_layer='layernorm2d')))
+    with pytest.raises(PSTError, match='could not be opened again.* at device.*--neck-kwargs'):
+        train(tiny_args(data, tmp_path, val_split='', neck_kwargs=dict(device='cpu')))
 
 
 class TestTrunkWeights:

@@ -71,6 +71,15 @@ class TestValidate:
             for values in (dict(batch_size=4), dict(batch_size=1, workers=1))]
         assert found[0] == pytest.approx(found[1], abs=0.05)
 
+    def test_a_class_that_is_called_like_a_size_hides_no_metric(self, ready, tmp_path):
+        data = write_squares(tmp_path / 'data', {'train': 4, 'val': 4})
+        for path in (data / 'annotations').iterdir():
+            path.write_text(path.read_text().replace('"red"', '"medium"').replace('"green"', '"large"'))
+        train(tiny_args(data, tmp_path, epochs=1, val_split=''))
+        found = validate(tiny_validate_args(data, tmp_path / 'run'))[0]
+        assert found['ap_medium'] is None and found['ap_large'] is None  # all squares are small
+        assert found['ap_class_medium'] is not None and found['ap_class_large'] is not None
+
     def test_a_higher_threshold_leaves_boxes_out(self, ready):
         rows = [validate(tiny_validate_args(ready / 'data', ready / 'run', score_thresh=share))[0]
                 for share in (0.01, 0.99)]
