@@ -166,7 +166,7 @@ def test_what_can_be_trained_can_be_opened(tmp_path, values):
 
 def test_what_could_not_be_opened_is_not_trained(tmp_path):
     data = write_squares(tmp_path / 'data', {'train': 4})
-    with pytest.raises(PSTError, match='could not be opened again.* at device.*--neck-kwargs'):
+    with pytest.raises(PSTError, match=r'could not be opened again.* at device.*--neck-kwargs'):
         train(tiny_args(data, tmp_path, val_split='', neck_kwargs=dict(device='cpu')))
 
 

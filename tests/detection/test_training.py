@@ -105,11 +105,12 @@ def test_a_run_that_is_asked_to_stop_goes_on_likewise(data, undisturbed, tmp_pat
     assert_ends_like(undisturbed, tmp_path / 'run')
 
 
+# P6 of 64 px is one cell, where torch 2.15 on a CPU gives a strided convolution in bfloat16 garbage for a gradient
 @pytest.mark.parametrize('values', [
-    dict(amp=True, amp_dtype='bfloat16', channels_last=True),
+    dict(amp=True, amp_dtype='bfloat16', channels_last=True, img_size=128),
     dict(detector='retinanet_v2', neck='fpn', head_convs=4),
     dict(grad_accum_steps=2, grad_checkpointing=True, clip_grad=1., neck='pan'),
-    dict(model_dtype='bfloat16'),
+    dict(model_dtype='bfloat16', img_size=128),
     dict(val_split='', sched_on_updates=True, clip_grad=0.1, clip_mode='agc'),
 ], ids=lambda v: '-'.join(v))
 def test_the_flags_of_the_engine_work(data, tmp_path, values):
