@@ -115,6 +115,6 @@ def test_metadata_is_json():
 
 def test_open_sizes_are_refused_where_the_trunk_rounds_down(tmp_path):
     model = pst_timm.create_pst('test_convnext', num_classes=3)
-    with pytest.raises(PSTError, match='rounds sizes down.*leave out --dynamic'):
+    with pytest.raises(PSTError, match='rounds sizes down'):
         export(model, tmp_path / 'm.onnx', dynamic=True)
     assert not list(tmp_path.iterdir())
