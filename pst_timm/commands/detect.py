@@ -119,8 +119,11 @@ def _predict(args: Namespace) -> None:
     from timm.utils import setup_default_logging
 
     from pst_timm.detection.predict import predict
+    from pst_timm.utils.files import check_output
 
     setup_default_logging()
+    if args.json is not None:
+        check_output(args.json, args.overwrite, [*files_of(args.source), *args.images])
     found = predict(
         args.source, args.images, args.output, args.json, args.threshold, args.batch_size, args.overwrite,
         use_ema=args.use_ema, topk=args.topk, fine_fusion=args.fine_fusion, img_size=args.img_size, device=args.device)

@@ -22,6 +22,7 @@ _logger = logging.getLogger(__name__)
 ROUNDING = 0.1  # pixels outside of an image that are no more than rounded numbers
 SMALLEST = 0.01  # pixels; what is thinner is no box
 MOST = 2 ** 31  # pixels, identifiers
+MOST_NAME = 1000  # characters of a class; a checkpoint tells no longer ones
 
 
 @dataclass
@@ -186,8 +187,10 @@ def check_class_list(names: Sequence[str], source: str) -> None:
     if not names:
         raise PSTError(f'{source} names no classes.')
     for name in names:
-        if not isinstance(name, str) or not name.strip():
-            raise PSTError(f'{source} has the class {plain(repr(name), 80)}: expected a name.')
+        if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > MOST_NAME:
+            raise PSTError(
+                f'{source} has the class {plain(repr(name), 80)}: expected a name of at most {MOST_NAME} characters '
+                f'that can be printed.')
     if len(set(names)) < len(names):
         double = next(name for name in names if names.count(name) > 1)
         raise PSTError(f'{source} has the class {plain(double)!r} twice: give each its own name.')

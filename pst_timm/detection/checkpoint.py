@@ -5,7 +5,7 @@ Also where a detector begins: with the weights of another one, or with the trunk
 import inspect
 import logging
 import os
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Mapping, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -14,7 +14,7 @@ from pst_timm.checkpoints import Checkpoint, create_model, load_trunk, load_weig
 from pst_timm.checkpoints.facts import as_plain, set_attention
 from pst_timm.checkpoints.fitting import COUNTER, check_fit
 from pst_timm.checkpoints.reading import PathLike, is_file
-from pst_timm.checkpoints.rules import Unfit, either, flag, mapping, printable, real, short, text
+from pst_timm.checkpoints.rules import Unfit, each, either, flag, mapping, printable, real, short, text, whole
 from pst_timm.checkpoints.trust import check_origin
 from pst_timm.layers import PANPyramid, PSTPyramid, PyramidSparseAttention, PyramidSparseTransformer
 from pst_timm.layers.module import PyramidSparseBlock
@@ -24,7 +24,7 @@ from pst_timm.utils.errors import PSTError
 
 from .models import Detector, create_detector
 
-__all__ = ['describe', 'load_initial', 'load_trunk_weights', 'open_detector']
+__all__ = ['check_stored', 'describe', 'load_initial', 'load_trunk_weights', 'open_detector']
 
 _logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ CLASSES = 'head.classification_head.cls_logits.'
 # of the arguments of a neck, those that are not for a file to say
 FIXED = {'self', 'in_chs', 'upper_chs', 'out_chs', 'dim', 'num_heads', 'extra_levels', 'device', 'dtype'}
 MOST_DEPTH = 64  # blocks of a neck that a file describes
+MOST_POOL = 64  # side of the squares of keys that it averages
 WRAPPERS = ('', TRUNK, 'trunk.', 'body.', 'backbone.', 'model.')  # before the names of a trunk within another model
 
 
@@ -74,7 +75,7 @@ def open_detector(
         what = f'a classifier ({short(checkpoint.arch)})' if checkpoint.arch else 'weights that it tells nothing about'
         raise PSTError(
             f'{checkpoint.path} holds {what}, no object detector: name a checkpoint that pst-timm detect train wrote.')
-    arguments = _checked_arguments(checkpoint)
+    arguments = _checked_arguments(checkpoint.detector, checkpoint.weights, checkpoint.path)
     arguments.update({k: v for k, v in settings.items() if v is not None})
     cfg = checkpoint.pretrained_cfg
     arguments.update(mean=_channels(cfg.get('mean')), std=_channels(cfg.get('std')), class_names=_names(checkpoint))
@@ -101,19 +102,36 @@ def open_detector(
     return model.to(check_device(device) if isinstance(device, str) else device).eval()
 
 
-def _checked_arguments(checkpoint: Checkpoint) -> Dict[str, Any]:
+def check_stored(model: Detector) -> None:
+    """Make sure, before a training, that its checkpoints can be opened again: a file may not say all that a user may.
+
+    Raises:
+        PSTError: If an argument of trunk or neck is none that a file may give.
+    """
+    try:
+        _checked_arguments(describe(model)['detector'], model.state_dict(), 'Its file')
+    except PSTError as e:
+        raise PSTError(
+            f'A checkpoint of this detector could not be opened again. {str(e).rstrip(".")}: leave that out of '
+            f'--trunk-kwargs or --neck-kwargs.') from None
+
+
+def _checked_arguments(
+        detector: Mapping[str, Any],
+        weights: Mapping[str, torch.Tensor],
+        path: PathLike,
+) -> Dict[str, Any]:
     """Arguments of `create_detector` that a file tells, each as far as a file may give it."""
-    told = dict(checkpoint.detector)
+    told = dict(detector)
     missing = [k for k in ('kind', 'trunk', 'neck', 'num_classes') if k not in told]
     if missing:
-        raise PSTError(f'{checkpoint.path} does not tell the {missing[0]} of its detector: use another file.')
-    told['trunk'], told['trunk_kwargs'] = check_origin(
-        checkpoint.path, told['trunk'], told.get('trunk_kwargs') or {}, checkpoint.weights)
+        raise PSTError(f'{path} does not tell the {missing[0]} of its detector: use another file.')
+    told['trunk'], told['trunk_kwargs'] = check_origin(path, told['trunk'], told.get('trunk_kwargs') or {}, weights)
     try:
         told['neck_kwargs'] = mapping(_neck_rules(told['neck']), _refuse)(told.get('neck_kwargs') or {})
     except Unfit as e:
         raise PSTError(
-            f'{checkpoint.path}: what it tells about its neck is garbled at {short(".".join(e.path))}: expected '
+            f'{path}: what it tells about its neck is garbled at {short(".".join(e.path))}: expected '
             f'{e.expected}. Use another file.') from None
     return told
 
@@ -127,8 +145,8 @@ def _neck_rules(neck: str) -> Dict[str, Any]:
     }[neck]
     names = {n for cls in classes for n, p in inspect.signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD}
     rule = either(flag, either(real(0, MOST_DEPTH), text(50, r'\w*')))
-    return {n: real(0, 1e6) if n.endswith('topk') else real(0, 4096) if n == 'head_dim' else rule
-            for n in names - FIXED}
+    others = {'head_dim': real(0, 4096), 'kv_pool': either(whole(1, MOST_POOL), each(whole(1, MOST_POOL), 1, 3))}
+    return {n: real(0, 1e6) if n.endswith('topk') else others.get(n, rule) for n in names - FIXED}
 
 
 def _refuse(value: Any) -> Any:

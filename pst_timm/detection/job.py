@@ -19,7 +19,7 @@ from pst_timm.engine.transfer import Frozen, apply_transfer
 from pst_timm.utils.errors import PSTError
 
 from .batches import BoxBatches
-from .checkpoint import describe, load_initial, load_trunk_weights
+from .checkpoint import check_stored, describe, load_initial, load_trunk_weights
 from .datasets import open_boxes
 from .evaluation import METRICS
 from .flags import DETECTOR_KEYS, TRAIN_FLAGS
@@ -57,11 +57,11 @@ class Detection:
                 _logger.warning(
                     f'Training and validation read the same images, those of {args.train_split!r}: the precision will '
                     f"tell nothing new. Choose another --val-split, or '' for none.")
-        for dataset, split in ((train, args.train_split), (evaluation, args.val_split)):
-            if dataset is not None and dataset.annotations.crowd.all():
-                raise PSTError(
-                    f"The {split!r} split has no box to find: choose another --train-split or --val-split ('' for no "
-                    f'validation).')
+        if train.annotations.crowd.all():
+            raise PSTError(f'The {args.train_split!r} split has no box to learn from: choose another --train-split.')
+        if evaluation is not None and evaluation.annotations.ignored.all():
+            raise PSTError(
+                f"The {args.val_split!r} split has no box to find: choose another --val-split, or '' for no validation.")
         args.num_classes = len(self.class_names)
         self.splits = TrainSplits(train, evaluation)
         check_ranks(args, self.splits)
@@ -77,6 +77,7 @@ class Detection:
             pretrained_trunk=args.pretrained_trunk,
             **{k: getattr(args, k) for k in DETECTOR_KEYS},
         )
+        check_stored(model)
         self.input_size = tuple(model.pretrained_cfg['input_size'])
         if args.initial_checkpoint:
             load_initial(model, args.initial_checkpoint, args.use_ema)

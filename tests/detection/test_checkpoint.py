@@ -9,7 +9,7 @@ import torch
 
 from pst_timm import load_model
 from pst_timm.detection import open_detector, train
-from pst_timm.detection.checkpoint import describe, load_initial, load_trunk_weights
+from pst_timm.detection.checkpoint import check_stored, describe, load_initial, load_trunk_weights
 from pst_timm.engine.recovery import FACTS_KEY
 from pst_timm.utils.errors import PSTError
 from tests.engine.helpers import assert_same_weights
@@ -149,6 +149,25 @@ def test_names_of_classes_that_are_too_few_are_not_believed(content, tmp_path):
     facts['pretrained_cfg']['label_names'] = ['only one']
     torch.save({**content, FACTS_KEY: facts}, tmp_path / 'a.pth.tar')
     assert open_detector(tmp_path / 'a.pth.tar', device='cpu').class_names == ['0', '1']
+
+
+@pytest.mark.parametrize('values', [
+    dict(neck_kwargs=dict(kv_pool=(2, 1))), dict(neck_kwargs=dict(kv_pool=2)),
+    dict(trunk_kwargs=dict(drop_path_rate=0.1)), dict(neck='pan', neck_kwargs=dict(act_layer='gelu'))], ids=str)
+def test_what_can_be_trained_can_be_opened(tmp_path, values):
+    model = small(**values)
+    check_stored(model)
+    torch.save({'state_dict': model.state_dict(), FACTS_KEY: describe(model)}, tmp_path / 'a.pth.tar')
+    again = open_detector(tmp_path / 'a.pth.tar', device='cpu')
+    x = [torch.rand(3, 64, 64)]
+    assert_same_weights(again.state_dict(), model.state_dict())
+    assert torch.equal(again(x)[0]['scores'], model.eval()(x)[0]['scores'])
+
+
+def test_what_could_not_be_opened_is_not_trained(tmp_path):
+    data = write_squares(tmp_path / 'data', {'train': 4})
+    with pytest.raises(PSTError, match=r"could not be opened again.*'norm_layer'.*--trunk-kwargs"):
+        train(tiny_args(data, tmp_path, val_split='', trunk_kwargs=dict(norm_layer='layernorm2d')))
 
 
 class TestTrunkWeights:

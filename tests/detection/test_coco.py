@@ -168,6 +168,8 @@ BAD = {
     'nan width': (with_image(width=math.nan), 'its width is nan'),
     'categories alike': (coco(categories=[dict(id=1, name='a'), dict(id=1, name='b')]), 'two categories have the id 1'),
     'names alike': (coco(categories=[dict(id=1, name='a'), dict(id=2, name='a')]), "has the class 'a' twice"),
+    'a name of two lines': (coco(categories=[dict(id=1, name='cat'), dict(id=2, name='do\ng')]), 'that can be printed'),
+    'an endless name': (coco(categories=[dict(id=1, name='cat'), dict(id=2, name='g' * 1001)]), 'at most 1000'),
     'no names': (coco(categories=[dict(id=1), dict(id=2)]), 'has the class None: expected a name'),
     'no categories': (coco(categories=[], annotations=[]), 'names no classes'),
     'no images at all': (coco(images=0), 'has no images'),

@@ -85,6 +85,18 @@ def test_predict_writes_pictures_and_data(ready, tmp_path, capsys):
     assert f'{len(boxes)} boxes with a score of 0.05 or more in 4 image(s).' in capsys.readouterr().out
 
 
+def test_predict_writes_over_no_checkpoint_that_it_reads(ready, tmp_path, capsys):
+    run = tmp_path / 'run'
+    run.mkdir()
+    content = (ready / 'run' / 'last.pth.tar').read_bytes()
+    (run / 'last.pth.tar').write_bytes(content)
+    for source in (run, run / 'last.pth.tar'):
+        assert main(['detect', 'predict', str(source), str(ready / 'data' / 'test'), '--device', 'cpu', '--overwrite',
+                     '--json', str(run / 'last.pth.tar')]) == 1
+        assert 'is what is read' in capsys.readouterr().err
+    assert (run / 'last.pth.tar').read_bytes() == content
+
+
 @pytest.mark.parametrize('words', [[], ['train'], ['validate'], ['predict'], ['export']], ids=' '.join)
 def test_help_does_not_wait_for_torch(words):
     done = subprocess.run(

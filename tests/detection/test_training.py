@@ -26,6 +26,7 @@ from pst_timm.utils.errors import Interrupted, PSTError
 from pst_timm.utils.files import read_csv
 from tests.engine.helpers import ROOT, assert_same_weights, load_weights, script_env
 
+from .box_data import voc_object, voc_xml, write_voc
 from .tiny import CLASSES, batch, small, tiny_args, tiny_validate_args, write_squares
 
 # with random decisions of data and model in every step, and an average beside the weights
@@ -158,7 +159,16 @@ def test_a_split_of_crowds_alone_is_refused(data, tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(PSTError, match="The 'val' split has no box to find"):
         train(tiny_args(other, tmp_path, epochs=1))
+    with pytest.raises(PSTError, match="The 'val' split has no box to learn from"):
+        train(tiny_args(other, tmp_path, epochs=1, train_split='val', val_split=''))
     assert len(train(tiny_args(other, tmp_path, epochs=1, val_split='')).history) == 1
+
+
+def test_a_split_of_difficult_objects_alone_is_nothing_to_find(tmp_path):
+    root = write_voc(tmp_path / 'voc', {'train': list('abcd'), 'val': ['e']}, {
+        'e': voc_xml([voc_object(difficult=1)])}, size=(40, 30))
+    with pytest.raises(PSTError, match="The 'val' split has no box to find"):
+        train(tiny_args(root, tmp_path, epochs=1))
 
 
 def test_processes_can_compare_their_classes(data):
