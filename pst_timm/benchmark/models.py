@@ -46,13 +46,14 @@ def open_source(source: Union[str, Source]) -> Source:
 
 
 def plain_twin(source: Union[str, Source]) -> str:
-    """The timm ResNet that a PST model extends: the name of its architecture without `_pst`.
+    """The plain timm model that a PST model extends: that of its trunk, or its architecture without `_pst`.
 
     Raises:
         PSTError: If there is none.
     """
-    name = open_source(source).architecture
-    twin = name.removesuffix('_pst')
+    source = open_source(source)
+    name = source.architecture
+    twin = getattr(source.model, 'plain_name', '') or name.removesuffix('_pst')
     if twin == name or not timm.is_model(twin):
         raise PSTError(f'{name} has no plain twin: name one baseline for each model with --baselines.')
     return twin

@@ -157,6 +157,8 @@ def _main_export(words: Sequence[str]) -> int:
     missing = [p for p in args.images if not p.is_file()]
     if missing:
         parser.error(f'no image at {missing[0]}')
+    if args.output.suffix.lower() != '.onnx':
+        parser.error(f'--output {args.output} must end with .onnx, which is what is written')
     if args.images and not args.check:
         parser.error('--images are for --check: give that too')
     return run(parser.prog, _export, args)

@@ -13,6 +13,7 @@ from pst_timm.checkpoints import attention_settings, label_names
 from pst_timm.data.images import open_image
 from pst_timm.metrics.agreement import compare_logits
 from pst_timm.models import reparameterize
+from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import check_output, write_whole
 from pst_timm.utils.onnx_file import METADATA, onnx_bytes
 
@@ -73,7 +74,8 @@ def export(
         The model as it was exported, folded and cast, to compare with.
 
     Raises:
-        PSTError: If the file cannot be written, or must not be; what was there before is untouched.
+        PSTError: If the file cannot be written, or must not be, or the model cannot be exported so; what was there
+            before is untouched.
         ValueError: If the format is unknown, or the class names do not fit the classifier.
     """
     check_output(path, overwrite)
@@ -81,6 +83,10 @@ def export(
         raise ValueError(f'format must be one of {tuple(FORMATS)}, got {format!r}.')
     if class_names and len(class_names) != model.num_classes:
         raise ValueError(f'{len(class_names)} class names for a model of {model.num_classes} classes.')
+    if dynamic and format != 'torchscript' and getattr(model, 'rounds_down', False):
+        raise PSTError(
+            'The trunk of this model rounds sizes down, which torch.export cannot follow where sizes are left open: '
+            'leave out --dynamic, or choose --format torchscript.')
     info = json.dumps(metadata(model, class_names, img_size))
     model = reparameterize(model) if reparam else model
     model = model.eval().to(dtype)

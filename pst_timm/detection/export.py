@@ -270,7 +270,7 @@ def _check(
             if not (pixels <= tolerance and score <= TOLERANCE):
                 raise PSTError(
                     f'The exported detector does not give the boxes of the detector: on {name}, at a threshold of '
-                    f'{threshold:g}, they differ by {pixels:.1g} pixels and by {score:.1g} in their scores (allowed '
+                    f'{threshold:g}, they differ by {pixels:.2g} pixels and by {score:.2g} in their scores (allowed '
                     f'are {tolerance:.1g} and {TOLERANCE:g}). Nothing was written. Export without folding '
                     f'(--no-reparam) to see whether that is what it comes from.')
     return rows

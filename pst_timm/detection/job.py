@@ -61,7 +61,7 @@ class Detection:
             raise PSTError(f'The {args.train_split!r} split has no box to learn from: choose another --train-split.')
         if evaluation is not None and evaluation.annotations.ignored.all():
             raise PSTError(
-                f"The {args.val_split!r} split has no box to find: choose another --val-split, '' for no validation.")
+                f"The {args.val_split!r} split has no box to find: choose another --val-split, or '' for none.")
         args.num_classes = len(self.class_names)
         self.splits = TrainSplits(train, evaluation)
         check_ranks(args, self.splits)

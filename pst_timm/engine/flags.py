@@ -314,8 +314,8 @@ TRAIN_FLAGS: FlagGroups = [
         _flag('--initial-checkpoint', str, '', 'Start from the weights in this checkpoint; a classifier for another '
               'number of classes starts anew.', role='model', source=True),
         _USE_EMA,
-        _flag('--trunk-checkpoint', str, '', 'Load the trunk of a ResNet-PST from a timm ResNet: a model name with '
-              'published weights, or a checkpoint file.', role='model', source=True),
+        _flag('--trunk-checkpoint', str, '', 'Load the trunk of a model with PST from the plain timm model: a name '
+              'with published weights, or a checkpoint file.', role='model', source=True),
         _flag('--resume', str, '', "Checkpoint to go on from with model, optimizer and epoch; 'auto' takes the newest "
               'valid one of --output/--experiment and starts afresh if there is none.', role='output'),
         _switch('--overwrite', 'Remove the run that is in --output/--experiment for this one; with --resume and a '

@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import nn
 
+import pst_timm
 from pst_timm.benchmark import (
     Setting,
     benchmark_figures,
@@ -25,6 +26,7 @@ from pst_timm.benchmark import (
     plain_twin,
     setting,
 )
+from pst_timm.benchmark.models import Source
 from pst_timm.checkpoints import load_model
 from pst_timm.commands.benchmark import main
 from pst_timm.layers import PyramidSparseAttention
@@ -300,5 +302,7 @@ def test_mistakes_are_explained(argv, message, capsys):
 
 def test_twins():
     assert plain_twin('resnet101_pst') == 'resnet101'
+    model = pst_timm.create_pst('test_convnext', num_classes=3)  # whose architecture does not tell
+    assert plain_twin(Source('x', 'backbone_pst', 64, model)) == 'test_convnext'
     with pytest.raises(PSTError, match='no plain twin'):
         plain_twin('resnet50')

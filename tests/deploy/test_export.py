@@ -9,6 +9,7 @@ import pst_timm
 from pst_timm.commands.export import main
 from pst_timm.deploy.export import FORMATS, check_export, export
 from pst_timm.deploy.loading import load_exported
+from pst_timm.utils.errors import PSTError
 from tests.helpers import randomize
 
 pytest.importorskip('onnxruntime')
@@ -110,3 +111,10 @@ def test_metadata_is_json():
     from pst_timm.deploy.export import metadata
 
     assert json.loads(json.dumps(metadata(pst_timm.reparameterize(build()))))['num_classes'] == 3
+
+
+def test_open_sizes_are_refused_where_the_trunk_rounds_down(tmp_path):
+    model = pst_timm.create_pst('test_convnext', num_classes=3)
+    with pytest.raises(PSTError, match='rounds sizes down'):
+        export(model, tmp_path / 'm.onnx', dynamic=True)
+    assert not list(tmp_path.iterdir())

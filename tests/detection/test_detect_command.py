@@ -241,6 +241,7 @@ TABLE = [
     BadInput('predict with a classifier', draw('-o', 'out', source='{ready}/classifier.pth.tar'), 'classifier.pth.tar'),
     BadInput('predict with a name', draw('-o', 'out', source='resnet18'), 'resnet18'),
     BadInput('threshold beyond 1', draw('-o', 'out', '--threshold', '2'), '--threshold', code=2),
+    BadInput('export under another ending', ['detect', 'export', '{ready}/run', '-o', 'a.pt'], '.onnx', code=2),
     BadInput('export of nothing', ['detect', 'export', '{ready}/run'], '--output', code=2),
 ]
 
