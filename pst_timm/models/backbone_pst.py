@@ -28,6 +28,8 @@ __all__ = ['BackbonePST', 'create_pst', 'fitting_width']
 
 MOST_ADDED = 0.1  # of the plain model's multiply-adds
 WIDEST = 512
+# what `timm.create_model` reads weights by; a config.json could name them
+PLACES = {'cache_dir', 'checkpoint_path', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay'}
 CROPPED = 80  # pixels: five tokens at stride 16, of which a trunk that rounds down leaves two at stride 32
 
 
@@ -284,11 +286,20 @@ def fitting_width(
     return fitting
 
 
+def _check_name(trunk: str) -> None:
+    if not isinstance(trunk, str) or '.' in trunk or ':' in trunk or not timm.is_model(trunk):
+        hint = did_you_mean(trunk.split('.')[0], timm.list_models()) if isinstance(trunk, str) else ''
+        raise ValueError(f'trunk={trunk!r} is no model of timm, named without a tag.{hint}')
+
+
 def _make_trunk(name: str, output_stride: int, kwargs: Dict[str, Any]) -> Tuple[nn.Module, List[Dict[str, Any]]]:
     """A plain model, and its levels up to the output stride."""
-    if '.' in name or ':' in name or not timm.is_model(name):
-        hint = did_you_mean(name.split('.')[0], timm.list_models())
-        raise ValueError(f'trunk={name!r} is no model of timm, named without a tag.{hint}')
+    _check_name(name)
+    places = sorted(PLACES & set(kwargs))
+    if places:
+        raise TypeError(
+            f'{places[0]!r} is no argument of a trunk: begin it with pretrained_trunk, or fill it with '
+            f'pst_timm.load_trunk.')
     try:
         trunk = timm.create_model(name, num_classes=0, **kwargs)
     except (TypeError, NotImplementedError, AssertionError) as e:
@@ -460,6 +471,7 @@ def backbone_pst(pretrained: bool = False, **kwargs) -> BackbonePST:
     """PST over the trunk that `trunk` names, see `pst_timm.create_pst`; MobileNetV4-Conv-Small if it is not said."""
     model_args = dict(trunk='mobilenetv4_conv_small')
     kwargs = dict(model_args, **kwargs)
+    _check_name(kwargs['trunk'])
     if not kwargs.get('pretrained_cfg'):
         kwargs['pretrained_cfg_overlay'] = {**_cfg_of(kwargs['trunk']), **(kwargs.get('pretrained_cfg_overlay') or {})}
     return _create_backbone_pst('backbone_pst', pretrained=pretrained, **kwargs)
@@ -467,7 +479,7 @@ def backbone_pst(pretrained: bool = False, **kwargs) -> BackbonePST:
 
 def _cfg_of(trunk: str) -> Dict[str, Any]:
     """What the weights of a plain model tell of preprocessing, for a model that may begin with them."""
-    cfg = timm.get_pretrained_cfg(trunk) if timm.is_model(trunk) else None
+    cfg = timm.get_pretrained_cfg(trunk)
     if cfg is None:
         return {}
     fields = ('input_size', 'pool_size', 'fixed_input_size', 'crop_pct', 'interpolation', 'mean', 'std')

@@ -246,10 +246,21 @@ class TestFamilies:
         ('mobilenetv3_smal_100', 'Did you mean mobilenetv3_small_100'),
         ('hf-hub:timm/resnet18.a1_in1k', 'is no model of timm'),
         ('resnet50_pst', 'has its PST already'),
+        ('backbone_pst', 'has its PST already'),
     ])
     def test_one_that_cannot_says_why(self, trunk, words):
         with pytest.raises(ValueError, match=words):
             pst_timm.create_pst(trunk, device='meta')
+
+    @pytest.mark.parametrize('trunk', [5, True, ['resnet18'], {'a': 1}])
+    def test_what_is_no_name_says_so(self, trunk):
+        with pytest.raises(ValueError, match='is no model of timm, named without a tag'):
+            timm.create_model('backbone_pst', trunk=trunk)
+
+    @pytest.mark.parametrize('name', ['pretrained', 'checkpoint_path', 'cache_dir', 'pretrained_cfg'])
+    def test_a_trunk_reads_no_weights_by_an_argument(self, name):
+        with pytest.raises(TypeError, match=f'{name}.*load_trunk'):
+            pst_timm.BackbonePST('test_efficientnet', **{name: 'nowhere'})
 
     def test_a_model_without_levels_says_so(self, monkeypatch):
         real = timm.create_model
