@@ -150,12 +150,17 @@ class Pyramid(nn.Module):
             a dict, with the names of the maps and 'p6', 'p7' ... or 'pool' for the extra levels.
 
         Raises:
-            ValueError: If their number, channels, batch or sizes do not fit.
+            ValueError: If their number, channels, batch or sizes do not fit, or a name is that of an extra level.
         """
         if not torch.jit.is_scripting():
             if isinstance(maps, dict):
                 names = list(maps)
                 check_levels(list(maps.values()), [repr(name) for name in names], self.in_chs)
+                for name in self.extra.names:
+                    if name in maps:
+                        raise ValueError(
+                            f'Map {name!r} has the name of an extra level, which would take its place: give the '
+                            f'maps other names, or a list.')
                 outs = self._outputs(list(maps.values()))
                 return OrderedDict(zip(names + self.extra.names, outs))
         check_levels(maps, [str(i) for i in range(len(maps))], self.in_chs)
