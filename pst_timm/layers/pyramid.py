@@ -72,6 +72,19 @@ def check_levels(maps: List[torch.Tensor], names: List[str], in_chs: List[int]) 
                     f'finest comes first, and each side of a map must be 2n or 2n - 1 for a side n of the next.')
 
 
+def check_names(names: List[str], extra: List[str]) -> None:
+    """Check that no map has the name of an extra level, which would take its place in the answer.
+
+    Raises:
+        ValueError: If one has.
+    """
+    for name in extra:
+        if name in names:
+            raise ValueError(
+                f'Map {name!r} has the name of an extra level, which would take its place: give the maps other '
+                f'names, or a list.')
+
+
 class ExtraLevels(nn.Module):
     """Levels above the last: convolved as torchvision's `LastLevelP6P7`, or one pooled as its `LastLevelMaxPool`."""
 
@@ -150,12 +163,13 @@ class Pyramid(nn.Module):
             a dict, with the names of the maps and 'p6', 'p7' ... or 'pool' for the extra levels.
 
         Raises:
-            ValueError: If their number, channels, batch or sizes do not fit.
+            ValueError: If their number, channels, batch or sizes do not fit, or a name is that of an extra level.
         """
         if not torch.jit.is_scripting():
             if isinstance(maps, dict):
                 names = list(maps)
                 check_levels(list(maps.values()), [repr(name) for name in names], self.in_chs)
+                check_names(names, self.extra.names)
                 outs = self._outputs(list(maps.values()))
                 return OrderedDict(zip(names + self.extra.names, outs))
         check_levels(maps, [str(i) for i in range(len(maps))], self.in_chs)

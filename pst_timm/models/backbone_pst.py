@@ -171,7 +171,11 @@ class BackbonePST(PSTModel):
             return rf'^trunk\.(?:{pattern.removeprefix("^")})'
 
         groups: Dict[str, Any] = {}
-        for name, spec in self.trunk.group_matcher(coarse=coarse).items():
+        matcher = getattr(self.trunk, 'group_matcher', None)
+        patterns = matcher(coarse=coarse) if matcher is not None else {}
+        if not isinstance(patterns, dict):  # a function of names, as Inception-v3 has: the trunk is one group
+            patterns = {}
+        for name, spec in patterns.items():
             if spec is not None:
                 groups[name] = nested(spec) if isinstance(spec, str) else [(nested(p), *rest) for p, *rest in spec]
         return dict(groups, trunk=r'^trunk\.')  # what the trunk's own patterns leave

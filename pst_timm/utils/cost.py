@@ -39,7 +39,8 @@ def check_image_memory(img_size: int, batch_size: int = 1) -> None:
 def count_gmacs(model: nn.Module, input_size: Sequence[int]) -> float:
     """Multiply-accumulates of one image (channels, height, width) in billions."""
     # on this device every operation has a count, whichever kernel would run elsewhere
-    model = copy.deepcopy(model).to('meta').eval()
+    # and nothing asks for a gradient: the counter would look for one where a parameter is the input of a module
+    model = copy.deepcopy(model).to('meta').eval().requires_grad_(False)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *input_size, device='meta', dtype=next(model.parameters()).dtype))
     return counter.get_total_flops() / 2e9

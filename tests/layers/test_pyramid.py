@@ -124,6 +124,13 @@ def test_lists_and_dicts(neck, extra_levels, names):
         assert all(torch.equal(a, b) for a, b in zip(outs, named.values(), strict=True))
 
 
+@pytest.mark.parametrize('name, extra_levels', [('p6', 1), ('pool', 'pool')])
+def test_an_extra_level_takes_the_place_of_no_map(name, extra_levels):
+    maps = dict(zip(('p4', 'p5', name), build_maps()))
+    with pytest.raises(ValueError, match=f"'{name}' has the name of an extra level"):
+        build(extra_levels=extra_levels)(maps)
+
+
 def test_the_maps_that_are_given_stay_as_they_are():
     neck, maps = reparameterize_model(build(topk=2)), build_maps()
     before = [x.clone() for x in maps]

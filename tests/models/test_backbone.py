@@ -135,6 +135,13 @@ class TestHabits:
         assert below < min(i for n, i in layer.items() if not n.startswith('trunk.'))
         assert len(create_optimizer_v2(model, 'adamw', layer_decay=0.5).param_groups) > 4
 
+    @pytest.mark.parametrize('trunk', ['inception_v3', 'csatv2'])
+    def test_a_trunk_that_orders_no_parameters_is_one_group(self, trunk):
+        model = create(trunk, random=False, device='meta', pst_width=64)
+        layer = group_parameters(model, model.group_matcher(), reverse=True)
+        assert len({i for n, i in layer.items() if n.startswith('trunk.')}) == 1
+        assert layer.keys() == {n for n, _ in model.named_parameters()}
+
     def test_the_trunk_keeps_its_own_from_weight_decay(self):
         model = create('swin_tiny_patch4_window7_224', random=False, device='meta')
         tables = {n for n, _ in model.named_parameters() if n.endswith('relative_position_bias_table')}

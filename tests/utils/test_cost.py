@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import timm
 import torch
 from torch import nn
 
@@ -32,3 +33,9 @@ def test_multiply_adds_and_activations_of_known_layers():
     assert count_activations(lambda: net(torch.zeros(1, 3, 4, 4))) == 8 * 16 + 5
     assert measure_activations(lambda: net(torch.zeros(1, 3, 4, 4))) == (8 * 16 + 5, 8 * 16)
     assert next(net.parameters()).device == CPU
+
+
+def test_tokens_that_are_views_of_a_parameter_are_no_obstacle():
+    net = timm.create_model('pit_ti_224', device='meta')
+    assert 0.5 < count_gmacs(net, (3, 224, 224)) < 1
+    assert all(p.requires_grad for p in net.parameters())
