@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ['fill_page', 'load_studies', 'main', 'pages']
 
+NUMBER = re.compile(r'-?\d+\.\d+(e-?\d+)?')  # with a decimal point
+
 def pages(root: Path) -> List[Path]:
     """The pages of a checkout that may have marks."""
     return [path for path in (root / 'README.md', *sorted((root / 'docs').glob('*.md'))) if path.is_file()]
@@ -84,17 +86,22 @@ def fill_page(path: Path, root: Path, studies: Mapping[str, 'StudyData']) -> str
 
 
 def table_block(folder: Path, name: str) -> str:
-    """How something was measured, and the table of it, numbers with a decimal point cut to three places."""
+    """How something was measured, and the table of it, the numbers of a column with the same decimals, at most three."""
     from pst_timm.utils.files import read_csv
     from pst_timm.utils.markdown import prose
     from pst_timm.utils.tables import markdown_table
 
-    def cell(value: str) -> str:
-        return f'{float(value):.3f}' if re.fullmatch(r'-?\d+\.\d+(e-?\d+)?', value) else prose(value)
+    def decimals(key: str) -> int:
+        values = [row[key] for row in found if NUMBER.fullmatch(row[key])]
+        return min(3, max((3 if 'e' in v else len(v.partition('.')[2]) for v in values), default=0))
+
+    def cell(key: str, value: str) -> str:
+        return f'{float(value):.{decimals(key)}f}' if NUMBER.fullmatch(value) else prose(value)
 
     if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name):
         raise PSTError(f'{name!r} is no name of a table in {folder}.')
-    rows = [{prose(key): cell(value) for key, value in row.items()} for row in read_csv(folder / f'{name}.csv')]
+    found = read_csv(folder / f'{name}.csv')
+    rows = [{prose(key): cell(key, value) for key, value in row.items()} for row in found]
     path = folder / f'{name}.json'
     try:
         setting = json.loads(path.read_text(encoding='utf-8'))['setting']
