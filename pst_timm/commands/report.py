@@ -27,6 +27,7 @@ __all__ = ['fill_page', 'load_studies', 'main', 'pages']
 
 NUMBER = re.compile(r'-?\d+\.\d+(e-?\d+)?')  # with a decimal point
 
+
 def pages(root: Path) -> List[Path]:
     """The pages of a checkout that may have marks."""
     return [path for path in (root / 'README.md', *sorted((root / 'docs').glob('*.md'))) if path.is_file()]
