@@ -87,7 +87,7 @@ def fill_page(path: Path, root: Path, studies: Mapping[str, 'StudyData']) -> str
 
 
 def table_block(folder: Path, name: str) -> str:
-    """How something was measured, and the table of it, the numbers of a column with the same decimals, at most three."""
+    """How something was measured, and the table of it: the numbers of a column with as many decimals, at most three."""
     from pst_timm.utils.files import read_csv
     from pst_timm.utils.markdown import prose
     from pst_timm.utils.tables import markdown_table
