@@ -329,7 +329,8 @@ def architecture_from_a_folder(source, data, place):
 
 
 def load_the_trunk(source, data, place):
-    return load_trunk(build(), source)
+    with contextlib.suppress(ValueError):  # weights of another model, which are looked at
+        return load_trunk(build(), source)
 
 
 def load_the_trunk_of_a_folder(source, data, place):

@@ -76,12 +76,12 @@ class Classification:
 
     def open(self, args: Namespace) -> TrainSplits:
         check_model_name(args.model)
-        self.title = run_title(args)
         self.explicit_classes = args.num_classes is not None
         self.in_chans = expected_channels(args)
         check_channels(args, self.in_chans)
         self.splits = open_train_splits(args, self.in_chans)
         check_ranks(args, self.splits)
+        self.title = run_title(args)
         self.class_names = class_names(self.splits.train)
         if not self.explicit_classes and self.class_names:
             args.num_classes = len(self.class_names)
