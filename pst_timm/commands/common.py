@@ -8,7 +8,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, List, Optional
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence
 
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.parsing import ArgumentParser
@@ -102,6 +102,27 @@ def fail(prog: str, error: Exception) -> int:
     told = re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]', '?', str(error))
     print(f'{prog}: error: {told}', file=sys.stderr)
     return getattr(error, 'exit_code', 1)
+
+
+def run_parsed(
+        prog: str,
+        parse: Callable[[Optional[Sequence[str]], str], argparse.Namespace],
+        argv: Optional[Sequence[str]],
+        work: Callable[[argparse.Namespace], Optional[int]],
+) -> int:
+    """Run a command whose parser raises a PSTError; returns the exit code.
+
+    Args:
+        prog: Name of the command.
+        parse: From its words and its name to its arguments.
+        argv: The words, `sys.argv` if None.
+        work: What it does with the arguments.
+    """
+    try:
+        args = parse(argv, prog)
+    except PSTError as e:
+        return fail(prog, e)
+    return run(prog, work, args)
 
 
 def at_least(least: int) -> Callable[[str], int]:

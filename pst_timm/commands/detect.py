@@ -4,8 +4,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
 
-from pst_timm.utils.errors import PSTError
-
 from .common import (
     ArgumentParser,
     add_attention_flags,
@@ -14,9 +12,9 @@ from .common import (
     add_overwrite,
     add_source,
     at_least,
-    fail,
     files_of,
     run,
+    run_parsed,
 )
 
 ACTIONS = {
@@ -45,12 +43,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _main_train(words: Sequence[str]) -> int:
     from pst_timm.detection.flags import parse_train_args
 
-    prog = 'pst-timm detect train'
-    try:
-        args = parse_train_args(words, prog)
-    except PSTError as e:
-        return fail(prog, e)
-    return run(prog, _train, args)
+    return run_parsed('pst-timm detect train', parse_train_args, words, _train)
 
 
 def _train(args: Namespace) -> None:
@@ -67,12 +60,7 @@ def _train(args: Namespace) -> None:
 def _main_validate(words: Sequence[str]) -> int:
     from pst_timm.detection.flags import parse_validate_args
 
-    prog = 'pst-timm detect validate'
-    try:
-        args = parse_validate_args(words, prog)
-    except PSTError as e:
-        return fail(prog, e)
-    return run(prog, _validate, args)
+    return run_parsed('pst-timm detect validate', parse_validate_args, words, _validate)
 
 
 def _validate(args: Namespace) -> None:

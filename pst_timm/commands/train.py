@@ -3,18 +3,13 @@ from argparse import Namespace
 from typing import Optional, Sequence
 
 from pst_timm.engine.args import parse_train_args
-from pst_timm.utils.errors import PSTError
 
-from .common import fail, run
+from .common import run_parsed
 
 
 def main(argv: Optional[Sequence[str]] = None, prog: str = 'pst-timm train') -> int:
     """Train from the words of a command line (`sys.argv` if None); returns the exit code."""
-    try:
-        args = parse_train_args(argv, prog)
-    except PSTError as e:
-        return fail(prog, e)
-    return run(prog, _train, args)
+    return run_parsed(prog, parse_train_args, argv, _train)
 
 
 def _train(args: Namespace) -> None:

@@ -7,16 +7,12 @@ from pst_timm.engine.args import parse_validate_args
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.tables import differing_columns, format_table
 
-from .common import fail, run
+from .common import run_parsed
 
 
 def main(argv: Optional[Sequence[str]] = None, prog: str = 'pst-timm validate') -> int:
     """Evaluate from the words of a command line (`sys.argv` if None); returns the exit code."""
-    try:
-        args = parse_validate_args(argv, prog)
-    except PSTError as e:
-        return fail(prog, e)
-    return run(prog, _validate, args)
+    return run_parsed(prog, parse_validate_args, argv, _validate)
 
 
 def _validate(args: Namespace) -> None:
