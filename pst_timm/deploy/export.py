@@ -34,13 +34,17 @@ def metadata(
         model: nn.Module,
         class_names: Optional[Sequence[str]] = None,
         img_size: Optional[int] = None,
+        dtype: torch.dtype = torch.float32,
+        batch_size: Optional[int] = None,
 ) -> Dict[str, Any]:
-    """What whoever runs the exported model needs to know: preprocessing, classes, attention."""
+    """What whoever runs the exported model needs to know: preprocessing, classes, attention, how it takes images."""
     config = resolve_data_config({'img_size': img_size} if img_size else {}, model=model)
     return {
         'architecture': model.pretrained_cfg.get('architecture'),
         'num_classes': model.num_classes,
         'class_names': list(class_names or label_names(model)),
+        'dtype': str(dtype).removeprefix('torch.'),
+        'batch_size': batch_size,
         **{k: config[k] for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')},
         **attention_settings(model),
     }
@@ -87,7 +91,8 @@ def export(
         raise PSTError(
             'The trunk of this model rounds sizes down, which torch.export cannot follow where sizes are left open: '
             'leave out --dynamic, or choose --format torchscript.')
-    info = json.dumps(metadata(model, class_names, img_size))
+    any_batch = dynamic or format == 'torchscript'
+    info = json.dumps(metadata(model, class_names, img_size, dtype, None if any_batch else 1))
     model = reparameterize(model) if reparam else model
     model = model.eval().to(dtype)
     channels, side, _ = resolve_data_config({}, model=model)['input_size']

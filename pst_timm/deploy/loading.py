@@ -144,7 +144,9 @@ def _open_onnx(data: bytes) -> Tuple[Callable[[torch.Tensor], torch.Tensor], str
     model = onnx.load_model_from_string(data)
     if any(isinstance(part, onnx.TensorProto) and (part.external_data or part.data_location) for part in _parts(model)):
         _refuse('weights that are to be read from another file')
-    session = onnxruntime.InferenceSession(data, providers=['CPUExecutionProvider'])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # beside torch, it takes as many as torch
+    session = onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
     info = session.get_modelmeta().custom_metadata_map[METADATA]
     return lambda x: torch.from_numpy(session.run(None, {'image': x.numpy()})[0]), info
 

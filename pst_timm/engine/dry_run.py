@@ -148,6 +148,9 @@ def _check_memory(args: Namespace, batch_size: int, shape: str, need: int) -> No
 
 def _try_forward(args: Namespace, model: nn.Module, size: Sequence[int]) -> Sequence[int]:
     """Run a model on an image without content; returns its activations and the largest of them, in elements."""
+    if not any(True for _ in model.parameters()):  # not torch's own: there is nothing to run without numbers
+        _run_once(args, model, size)
+        return 0, 0
     tensors = {id(p): nn.Parameter(torch.empty_like(p, device='meta'), p.requires_grad) for p in model.parameters()}
     tensors.update((id(b), torch.empty_like(b, device='meta')) for b in model.buffers())
     # the copy shares nothing, and takes no memory
@@ -175,7 +178,7 @@ def _run_once(args: Namespace, model: nn.Module, size: Sequence[int]) -> Dict[st
     mode = model.training
     try:
         with torch.inference_mode():
-            weight = next(model.parameters())
+            weight = next(model.parameters(), torch.empty(0))
             return dict(output=model.eval()(torch.zeros(1, *size, device=weight.device, dtype=weight.dtype)))
     except Exception as e:
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]

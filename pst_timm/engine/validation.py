@@ -45,13 +45,15 @@ __all__ = ['open_model', 'validate', 'write_results']
 _logger = logging.getLogger(__name__)
 
 Results = Dict[str, Any]
+Load = Callable[..., nn.Module]
 
 
-def validate(args: Namespace) -> List[Results]:
+def validate(args: Namespace, load: Load = load_model) -> List[Results]:
     """Evaluate one or several models.
 
     Args:
         args: From `parse_validate_args` or `validate_args`; not changed.
+        load: What opens a model, called as `load_model` is.
 
     Returns:
         One mapping per model, best first: model, top1, top5, loss, images_per_second and what else was asked for; of
@@ -71,7 +73,7 @@ def validate(args: Namespace) -> List[Results]:
     for job in jobs:
         try:
             with plain_worker_errors():
-                results += _validate_with_retry(job)
+                results += _validate_with_retry(job, load)
         except RuntimeError as e:  # of ours, or of torch that has no more memory
             if len(jobs) == 1:
                 raise
@@ -94,10 +96,10 @@ def _models_and_checkpoints(args: Namespace) -> List[Tuple[Optional[str], str]]:
     return [(model, str(f)) for model in models for f in files]
 
 
-def _validate_with_retry(args: Namespace) -> List[Results]:
+def _validate_with_retry(args: Namespace, load: Load) -> List[Results]:
     while True:
         try:
-            return _validate_one(copy.deepcopy(args))
+            return _validate_one(copy.deepcopy(args), load)
         except RuntimeError as e:
             smaller = decay_batch_step(args.batch_size) if args.retry and check_batch_size_retry(str(e)) else 0
             if isinstance(e, PSTError) or not smaller:
@@ -108,7 +110,7 @@ def _validate_with_retry(args: Namespace) -> List[Results]:
                 torch.cuda.empty_cache()
 
 
-def open_model(args: Namespace) -> nn.Module:
+def open_model(args: Namespace, load: Load = load_model) -> nn.Module:
     """The model that the arguments name, with its weights, on the CPU; sets `model`, `num_classes` and `in_chans`."""
     if args.fast_norm:
         set_fast_norm()
@@ -126,7 +128,7 @@ def open_model(args: Namespace) -> nn.Module:
     source = args.checkpoint or args.model
     named = dict(arch=args.model) if args.checkpoint else dict(pretrained=True)
     model = factories.with_model_kwargs(
-        lambda more: load_model(source, **named, **{**kwargs, **more}), args.model_kwargs, kwargs)
+        lambda more: load(source, **named, **{**kwargs, **more}), args.model_kwargs, kwargs)
     own = model.pretrained_cfg.get('num_classes')
     if own not in (None, model.num_classes):
         raise PSTError(
@@ -197,7 +199,7 @@ class _Subset(nn.Module):
         return self.model(x)[:, self.labels]
 
 
-def _validate_one(args: Namespace) -> List[Results]:
+def _validate_one(args: Namespace, load: Load) -> List[Results]:
     random_seed(args.seed)
     if args.num_gpu > max(1, torch.cuda.device_count()):
         raise PSTError(f'--num-gpu {args.num_gpu}: torch sees {torch.cuda.device_count()} GPUs.')
@@ -206,7 +208,7 @@ def _validate_one(args: Namespace) -> List[Results]:
     if device.type == 'cpu':
         choose_threads()
     dtype = factories.resolve_dtype(args)
-    model = open_model(args)
+    model = open_model(args, load)
     params = sum(p.numel() for p in model.parameters())
     known_classes, ema = known_names(model), getattr(model, 'checkpoint_ema', None)
     data_config = preprocessing(
