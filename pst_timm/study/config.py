@@ -1,10 +1,10 @@
 """The YAML file of a study: which cells there are, and what each of them is to do."""
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from reprlib import repr
-from typing import Any, Dict, Iterable, List, Mapping, Sequence
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import timm
 
@@ -16,6 +16,7 @@ from pst_timm.engine.protocols import Adjustable
 from pst_timm.utils.configs import read_config
 from pst_timm.utils.errors import PSTError, did_you_mean
 
+from .draws import ALL, Draw
 from .tables import QUESTIONS
 
 __all__ = ['Cell', 'Study', 'choose_classes', 'read_study']
@@ -24,7 +25,7 @@ __all__ = ['Cell', 'Study', 'choose_classes', 'read_study']
 DECISIVE = frozenset(keys_with_role('model', 'preprocessing', 'recipe', 'data'))
 STUDY_KEYS = {
     'name': str, 'title': str, 'seeds': list, 'classes': (list, dict), 'train': dict, 'cells': dict, 'sweep': dict,
-    'probe': dict, 'questions': dict}
+    'probe': dict, 'questions': dict, 'shots': list}
 REQUIRED = ('name', 'title', 'seeds', 'train', 'cells')
 LONGEST = 100  # letters of a name
 MOST_CELLS = 10_000
@@ -43,6 +44,8 @@ class Cell:
     """`topk` and `img_size` of the fine-attention sweep, empty for none."""
     probe: List[str] = field(default_factory=list)
     """Held-out classes of the linear probe, empty for none."""
+    draw: Optional[Draw] = None
+    """Which images it trains on, None for the training split as it is."""
 
     @property
     def id(self) -> str:
@@ -56,7 +59,8 @@ class Cell:
     def settings(self) -> Dict[str, Any]:
         """Everything that decides the result, to tell a finished cell from one of an earlier configuration."""
         return dict(
-            train=_decisive(self.train), seed=self.seed, classes=self.classes, sweep=self.sweep, probe=self.probe)
+            train=_decisive(self.train), seed=self.seed, classes=self.classes, sweep=self.sweep, probe=self.probe,
+            **(dict(draw=asdict(self.draw)) if self.draw else {}))
 
     def was_run_with(self, settings: Mapping[str, Any]) -> bool:
         """Whether settings on record are those of this cell."""
@@ -123,6 +127,8 @@ def read_study(path: str, data_dir: str) -> Study:
             cells: by name, the flags in which a cell differs, and its own `classes`;
             sweep: {cells, topk, img_size} of the evaluation with fine attention;
             probe: {cells, classes} of the linear probe on held-out classes;
+            shots: numbers of training images of each class, or all: every cell is run with each, as CELL-NUMBER, and
+                is tested on all images that no seed draws (with all, on the validation split);
             questions: what the report asks, by number: {title, kind, ...}.
         data_dir: Image folder, for the names of the classes.
 
@@ -158,18 +164,32 @@ def read_study(path: str, data_dir: str) -> Study:
             raise PSTError(f'{path}, cell {name}: a study needs images to evaluate on, and val_split is empty.')
         cells += [
             Cell(
-                name=name,
+                name=name + suffix,
                 seed=seed,
                 train=flags,
                 classes=own_classes,
                 sweep={k: sweep[k] for k in ('topk', 'img_size')} if name in sweep.get('cells', []) else {},
                 probe=probe_classes if name in probe.get('cells', []) else [],
+                draw=draw,
             )
-            for seed in values['seeds']]
+            for suffix, draws in _draws(values) for seed, draw in zip(values['seeds'], draws)]
     _check_given(path, values, cells)
     _check_models(path, cells)
     _raise(path, [*_wrong_questions(values)])
-    return Study(values['name'], values['title'], cells, values.get('questions', {}))
+    questions = values.get('questions', {})
+    if values.get('shots'):  # the report has no other way to know
+        questions = {number: dict(question, shots=values['shots']) for number, question in questions.items()}
+    return Study(values['name'], values['title'], cells, questions)
+
+
+def _draws(values: Dict[str, Any]) -> List[Tuple[str, List[Optional[Draw]]]]:
+    """What `shots` adds to the name of a cell, and the draw of each seed."""
+    shots, turns = values.get('shots'), len(values['seeds'])
+    if not shots:
+        return [('', [None] * turns)]
+    most = max((n for n in shots if n != ALL), default=0)
+    return [
+        (f'-{n}', [Draw(None if n == ALL else n, turn, most, turns) for turn in range(turns)]) for n in shots]
 
 
 def _check_train(path: str, flags: Dict[str, Any]) -> None:
@@ -215,7 +235,7 @@ def _wrong_cells(values: Dict[str, Any]) -> Iterable[str]:
         for key in flags if isinstance(flags, dict) else ():
             if not isinstance(key, str):
                 yield f'{where}: {key!r} is no flag'
-    count = len(values['cells']) * len(values['seeds'])
+    count = len(values['cells']) * len(values['seeds']) * max(1, len(values.get('shots', ())))
     if count > MOST_CELLS:
         yield (
             f'{len(values["cells"])} cells with {len(values["seeds"])} seeds are {count:,} runs, more than '
@@ -225,6 +245,11 @@ def _wrong_cells(values: Dict[str, Any]) -> Iterable[str]:
 def _wrong_lists(values: Dict[str, Any]) -> Iterable[str]:
     if not _whole_numbers(values['seeds'], 0) or len(set(values['seeds'])) < len(values['seeds']):
         yield f'seeds must be different whole numbers, got {repr(values["seeds"])}'
+    shots = values.get('shots', [])
+    if not _whole_numbers([n for n in shots if n != ALL], 1) or len(set(map(str, shots))) < len(shots):
+        yield f"shots must be different whole numbers above 0, or 'all', got {repr(shots)}"
+    if shots and values.get('probe'):
+        yield 'a study with shots has no probe: the images it leaves out are tested on'
     for part, keys in (('sweep', {'cells', 'topk', 'img_size'}), ('probe', {'cells', 'classes'})):
         found = values.get(part)
         if found and set(found) != keys:
