@@ -20,7 +20,7 @@ from tests.engine.helpers import write_images
 from tests.study.study_folder import write_study
 from tests.study.test_study import TOY, write_config
 
-SHOTS = dict(sweep={}, probe={}, shots=[4, 'all'])
+SHOTS = dict(sweep={}, probe={}, shots={4: dict(epochs=1), 'all': {}})
 
 
 @pytest.fixture(scope='module')
@@ -80,6 +80,7 @@ def test_every_cell_with_every_number(data, tmp_path):
     assert study.names == ['plain-4', 'plain-all', 'pst-4', 'pst-all']
     assert [cell.id for cell in study.cells][:3] == ['plain-4-seed0', 'plain-4-seed1', 'plain-all-seed0']
     assert [cell.draw.turn for cell in study.cells][:4] == [0, 1, 0, 1]
+    assert [cell.epochs for cell in study.cells][1:3] == [1, 2]
     assert study.questions[1]['shots'] == [4, 'all']
     cell = study.cells[1]
     # what was drawn is among what decides the result
@@ -88,11 +89,12 @@ def test_every_cell_with_every_number(data, tmp_path):
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(shots=[0]), 'shots must be different whole numbers above 0'),
-    (dict(shots=['few']), 'shots must be'),
-    (dict(shots=[2, 2]), 'shots must be'),
-    (dict(shots=2), 'shots must be a list'),
-    (dict(shots=[2], probe=TOY['probe']), 'no probe'),
+    (dict(shots={0: {}}), 'shots must be whole numbers above 0'),
+    (dict(shots={'few': {}}), 'shots must be'),
+    (dict(shots={2: None}), 'shots 2: expected a mapping of the flags that differ'),
+    (dict(shots={2: dict(epoch=1)}), "cell plain-2: unknown key 'epoch'"),
+    (dict(shots=[2]), 'shots must be a dict'),
+    (dict(shots={2: {}}, probe=TOY['probe']), 'no probe'),
 ])
 def test_mistakes(data, tmp_path, changes, message):
     with pytest.raises(PSTError, match=message):
