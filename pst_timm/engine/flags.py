@@ -464,7 +464,8 @@ TRAIN_FLAGS: FlagGroups = [
         _switch('--model-ema-warmup', 'Let the decay grow from zero.'),
     ]),
     ('distillation', [
-        _flag('--kd-model-name', str, None, 'Teacher: a timm model with published weights.'),
+        _flag('--kd-model-name', str, None, 'Teacher: a timm model with published weights, or a training checkpoint, '
+              'run folder, .safetensors file or folder with config.json.', source=True),
         _flag('--kd-distill-type', str, 'logit', 'What the student copies.', choices=('logit', 'feature', 'token')),
         _flag('--kd-loss-type', str, 'kl', 'Loss between the logits.', choices=('kl',)),
         _flag('--distill-loss-weight', float, None, "Weight of the teacher's loss.", low=0.),
