@@ -25,6 +25,7 @@ def time_in_turn(
         tick: Callable[[], object] = lambda: None,
         device: Optional[torch.device] = None,
         clock: Optional[Callable[[], float]] = None,
+        lead_in: int = 0,
 ) -> Dict[str, List[float]]:
     """Time several calls A B A B ..., so that a machine's drift meets all of them alike.
 
@@ -35,6 +36,8 @@ def time_in_turn(
         tick: Called after each round, for a progress bar.
         device: The accelerator to wait for before the clock is read (default: the current one).
         clock: What gives the seconds in place of the wall clock, such as `time.process_time`.
+        lead_in: Untimed calls right before each timed one, which find what the call before left: caches full of other
+            weights, threads of another runtime that still spin.
 
     Returns:
         Seconds of every timed call, by name, in order.
@@ -43,6 +46,8 @@ def time_in_turn(
     times = {name: [] for name in calls}
     for i in range(warmup + repeats):
         for name, call in calls.items():
+            for _ in range(lead_in):
+                call()
             start = clock()
             call()
             elapsed = clock() - start

@@ -23,3 +23,10 @@ def test_times_are_those_of_the_timed_rounds(monkeypatch):
 def test_ratios_are_paired():
     assert median_ratio([2., 9., 4.], [1., 3., 4.]) == 2.
     assert percentile([1., 2., 3.], 50) == 2. and percentile([0., 10.], 90) == pytest.approx(9.)
+
+
+def test_lead_ins_are_not_timed(monkeypatch):
+    clock, calls = iter(range(100)), []
+    monkeypatch.setattr(timing.time, 'perf_counter', lambda: next(clock))
+    times = time_in_turn({name: lambda name=name: calls.append(name) for name in 'ab'}, 2, warmup=0, lead_in=1)
+    assert calls == [*'aabb'] * 2 and times == {'a': [1, 1], 'b': [1, 1]}
