@@ -5,7 +5,9 @@ No model has to offer any of it; the engine uses the methods that it finds.
 from contextlib import AbstractContextManager
 from typing import Any, Dict, List, Protocol, Sequence, Tuple, runtime_checkable
 
-__all__ = ['Adjustable', 'TrainStepAware']
+from pst_timm.metrics.base import Metric
+
+__all__ = ['Adjustable', 'Measured', 'TrainStepAware']
 
 
 class TrainStepAware(Protocol):
@@ -40,3 +42,11 @@ class Adjustable(Protocol):
 
     def with_settings(self, **settings: Any) -> AbstractContextManager:
         """A context in which these are the settings; afterwards they are as they were."""
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A model of which an evaluation measures more than of others."""
+
+    def own_metrics(self) -> List[Metric]:
+        """New metrics, which take in each batch right after the model has answered it."""

@@ -89,6 +89,8 @@ def fewest_images(drop: float, level: float = 0.95, most: int = 2 ** 20) -> int:
         level: How sure one wants to be.
         most: Where to stop looking.
     """
+    if drop <= 0:
+        return most  # equal answers alone never tell that not one image in a million is lost
     low, high = 0, 1
     while high < most and drop_p_value(0, 0, high, drop) > 1 - level:
         low, high = high, 2 * high
