@@ -507,7 +507,7 @@ def resolve_stage(path: Path, source: str) -> Path:
     """
     root = Path(os.path.realpath(path.parent))
     told = f'{path} names the stage {plain(source, 200)!r}'
-    if '\0' in source or Path(source).suffix == SUFFIX:
+    if Path(source).suffix == SUFFIX:
         raise PSTError(f'{told}, which is no single model. Fit it again, of single models.')
     stage = path.parent / source
     try:
