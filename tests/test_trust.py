@@ -214,6 +214,10 @@ def train_teacher(source, data, place):
     return train(data, place, '--kd-model-name', f'local-dir:{place.source}')
 
 
+def train_teacher_in_a_file(source, data, place):
+    return train(data, place, '--kd-model-name', source)
+
+
 def validate(source, data, place):
     return main(['validate', '--data-dir', str(data), '--checkpoint', str(source), '--workers', '0', '-b', '4',
                  '--device', 'cpu'])
@@ -349,9 +353,9 @@ def register_weights(source, data, place):
 
 DOORS = (
     train_resume, train_initial_checkpoint, train_trunk_checkpoint, train_pretrained_path, train_from_a_folder,
-    train_teacher, validate, publish, convert, export, visualize, benchmark, predict, compare, recalibrate, audit,
-    monitor_fit, monitor_check, study, load_the_model, load_a_folder, architecture_from_a_folder, load_the_trunk,
-    load_the_trunk_of_a_folder, load_an_export, register_weights, detect_train_resume, detect_validate,
+    train_teacher, train_teacher_in_a_file, validate, publish, convert, export, visualize, benchmark, predict, compare,
+    recalibrate, audit, monitor_fit, monitor_check, study, load_the_model, load_a_folder, architecture_from_a_folder,
+    load_the_trunk, load_the_trunk_of_a_folder, load_an_export, register_weights, detect_train_resume, detect_validate,
     detect_predict, open_the_detector, begin_with_a_detector)
 
 

@@ -15,6 +15,7 @@ from pst_timm.utils.errors import PSTError
 
 from . import factories
 from .checks import channels_of_mode
+from .sparsity import check_sparsity
 
 __all__ = ['check_channels', 'check_input', 'check_recipe']
 
@@ -32,6 +33,8 @@ def check_recipe(args: Namespace) -> None:
     info = get_optimizer_info(args.opt.lower().split('_')[-1])
     if info.second_order and args.distributed:
         raise PSTError(f'--opt {args.opt} needs second derivatives, which torch has for one process only.')
+    if getattr(args, 'sparsity_weight', 0):  # a detector's command has no such flag
+        check_sparsity(args)
     toy = nn.Linear(4, 2)
     _check_opt_kwargs(args)
     optimizer = factories.optimizer_for(args, toy)

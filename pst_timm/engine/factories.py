@@ -2,6 +2,7 @@
 import importlib
 import logging
 import math
+import os
 import sys
 from argparse import Namespace
 from contextlib import AbstractContextManager
@@ -27,9 +28,10 @@ from timm.task import (
 )
 from timm.utils import NativeScaler, init_distributed_device
 
-from pst_timm.checkpoints import create_model, load_weights, read_checkpoint
+from pst_timm.checkpoints import create_model, load_model, load_weights, read_checkpoint
 from pst_timm.checkpoints.building import check_model_name
 from pst_timm.checkpoints.fetching import check_fetchable
+from pst_timm.checkpoints.reading import is_file
 from pst_timm.utils.devices import check_device
 from pst_timm.utils.errors import PSTError, Unavailable
 
@@ -322,18 +324,25 @@ def create_task(
         return ClassificationTask(model, **kwargs)
     kwargs.update(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
     try:
-        # made here, so that what comes with its weights is checked
-        teacher = create_model(
-            args.kd_model_name, pretrained=True, num_classes=args.num_classes, in_chans=args.in_chans, device=device,
-            dtype=dtype)
-        if ':' in args.kd_model_name:  # what timm's registry does not tell
-            check_teacher(args, teacher.pretrained_cfg['num_classes'])
-        return _distillation_task(args, model, teacher, kwargs)
+        return _distillation_task(args, model, _create_teacher(args, device, dtype), kwargs)
     except PSTError:
         raise
     except (AssertionError, AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as e:
         reason = str(e).splitlines()[0] if isinstance(e, OSError) else e
         raise PSTError(f'Cannot distil from {args.kd_model_name} to {args.model}: {reason}') from e
+
+
+def _create_teacher(args: Namespace, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The teacher with its weights, made here, so that what comes with them is checked."""
+    name = args.kd_model_name
+    if is_file(name):
+        teacher = load_model(name).to(device=device, dtype=dtype)
+    else:
+        teacher = create_model(
+            name, pretrained=True, num_classes=args.num_classes, in_chans=args.in_chans, device=device, dtype=dtype)
+    if is_file(name) or ':' in name:  # what timm's registry does not tell
+        check_teacher(args, teacher.pretrained_cfg['num_classes'])
+    return teacher
 
 
 def _distillation_task(
@@ -358,14 +367,17 @@ def check_teacher(args: Namespace, classes: Optional[int] = None) -> None:
 
     Args:
         args: Arguments with `num_classes` resolved.
-        classes: How many its weights know; what timm's registry says, and whether they can be had, if None.
+        classes: How many its weights know; whether they can be had, and what timm's registry says, if None.
 
     Raises:
         PSTError: If it is not so.
         Unavailable: If the Hub does not answer.
     """
     name, known = args.kd_model_name, classes
-    if known is None:
+    if known is None and (is_file(name) or os.sep in name.partition(':')[0]):
+        if not os.path.lexists(name):
+            raise PSTError(f'--kd-model-name: there is no checkpoint {name}.')
+    elif known is None:
         check_model_name(name)
         check_fetchable(name)
         cfg = None if ':' in name else timm.get_pretrained_cfg(name)

@@ -463,8 +463,13 @@ TRAIN_FLAGS: FlagGroups = [
         _flag('--model-ema-decay', float, 0.9998, 'Decay of the average.', **_UNIT),
         _switch('--model-ema-warmup', 'Let the decay grow from zero.'),
     ]),
+    ('sparsity', [
+        _flag('--sparsity-weight', float, 0., 'Weight of a penalty (group lasso) on the scales of batch norms, which '
+              'empties channels for `pst-timm prune`; 1e-4 to 1e-2 are usual.', low=0.),
+    ]),
     ('distillation', [
-        _flag('--kd-model-name', str, None, 'Teacher: a timm model with published weights.'),
+        _flag('--kd-model-name', str, None, 'Teacher: a timm model with published weights, or a training checkpoint, '
+              'run folder, .safetensors file or folder with config.json.', source=True),
         _flag('--kd-distill-type', str, 'logit', 'What the student copies.', choices=('logit', 'feature', 'token')),
         _flag('--kd-loss-type', str, 'kl', 'Loss between the logits.', choices=('kl',)),
         _flag('--distill-loss-weight', float, None, "Weight of the teacher's loss.", low=0.),

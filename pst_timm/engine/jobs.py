@@ -10,9 +10,10 @@ import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.task import TrainingTask
 
-from pst_timm.checkpoints.building import check_model_name
+from pst_timm.checkpoints.building import check_model_name, label_names
 from pst_timm.checkpoints.facts import as_plain, describe
-from pst_timm.data.datasets import check_classes, class_names
+from pst_timm.checkpoints.reading import is_file
+from pst_timm.data.datasets import check_class_names, check_classes, class_names
 from pst_timm.data.loaders import TrainData, TrainSplits, create_train_data, open_train_splits
 
 from . import factories
@@ -122,8 +123,13 @@ class Classification:
         shares = images.class_shares(args.num_classes) if images is not None else None
         task = factories.create_task(args, model, device, dtype, create_loss(args, shares))
         if args.kd_model_name:
-            teacher = Namespace(**dict(vars(args), model=args.kd_model_name))
-            check_input(teacher, task.teacher.model, self.data_config, args.batch_size, self.splits.train)
+            teacher = task.teacher.model
+            if is_file(args.kd_model_name) and args.kd_distill_type != 'feature':  # published names may be others
+                check_class_names(
+                    self.class_names, label_names(teacher), f'the {args.train_split!r} split',
+                    f'the teacher {args.kd_model_name}')
+            named = Namespace(**dict(vars(args), model=args.kd_model_name))
+            check_input(named, teacher, self.data_config, args.batch_size, self.splits.train)
         return task
 
     def create_batches(self, args: Namespace, device: torch.device, dtype: torch.dtype) -> Batches:

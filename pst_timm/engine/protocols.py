@@ -5,7 +5,7 @@ No model has to offer any of it; the engine uses the methods that it finds.
 from contextlib import AbstractContextManager
 from typing import Any, Dict, List, Protocol, Sequence, Tuple, runtime_checkable
 
-__all__ = ['Adjustable', 'TrainStepAware']
+__all__ = ['Adjustable', 'Prunable', 'TrainStepAware']
 
 
 class TrainStepAware(Protocol):
@@ -40,3 +40,11 @@ class Adjustable(Protocol):
 
     def with_settings(self, **settings: Any) -> AbstractContextManager:
         """A context in which these are the settings; afterwards they are as they were."""
+
+
+@runtime_checkable
+class Prunable(Protocol):
+    """A model that knows which of its layers channels cannot be cut from."""
+
+    def unprunable(self) -> List[str]:
+        """Names of the modules that must stay as wide as they are, on both sides; see `channel_groups`."""

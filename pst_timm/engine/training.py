@@ -39,6 +39,7 @@ from .protocols import TrainStepAware
 from .recovery import AtomicSaver, Position, check_there, find_newest, read_saved, states_beyond
 from .seeding import seed_model, seeded_batches
 from .signals import StopSignals
+from .sparsity import Sparsity, coupled_scales
 from .transfer import Frozen
 
 __all__ = ['TrainResult', 'train']
@@ -88,6 +89,7 @@ class Run:
     start: Position
     hold: ExitStack
     """What the run has for itself as long as it lasts."""
+    sparsity: Optional[Sparsity] = None
     doing: str = 'the preparation'
     """What the processes do together, for who has to say that one of them is missing."""
 
@@ -161,6 +163,8 @@ def train_epochs(run: Run, stop: StopSignals, result: TrainResult) -> None:
         last = epoch + 1 == run.num_epochs
         run.doing = f'the training of epoch {epoch}'
         train_metrics, speed = train_one_epoch(run, epoch, stop)
+        if run.sparsity is not None:
+            _logger.info(f'Sparsity: {run.sparsity.report()}.')
         run.doing = f'the batch-norm statistics after epoch {epoch}'
         share_statistics(run)
         run.doing = f'the validation after epoch {epoch}'
@@ -429,12 +433,17 @@ def _prepare(args: Namespace, job: Job, hold: ExitStack) -> Run:
     data = job.create_data(args, model, dtype)
 
     facts = job.describe(given, model)
+    weight = getattr(args, 'sparsity_weight', 0)  # a detector's command has no such flag
+    scales = coupled_scales(model, job.input_size, args.model) if weight else None
     model.to(device=device, dtype=dtype, memory_format=torch.channels_last if args.channels_last else None)
     if args.sync_bn and args.distributed:
         model = factories.sync_batchnorm(model, device)
+    sparsity = Sparsity(scales, model, weight) if scales is not None else None
     task = job.create_task(args, model, device, dtype)
     args.lr = factories.resolve_lr(args)
     optimizer = factories.optimizer_for(args, task.get_trainable_module())
+    if sparsity is not None:
+        sparsity.attach(optimizer)
     loss_scaler = factories.loss_scaler_for(args, device)
     if args.model_ema and (is_primary(args) or not args.model_ema_force_cpu):
         task.setup_ema(
@@ -481,6 +490,7 @@ def _prepare(args: Namespace, job: Job, hold: ExitStack) -> Run:
         log=None,
         start=start,
         hold=hold,
+        sparsity=sparsity,
     )
     move_schedule(run)
     if not args.experiment:

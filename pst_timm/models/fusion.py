@@ -141,6 +141,12 @@ class PSTModel(AttentionSettings, nn.Module):
         height, width = (-(-side // self.coarse_stride) for side in to_2tuple(img_size))  # every stage rounds up
         return height * width if self.attentions() else 0
 
+    @torch.jit.ignore
+    def unprunable(self) -> List[str]:
+        """Names of the modules that must keep their width: the attention layers, whose heads share it."""
+        attentions = self.attentions()
+        return [name for name, module in self.named_modules() if any(module is attention for attention in attentions)]
+
     # timm's habits
 
     @torch.jit.ignore

@@ -164,6 +164,9 @@ TABLE = [
     bad('teacher-tag', '--kd-model-name resnet18.a1_in2k', 'resnet18.a1_in1k'),
     bad('teacher-without-weights', '--kd-model-name resnet18_pst', 'resnet18_pst'),
     bad('teacher-of-other-classes', '--kd-model-name test_resnet_pst', 'knows 10 classes'),
+    bad('teacher-missing', '--kd-model-name nowhere/last.pth.tar', 'nowhere/last.pth.tar'),
+    bad('teacher-empty', '--kd-model-name start.pth', 'start.pth', EMPTY),
+    bad('teacher-without-an-architecture', '--kd-model-name start.pth', 'does not name a known architecture', PLAIN),
     # balance and hard examples
     bad('sampler-unknown', '--sampler uniform', "got 'uniform'"),
     bad('sampler-of-kept-workers', '--sampler sqrt --use-multi-epochs-loader', '--use-multi-epochs-loader'),

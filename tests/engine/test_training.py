@@ -6,7 +6,8 @@ import timm
 import torch
 from timm.models import load_checkpoint
 
-from pst_timm.checkpoints import create_model
+from pst_timm.checkpoints import create_model, load_model, read_checkpoint
+from pst_timm.checkpoints.folder import save_folder
 from pst_timm.data.loaders import note_workers
 from pst_timm.engine import factories, jobs, train, train_args, transfer
 from pst_timm.engine.jobs import expected_channels, run_title
@@ -316,6 +317,51 @@ def test_unknown_teachers_are_named(run):
         run(kd_model_name='resnet5o')
     with pytest.raises(PSTError, match='Cannot distil from vovnet39a'):
         run(kd_model_name='vovnet39a')  # without published weights
+
+
+@pytest.fixture(scope='module')
+def taught_by(start, images, tmp_path_factory):
+    """The checkpoint of the common start as whatever may hold it: by kind, what --kd-model-name is given."""
+    folder = tmp_path_factory.mktemp('teachers') / 'model'
+    save_folder(load_model(start[0]), folder)
+    return {'file': str(start[0]), 'folder': str(folder), 'name': f'local-dir:{folder}'}
+
+
+def test_a_teacher_comes_from_whatever_holds_a_model(run, start, taught_by):
+    """All of them teach the same, which is what timm's task does with that model."""
+    plain = last_weights(run(seed=1))
+    taught = {kind: last_weights(run(seed=1, kd_model_name=name)) for kind, name in taught_by.items()}
+    assert changed(plain, taught['file'])
+    for weights in taught.values():
+        assert_same_weights(weights, taught['file'])
+
+
+def test_a_distilling_run_goes_on_with_its_teacher(images, tmp_path, taught_by, caplog):
+    args = tiny_train_args(
+        images, tmp_path, epochs=1, sched='constant', kd_model_name=taught_by['file'], kd_distill_type='feature')
+    told = read_checkpoint(train(args).output_dir).recipe
+    assert told['kd_model_name'] == 'last.pth.tar', 'a path of this machine must not be told'
+    with caplog.at_level('WARNING'):
+        prepare(train_args(**dict(vars(args), epochs=2, resume='auto'))).hold.close()
+        assert 'kd-model-name' not in caplog.text
+        prepare(train_args(**dict(vars(args), epochs=2, resume='auto', kd_model_name=taught_by['folder'])))
+    assert f'--kd-model-name {taught_by["folder"]} (was {taught_by["file"]})' in caplog.text
+
+
+def test_a_teacher_in_a_file_is_checked_as_any_other(run, images, tmp_path, taught_by):
+    with pytest.raises(PSTError, match=r'--kd-model-name: there is no checkpoint .*nowhere/last.pth.tar'):
+        run(kd_model_name=str(tmp_path / 'nowhere' / 'last.pth.tar'))
+    with pytest.raises(PSTError, match='there is no checkpoint output/nothing'):
+        run(kd_model_name='output/nothing')
+    for bundled in (create_model('test_resnet_pst', pretrained=True), create_model('test_resnet', num_classes=3)):
+        folder = tmp_path / str(bundled.num_classes)
+        names = None if bundled.num_classes == 10 else ['class1', 'class0', 'class2']
+        save_folder(bundled, folder, names)
+    with pytest.raises(PSTError, match='knows 10 classes, and the data has 3'):
+        run(kd_model_name=str(tmp_path / '10'))
+    with pytest.raises(PSTError, match=r"the teacher .* same classes in another order: class 0 is 'class0'"):
+        run(kd_model_name=str(tmp_path / '3'))
+    prepare(tiny_train_args(images, tmp_path, kd_model_name=str(tmp_path / '10'), kd_distill_type='feature'))
 
 
 FLAGS = [
