@@ -122,6 +122,7 @@ def _create_from_config(name: str, pretrained: bool = False, **kwargs: Any) -> n
 def _create_checked(
         name: str,
         arch: str,
+        /,
         pretrained: bool = False,
         told: Optional[Mapping[str, Any]] = None,
         **kwargs: Any,

@@ -106,6 +106,9 @@ COMMON_ARGS = {
     'exportable': rules.flag,
     'no_jit': rules.flag,
 }
+WIDTH = rules.whole(1, 2 ** 16)
+# of the layers of a pruned model; what it is made of tells how wide each may be at most
+CHANNELS = rules.mapping({}, rules.either(WIDTH, rules.each(WIDTH, 2, 2)))
 # parts of names of arguments that are none of a file's business, whatever a class may mean by them
 NEVER = re.compile(r'(^|_)(path|file|filename|url|dir|cache|cfg|cfgs|pretrained|checkpoint|load|device|dtype|fn)(_|$)')
 
@@ -146,6 +149,8 @@ def check_model_args(
         weights: Optional[Mapping[str, torch.Tensor]] = None,
 ) -> Dict[str, Any]:
     """The arguments of `check_origin`, for an architecture that is known to be one."""
+    if arch == 'pruned':
+        return _check_pruned(source, model_args, weights)
     allowed = dict(COMMON_ARGS)
     if not set(model_args) <= set(allowed):
         tensors = len(weights) if weights else MOST_BLOCKS
@@ -169,6 +174,29 @@ def check_model_args(
                 f'{source}: the model argument {name} must be {e.expected}{got}. If it is right for you, give '
                 f'it yourself (--model-kwargs, or a keyword of load_model).') from None
     return checked
+
+
+def _check_pruned(
+        source: Union[str, PathLike],
+        model_args: Mapping[str, Any],
+        weights: Optional[Mapping[str, torch.Tensor]],
+) -> Dict[str, Any]:
+    """Those of a pruned architecture: its name, the widths of its layers, and what it takes itself."""
+    if not model_args:  # it is the name alone that is asked about
+        return {}
+    plain = model_args.get('arch')
+    if not is_local_arch(plain) or split_model_name_tag(plain) != (plain, '') or plain == 'pruned':
+        raise PSTError(
+            f'{source} does not name the architecture that was pruned (arch: {rules.short(plain)!r}): expected one '
+            f'that is known here, without a tag.')
+    try:
+        channels = rules.at('channels', CHANNELS, model_args.get('channels'))
+    except rules.Unfit as e:
+        raise PSTError(
+            f'{source}: the model argument {".".join(map(rules.short, e.path))} must be {e.expected}'
+            f'{rules.shown(model_args, e.path)}. Prune the model again, or use another file.') from None
+    own = {key: value for key, value in model_args.items() if key not in ('arch', 'channels')}
+    return {**check_model_args(source, plain, own, weights), 'arch': plain, 'channels': channels}
 
 
 @lru_cache(maxsize=64)
@@ -252,7 +280,8 @@ def check_size(
         try:
             with torch.device('meta'):
                 model = timm.create_model(arch, **kwargs)
-            usual = max(_class_of(name)[1] for name in (arch, kwargs.get('trunk')) if is_local_arch(name))
+            names = arch, kwargs.get('trunk'), kwargs.get('arch')
+            usual = max(_class_of(name)[1] for name in names if is_local_arch(name))
         except Exception:
             if not set(kwargs) <= {*COMMON_ARGS, 'pretrained_cfg'}:
                 raise

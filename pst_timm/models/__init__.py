@@ -1,4 +1,5 @@
 """The architectures, registered with timm on import. They know the layers."""
+from . import pruned  # noqa: F401, registered with timm
 from .backbone_pst import BackbonePST, create_pst
 from .fusion import PSTModel
 from .inspection import Inspection, inspect_tokens

@@ -83,6 +83,7 @@ class PSTModel(AttentionSettings, nn.Module):
         self.last_level = self.levels - 1
         self.coarse_stride = c5['reduction']
 
+        self.fused_chs = width
         self.head_skip = head_skip
         skipped = c5['num_chs'] if head_skip else 0
         self.num_features = width + skipped
@@ -146,6 +147,14 @@ class PSTModel(AttentionSettings, nn.Module):
         """Names of the modules that must keep their width: the attention layers, whose heads share it."""
         attentions = self.attentions()
         return [name for name, module in self.named_modules() if any(module is attention for attention in attentions)]
+
+    @torch.jit.ignore
+    def record_widths(self) -> None:
+        """Take the widths of the maps from the layers, some of whose channels were cut."""
+        self.pst.out_chs = self.pst.conv_out.out_channels
+        self.fused_chs = self.fuse_merge.out_channels
+        self.pst.in_chs = self.fuse_down.in_channels - self.pst.out_chs
+        self.pst.upper_chs = self.fuse_merge.in_channels - self.fuse_down.out_channels
 
     # timm's habits
 
@@ -306,7 +315,7 @@ class PSTModel(AttentionSettings, nn.Module):
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Output of `forward_features` to logits (B, num_classes), or to what the classifier reads if `pre_logits`."""
         if self.head_skip:
-            x = torch.cat([self.conv_head(x[:, :self.pst.out_chs]), x[:, self.pst.out_chs:]], dim=1)
+            x = torch.cat([self.conv_head(x[:, :self.fused_chs]), x[:, self.fused_chs:]], dim=1)
         else:
             x = self.conv_head(x)
         x = self.global_pool(x)

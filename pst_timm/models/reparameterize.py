@@ -83,8 +83,9 @@ def _fold_batch_norms(model: nn.Module) -> None:
 
 def _split_concatenations(model: PSTModel) -> None:
     """Give `fuse_down` and `fuse_merge` a convolution for each of their two inputs."""
-    for concat, conv in (('pst_cat', 'fuse_down'), ('merge_cat', 'fuse_merge')):
+    firsts = getattr(model.pst, 'out_chs', 0), getattr(model.fuse_down, 'out_channels', 0)
+    for concat, conv, first in zip(('pst_cat', 'merge_cat'), ('fuse_down', 'fuse_merge'), firsts):
         fused = getattr(model, conv)
-        if isinstance(fused, FusedConvAct):  # a pruned model has none
+        if isinstance(fused, FusedConvAct):  # a model without its last levels has none
             setattr(model, concat, Pair())
-            setattr(model, conv, SplitConvAct(fused, model.pst.out_chs))
+            setattr(model, conv, SplitConvAct(fused, first))
