@@ -8,7 +8,7 @@ from .version import __version__
 
 # the room that each public name comes from; loaded when it is asked for
 _ROOMS = {
-    'BackbonePST': 'models', 'Inspection': 'models', 'PSTModel': 'models', 'ResNetPST': 'models',
+    'BackbonePST': 'models', 'Cascade': 'deploy', 'Inspection': 'models', 'PSTModel': 'models', 'ResNetPST': 'models',
     'TrunkLoad': 'models', 'create_pst': 'models', 'inspect_tokens': 'models', 'reparameterize': 'models',
     'load_model': 'checkpoints', 'load_trunk': 'checkpoints', 'publish': 'hub', 'register_weights': 'hub',
 }

@@ -128,6 +128,10 @@ def _find_file(path: Path) -> Path:
         return found[0]
     if not os.path.lexists(path):
         raise PSTError(f'There is no checkpoint {path}.')
+    if path.suffix == '.json':
+        raise PSTError(
+            f'{path} is not a checkpoint. A cascade is run by pst-timm cascade run, and measured by pst-timm validate; '
+            f'all else takes its stages one by one: name one of them.')
     if path.suffix and not has_weights_ending(path):
         raise PSTError(f'{path} is not a checkpoint: expected {SAFETENSORS}, {", ".join(PICKLES)}, or a folder.')
     return path

@@ -60,21 +60,28 @@ def is_exported(source: os.PathLike) -> bool:
 
 
 def open_source(source: os.PathLike, **kwargs: Any) -> nn.Module:
-    """A model from whatever runs: an exported file, or what `pst_timm.load_model` takes.
+    """A model from whatever runs: an exported file, a cascade, or what `pst_timm.load_model` takes.
 
     Args:
         source: Where it is.
-        kwargs: For `load_model`. An exported model is as it is: it takes none that would change it.
+        kwargs: For `load_model`. An exported model or a cascade is as it is: it takes none that would change it.
 
     Raises:
         PSTError: If it cannot be opened, or not be had as asked for.
     """
-    if not is_exported(source):
+    if is_exported(source):
+        kind, make = 'an exported model', 'export'
+        model = Deployed(*load_exported(source, SUFFIXES[Path(source).suffix]))
+    elif Path(source).suffix == '.json' and os.path.lexists(source):
+        from .cascade import Cascade, CascadeClassifier  # whose stages are opened here
+
+        kind, make = 'a cascade', 'fit'
+        model = CascadeClassifier(Cascade.from_file(source))
+    else:
         return load_model(source, **kwargs)
-    model = Deployed(*load_exported(source, SUFFIXES[Path(source).suffix]))
     same = {'arch': model.pretrained_cfg['architecture'], 'num_classes': model.num_classes, 'pretrained': True}
     for key, value in kwargs.items():
         if value not in (None, False, same.get(key)):
             raise PSTError(
-                f'{source} is an exported model, which stays as it is: leave out {key}={value!r}, or export it so.')
+                f'{source} is {kind}, which stays as it is: leave out {key}={value!r}, or {make} it so.')
     return model.eval()

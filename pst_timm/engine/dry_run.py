@@ -156,11 +156,11 @@ def _try_forward(args: Namespace, model: nn.Module, size: Sequence[int]) -> Sequ
         return 0, 0
     tensors = {id(p): nn.Parameter(torch.empty_like(p, device='meta'), p.requires_grad) for p in model.parameters()}
     tensors.update((id(b), torch.empty_like(b, device='meta')) for b in model.buffers())
-    # the copy shares nothing, and takes no memory
-    empty = copy.deepcopy(model, tensors).eval()
     dtype = next(model.parameters()).dtype
     found = {}
     try:
+        # the copy shares nothing, and takes no memory
+        empty = copy.deepcopy(model, tensors).eval()
         costs = measure_activations(
             lambda: found.update(output=empty(torch.zeros(1, *size, device='meta', dtype=dtype))))
     except Exception:

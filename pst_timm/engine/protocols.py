@@ -5,7 +5,9 @@ No model has to offer any of it; the engine uses the methods that it finds.
 from contextlib import AbstractContextManager
 from typing import Any, Dict, List, Protocol, Sequence, Tuple, runtime_checkable
 
-__all__ = ['Adjustable', 'Prunable', 'TrainStepAware']
+from pst_timm.metrics.base import Metric
+
+__all__ = ['Adjustable', 'Measured', 'Prunable', 'TrainStepAware']
 
 
 class TrainStepAware(Protocol):
@@ -48,3 +50,11 @@ class Prunable(Protocol):
 
     def unprunable(self) -> List[str]:
         """Names of the modules that must stay as wide as they are, on both sides; see `channel_groups`."""
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A model of which an evaluation measures more than of others."""
+
+    def own_metrics(self) -> List[Metric]:
+        """New metrics, which take in each batch right after the model has answered it."""

@@ -38,7 +38,7 @@ from .batches import LabelledImages
 from .dry_run import check_channels, check_input
 from .inference import evaluate
 from .progress import format_metrics
-from .protocols import Adjustable
+from .protocols import Adjustable, Measured
 
 __all__ = ['open_model', 'validate', 'write_results']
 
@@ -231,7 +231,7 @@ def _validate_one(args: Namespace, load: Load) -> List[Results]:
     runnable = runnable if labels is None else _Subset(runnable, labels)
 
     autocast = factories.autocast_for(args, device)
-    run = partial(_evaluate, args, runnable, loader, device, autocast, partial(_metrics, args, dataset))
+    run = partial(_evaluate, args, runnable, loader, device, autocast, partial(_metrics, args, dataset, model))
     facts = dict(
         param_count=round(params / 1e6, 2),
         img_size=data_config['input_size'][-1],
@@ -367,8 +367,8 @@ def _evaluate(
     return results
 
 
-def _metrics(args: Namespace, dataset: Any) -> List[Metric]:
-    metrics: List[Metric] = []
+def _metrics(args: Namespace, dataset: Any, model: nn.Module) -> List[Metric]:
+    metrics = list(model.own_metrics()) if isinstance(model, Measured) else []
     if args.answers:
         metrics.append(Answers())
     if args.calibrate:

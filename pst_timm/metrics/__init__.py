@@ -2,8 +2,10 @@
 from .agreement import Agreement, compare_logits
 from .answers import Answers, pack_answers, unpack_answers
 from .base import Metric
+from .binomial import binomial_tail, binomial_upper, drop_p_value
 from .calibration import Calibration, Refit, calibration_error, fit_temperature, refit_temperature
 from .classification import ClassReport, RealLabels
+from .failure import failure_auroc
 from .intervals import (
     Difference,
     Interval,
@@ -19,7 +21,8 @@ from .intervals import (
 
 __all__ = [
     'Agreement', 'Answers', 'Calibration', 'ClassReport', 'Difference', 'Interval', 'Metric', 'PairedTest',
-    'RealLabels', 'Refit', 'calibration_error', 'compare_logits', 'detectable_difference', 'fit_temperature', 'holm',
-    'image_interval', 'mcnemar', 'mean_and_sd', 'pack_answers', 'paired_difference', 'refit_temperature',
-    'seed_interval', 'unpack_answers',
+    'RealLabels', 'Refit', 'binomial_tail', 'binomial_upper', 'calibration_error', 'compare_logits',
+    'detectable_difference', 'drop_p_value', 'failure_auroc', 'fit_temperature', 'holm', 'image_interval',
+    'mcnemar', 'mean_and_sd', 'pack_answers', 'paired_difference', 'refit_temperature', 'seed_interval',
+    'unpack_answers',
 ]
