@@ -27,6 +27,7 @@ COMMANDS: Dict[str, Command] = {
     'compare': Command('compare', 'whether a new model may replace an old one'),
     'visualize': Command('visualize', 'draw what PST looks at in an image'),
     'export': Command('export', 'write a model for deployment'),
+    'quantize': Command('quantize', 'write a model in int8 or bfloat16, and measure it'),
     'convert': Command('convert', 'training checkpoint to safetensors and back'),
     'publish': Command('publish', 'put a checkpoint on the Hub'),
     'benchmark': Command('benchmark', 'measure models and the attention on this machine'),
