@@ -29,6 +29,7 @@ COMMANDS: Dict[str, Command] = {
     'prune': Command('prune', 'cut channels out of a model, and train what is left'),
     'export': Command('export', 'write a model for deployment'),
     'cascade': Command('cascade', 'a cheap model for most images, a dearer one for those it is not sure of'),
+    'quantize': Command('quantize', 'write a model in int8 or bfloat16, and measure it'),
     'convert': Command('convert', 'training checkpoint to safetensors and back'),
     'publish': Command('publish', 'put a checkpoint on the Hub'),
     'benchmark': Command('benchmark', 'measure models and the attention on this machine'),
