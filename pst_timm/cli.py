@@ -28,6 +28,7 @@ COMMANDS: Dict[str, Command] = {
     'visualize': Command('visualize', 'draw what PST looks at in an image'),
     'export': Command('export', 'write a model for deployment'),
     'cascade': Command('cascade', 'a cheap model for most images, a dearer one for those it is not sure of'),
+    'slim': Command('slim', 'make a model small and fast: prune, fine-tune, quantise, cascade'),
     'convert': Command('convert', 'training checkpoint to safetensors and back'),
     'publish': Command('publish', 'put a checkpoint on the Hub'),
     'benchmark': Command('benchmark', 'measure models and the attention on this machine'),
