@@ -26,6 +26,7 @@ COMMANDS: Dict[str, Command] = {
     'monitor': Command('monitor', 'notice when the images of a model in production have moved'),
     'compare': Command('compare', 'whether a new model may replace an old one'),
     'visualize': Command('visualize', 'draw what PST looks at in an image'),
+    'prune': Command('prune', 'cut channels out of a model, and train what is left'),
     'export': Command('export', 'write a model for deployment'),
     'cascade': Command('cascade', 'a cheap model for most images, a dearer one for those it is not sure of'),
     'slim': Command('slim', 'make a model small and fast: prune, fine-tune, quantise, cascade'),

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -20,7 +20,7 @@ from .runtime import open_source
 
 __all__ = [
     'NOT_MEASURABLE', 'Form', 'Latency', 'compare_latency', 'energy', 'energy_counter', 'in_form', 'make_call',
-    'peak_memory_of']
+    'peak_memory_of', 'time_models']
 
 NOT_MEASURABLE = 'not measurable'
 POWERCAP = Path('/sys/class/powercap')
@@ -83,10 +83,7 @@ def compare_latency(
         warmup: int = 3,
         tick: Callable[[], object] = lambda: None,
 ) -> Dict[str, Latency]:
-    """Time models in turn, each right after an untimed call of itself.
-
-    The threads of some runtimes go on spinning for a while, and each model finds the caches full of the one before:
-    the untimed call takes what is not the model's own.
+    """How fast models are beside one of them, timed in turn, see `time_models`.
 
     Args:
         models: By name, in inference mode.
@@ -100,15 +97,45 @@ def compare_latency(
     Raises:
         ValueError: If there is nothing to time, or no such baseline.
     """
-    if not models or rounds < 1:
-        raise ValueError(f'There is nothing to time: {len(models)} models, {rounds} rounds.')
+    times = time_models(models, input_size, batch_size, rounds, warmup, tick)
     baseline = next(iter(models)) if baseline is None else baseline
     if baseline not in models:
         raise ValueError(f'The baseline must be one of {", ".join(models)}, got {baseline!r}.')
-    calls = {name: make_call(model, input_size, batch_size) for name, model in models.items()}
-    times = time_in_turn(calls, rounds, warmup, tick, lead_in=1)
     return {
         name: Latency(statistics.median(mine), median_ratio(times[baseline], mine)) for name, mine in times.items()}
+
+
+def time_models(
+        models: Mapping[str, Callable[[torch.Tensor], Any]],
+        input_size: Sequence[int],
+        batch_size: int = 1,
+        rounds: int = 30,
+        warmup: int = 3,
+        tick: Callable[[], object] = lambda: None,
+) -> Dict[str, List[float]]:
+    """Time models in turn, each right after an untimed call of itself.
+
+    The threads of some runtimes go on spinning for a while, and each model finds the caches full of the one before:
+    the untimed call takes what is not the model's own.
+
+    Args:
+        models: By name, in inference mode.
+        input_size: Channels, height and width of the images.
+        batch_size: Images of a batch.
+        rounds: Timed calls of each.
+        warmup: Rounds before the timed ones.
+        tick: Called after each round, for a progress bar.
+
+    Returns:
+        Seconds of every timed call, by name, in order.
+
+    Raises:
+        ValueError: If there is nothing to time.
+    """
+    if not models or rounds < 1:
+        raise ValueError(f'There is nothing to time: {len(models)} models, {rounds} rounds.')
+    calls = {name: make_call(model, input_size, batch_size) for name, model in models.items()}
+    return time_in_turn(calls, rounds, warmup, tick, lead_in=1)
 
 
 # memory
