@@ -28,6 +28,7 @@ COMMANDS: Dict[str, Command] = {
     'visualize': Command('visualize', 'draw what PST looks at in an image'),
     'prune': Command('prune', 'cut channels out of a model, and train what is left'),
     'export': Command('export', 'write a model for deployment'),
+    'quantize': Command('quantize', 'write a model in int8 or bfloat16, and measure it'),
     'cascade': Command('cascade', 'a cheap model for most images, a dearer one for those it is not sure of'),
     'slim': Command('slim', 'make a model small and fast: prune, fine-tune, quantise, cascade'),
     'convert': Command('convert', 'training checkpoint to safetensors and back'),
