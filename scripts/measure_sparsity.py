@@ -16,13 +16,12 @@ from typing import Any, Dict, List, Optional, Sequence
 import timm
 import torch
 import torch.nn as nn
-from timm.data import resolve_data_config
 
 from pst_timm.checkpoints import load_model
 from pst_timm.checkpoints.folder import save_folder
 from pst_timm.deploy.finetune import finetune
-from pst_timm.deploy.held_out import training_batches
 from pst_timm.deploy.prune import prune
+from pst_timm.deploy.prune_folder import training_batches
 from pst_timm.engine import train, train_args, validate, validate_args
 from pst_timm.utils.cost import count_gmacs
 from pst_timm.utils.devices import hardware_name
@@ -37,6 +36,11 @@ WEIGHTS = (0., 3e-3, 1e-2)
 RATIOS = (0.5, 0.7)
 SEEDS = (0, 1)
 ROUND_TO, IMAGES = 8, 256
+CUTS: Dict[str, Dict[str, str]] = {
+    'l2, uniform': dict(importance='l2', scope='uniform'),
+    'l2, global': dict(importance='l2', scope='global'),
+    'bn, global': dict(importance='bn', scope='global'),
+}
 RECIPE: Dict[str, Any] = dict(
     img_size=SIZE, crop_pct=1., interpolation='bilinear', batch_size=64, opt='sgd', weight_decay=1e-4,
     sched_on_updates=True, smoothing=0.1, scale=[0.35, 1.], color_jitter=0., train_interpolation='bilinear', amp=True,
@@ -66,7 +70,7 @@ def accuracy(model: nn.Module, data: Path, split: str) -> float:
 def measure(data: Path, work: Path, split: str) -> List[Dict[str, Any]]:
     """A row for each weight, seed and ratio: multiply-adds that are left, and accuracy (%) whole, cut, and tuned.
 
-    Nothing is chosen: models are cut by both importances, and tuned where that was the default one.
+    Nothing is chosen: models are cut in all the ways of `CUTS`, and tuned after the first of them, the default one.
     """
     rows = []
     for seed in SEEDS:
@@ -74,18 +78,19 @@ def measure(data: Path, work: Path, split: str) -> List[Dict[str, Any]]:
             model = load_model(train_one(data, work, weight, seed))
             whole = dict(weight=weight, seed=seed, whole=accuracy(model, data, split))
             gmacs = count_gmacs(model, (3, SIZE, SIZE))
-            batches = training_batches(str(data), 'train', resolve_data_config({}, model=model), IMAGES)
+            batches = training_batches(model, MODEL, dict(data_dir=str(data)), IMAGES)
             for ratio in RATIOS:
-                cut, by_norms = (
-                    prune(model, ratio, importance, round_to=ROUND_TO, images=batches) for importance in ('l2', 'bn'))
+                cut = {
+                    name: prune(model, ratio, **how, round_to=ROUND_TO, images=batches) for name, how in CUTS.items()}
+                first = next(iter(cut.values()))
                 folder = work / f'cut-{weight:g}-{seed}-{ratio:g}'
-                save_folder(cut, folder)
+                save_folder(first, folder)
                 tuned = finetune(
                     folder, dict(data_dir=str(data)), work=work / f'tuned-{weight:g}-{seed}-{ratio:g}', **RECIPE,
                     epochs=TUNED, lr=0.02, seed=seed)
                 rows.append(dict(
-                    whole, ratio=ratio, left=count_gmacs(cut, (3, SIZE, SIZE)) / gmacs,
-                    cut=accuracy(cut, data, split), by_norms=accuracy(by_norms, data, split),
+                    whole, ratio=ratio, left=count_gmacs(first, (3, SIZE, SIZE)) / gmacs,
+                    cut={name: accuracy(smaller, data, split) for name, smaller in cut.items()},
                     tuned=accuracy(load_model(tuned), data, split)))
     return rows
 
@@ -103,9 +108,8 @@ def summary(rows: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
                 'multiply-adds removed': f'{100 * (1 - statistics.mean(row["left"] for row in same)):.0f}%',
                 'sparsity weight': f'{weight:g}',
                 'before': told([row['whole'] for row in same]),
-                'pruned by l2': told([row['cut'] for row in same]),
-                'pruned by bn': told([row['by_norms'] for row in same]),
-                f'by l2, then {TUNED} epochs': told([row['tuned'] for row in same])})
+                **{name: told([row['cut'][name] for row in same]) for name in CUTS},
+                f'{next(iter(CUTS))}, then {TUNED} epochs': told([row['tuned'] for row in same])})
     return table
 
 
@@ -115,8 +119,8 @@ def setting(data: Path, split: str) -> str:
     return (
         f'Top-1 in percent on {images:,} photographs of five classes of flowers, after training on {train_images:,}: '
         f'`{MODEL}` from scratch at {SIZE} px, {EPOCHS} epochs of SGD with the sparsity weight (0: without), then '
-        f'channels cut (`--importance l2` or `bn`, widths in multiples of {ROUND_TO}), batch-norm statistics estimated '
-        f'again on {IMAGES} training images, then {TUNED} epochs of fine-tuning without the penalty; mean over seeds '
+        f'channels cut by `pst-timm prune` (widths in multiples of {ROUND_TO}), batch-norm statistics estimated again '
+        f'on {IMAGES} training images, then {TUNED} epochs of fine-tuning without the penalty; mean over seeds '
         f'{" and ".join(map(str, SEEDS))} (lowest to highest), the last epoch of every run; '
         f'{hardware_name(torch.device("cpu"))}, bfloat16; torch {torch.__version__}, timm {timm.__version__}')
 

@@ -2,22 +2,18 @@
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, List, Mapping, Tuple
 
 import numpy as np
-import torch
 from timm.data import ImageDataset
 
 from pst_timm.data.datasets import class_names, create_eval_dataset
-from pst_timm.data.loaders import checked_batches, create_eval_loader
 from pst_timm.data.readers import FolderReader
 from pst_timm.data.sampling import labels_of
 from pst_timm.data.scores import stratified_folds
 from pst_timm.engine import validate_args
-from pst_timm.engine.factories import init_device
 from pst_timm.utils.errors import PSTError
 
-__all__ = ['HELD', 'REST', 'set_aside', 'training_batches']
+__all__ = ['HELD', 'REST', 'set_aside']
 
 REST, HELD = 'train', 'held'
 
@@ -62,37 +58,3 @@ def set_aside(data_dir: str, split: str, folder: Path, share: float = 0.2, seed:
     except OSError as e:
         raise PSTError(f'Cannot write to {place} ({e.strerror or e}): choose another --output.') from e
     return place
-
-
-def training_batches(
-        data_dir: str,
-        split: str,
-        config: Mapping[str, Any],
-        images: int,
-        batch_size: int = 64,
-        workers: int = 0,
-        seed: int = 0,
-) -> List[Tuple[torch.Tensor, torch.Tensor]]:
-    """Some images of a folder of class folders, prepared as at inference, with their labels.
-
-    Args:
-        data_dir: Folder with the splits.
-        split: The split.
-        config: Preprocessing, from `timm.data.resolve_data_config`.
-        images: How many, all if there are not so many.
-        batch_size: Images of a batch.
-        workers: Processes that read them, 0 for this one.
-        seed: Seed of the draw.
-
-    Returns:
-        Images (B, C, H, W) and labels (B,), in batches.
-    """
-    args = validate_args(
-        data_dir=data_dir, split=split, batch_size=batch_size, workers=workers, device='cpu', no_prefetcher=True,
-        in_chans=config['input_size'][0])
-    init_device(args)
-    dataset = create_eval_dataset(args, split, None)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    dataset.reader.samples = [dataset.reader.samples[i] for i in sorted(order[:images].tolist())]
-    loader = create_eval_loader(args, dataset, config, batch_size, torch.float32)
-    return [(batch, labels) for batch, labels in checked_batches(loader)]

@@ -4,12 +4,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import timm
-import torch
-from timm.data import create_transform, resolve_data_config
 
-from pst_timm.data.images import open_image
-from pst_timm.deploy.held_out import HELD, REST, set_aside, training_batches
+from pst_timm.deploy.held_out import HELD, REST, set_aside
 from pst_timm.utils.errors import PSTError
 from tests.engine.helpers import write_images
 
@@ -47,19 +43,3 @@ def test_what_cannot_be_set_aside_is_said(tmp_path, images):
     (tmp_path / 'file').write_text('')
     with pytest.raises(PSTError, match='Cannot write to'):
         set_aside(str(images), 'train', tmp_path / 'file')
-
-
-def test_batches_are_images_as_the_model_sees_them(images):
-    config = resolve_data_config({}, model=timm.create_model('test_resnet_pst'))
-    found = training_batches(str(images), 'train', config, 18, batch_size=8)
-    assert [len(labels) for _, labels in found] == [8, 8, 2]
-    transform = create_transform(**config)
-    known = {
-        label: [transform(open_image(path, 'RGB')) for path in (images / 'train' / f'class{label}').iterdir()]
-        for label in range(3)}
-    for batch, labels in found:
-        for image, label in zip(batch, labels.tolist()):
-            assert any(torch.equal(image, other) for other in known[label])
-    assert len({label for _, labels in found for label in labels.tolist()}) == 3, 'drawn from all'
-    again, other = (training_batches(str(images), 'train', config, 18, 32, seed=seed)[0][0] for seed in (0, 1))
-    assert torch.equal(again, torch.cat([batch for batch, _ in found])) and not torch.equal(again, other)
