@@ -55,6 +55,7 @@ PART = 0.2  # of a training split
 LOWEST, HIGHEST = 0.05, 20.  # temperatures beyond these are those of images that are all right, or none
 MOST_CUTS = 200  # thresholds of a stage that are tried
 MOST_CANDIDATES = 50  # that are tested for a guarantee
+MOST_POINTS = 41  # of a curve
 
 
 class Goal(NamedTuple):
@@ -116,7 +117,9 @@ class Fit(NamedTuple):
     singles: List[Measured]
     """Every stage alone, on the same images."""
     curve: List[Tuple[float, float]]
-    """Cost and accuracy in percent of the cascades worth having, on the images that chose the thresholds."""
+    """Cost and accuracy in percent on these images from none passed on to all, with one threshold for all stages."""
+    candidates: List[Tuple[float, float]]
+    """The same of the thresholds that were to choose from, the cheapest first."""
     images: int
     plot: Optional[Path]
 
@@ -455,8 +458,11 @@ def fit(
         _logger.warning(f'The stages cost {told} {COSTS[cost]}: name the cheapest one first, or nothing is saved.')
     data = measure_stages(cascade, samples, place, batch_size, workers)
     goal = Goal(max_cost * costs[-1] if max_cost is not None and relative else max_cost, max_drop)
-    route, reported, curve = _fit_thresholds(cascade, data, goal, seed)
+    route, reported, routes = _fit_thresholds(cascade, data, goal, seed)
     confidence, right = _answers(cascade, reported)
+    candidates = sorted(_point(confidence, right, other.thresholds, costs) for other in routes)
+    sweep = [threshold for _, threshold in _cuts(np.sort(confidence[0]), MOST_POINTS)]
+    curve = [_point(confidence, right, [threshold] * (len(stages) - 1), costs) for threshold in sweep]
     answer, _ = answered_right(confidence, right, route.thresholds)
     measured = _measured(_final_confidence(confidence, route.thresholds), answer, route.cost(costs))
     singles = [_measured(c, r, value) for c, r, value in zip(confidence, right, costs)]
@@ -465,18 +471,19 @@ def fit(
         'split': split, 'images': count, 'seed': seed, 'goal': {k: v for k, v in goal._asdict().items() if v},
         'measured_on': len(reported.labels), 'cascade': measured._asdict(),
         'stages': [{'model': stage.name, **single._asdict()} for stage, single in zip(stages, singles)],
-        'curve': [list(point) for point in curve]}
+        'curve': [list(point) for point in curve], 'candidates': [list(point) for point in candidates]}
     if max_drop is not None:
         cascade.facts['guaranteed'] = {
             'max_drop': max_drop, 'level': LEVEL, 'below': 'the last stage alone', 'images': len(reported.labels)}
     if picture is not None:
         draw_curve(
-            picture, curve, [(stage.name, stage.input_size, single) for stage, single in zip(stages, singles)],
+            picture, curve, candidates, [(stage.name, stage.input_size, single) for stage, single in zip(stages, singles)],
             measured, COSTS[cost])
     for model, home in zip(whole, homes):
         home.write(model)
     write_text(output, write_cascade(cascade, [home.told for home in homes]))
-    return Fit(output, cascade, goal, route, measured, singles, curve, len(reported.labels), picture)
+    return Fit(
+        output, cascade, goal, route, measured, singles, curve, candidates, len(reported.labels), picture)
 
 
 def _one_each(values: Optional[Sequence[int]], count: int, flag: str) -> List[Optional[int]]:
@@ -513,12 +520,27 @@ def _say_what_it_takes(split: str, images: int, max_drop: Optional[float]) -> No
             f'--max-drop, or a --max-cost.')
 
 
-def _fit_thresholds(cascade: Cascade, data: HeldOut, goal: Goal, seed: int) -> Tuple[
-        Route, HeldOut, List[Tuple[float, float]]]:
+def _point(
+        confidence: np.ndarray,
+        right: np.ndarray,
+        thresholds: Sequence[float],
+        costs: Sequence[float],
+) -> Tuple[float, float]:
+    """Mean cost, and accuracy in percent."""
+    answer, reached = answered_right(confidence, right, thresholds)
+    return Route(tuple(thresholds), int(answer.sum()), reached).cost(costs), 100 * float(answer.mean())
+
+
+def _fit_thresholds(
+        cascade: Cascade,
+        data: HeldOut,
+        goal: Goal,
+        seed: int,
+) -> Tuple[Route, HeldOut, List[Route]]:
     """Set temperatures and thresholds of a cascade.
 
     Returns:
-        The route on the images to report on, these images, and the curve of the images that chose.
+        The route on the images to report on, these images, and all routes that were to choose from.
 
     Raises:
         PSTError: If the goal cannot be reached.
@@ -548,8 +570,7 @@ def _fit_thresholds(cascade: Cascade, data: HeldOut, goal: Goal, seed: int) -> T
     for stage, threshold, saw, passed in zip(stages, route.thresholds, reached, reached[1:]):
         stage.threshold, stage.reached, stage.passed = threshold, saw, passed
     stages[-1].threshold, stages[-1].reached, stages[-1].passed = 0., reached[-1], 0
-    total = len(chosen_on.labels)
-    return route, reported, [(r.cost(costs), 100 * r.right / total) for r in routes]
+    return route, reported, routes
 
 
 def _answers(cascade: Cascade, data: HeldOut) -> Tuple[np.ndarray, np.ndarray]:

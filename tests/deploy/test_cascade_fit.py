@@ -205,7 +205,11 @@ def test_what_was_fitted_is_what_runs(place, fitted):
         assert stage.temperature == pytest.approx(min(fit_temperature(logits.double(), labels), HIGHEST), rel=1e-4)
         accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
         assert single['accuracy'] == pytest.approx(100 * accuracy)
-    assert max(a for _, a in told['curve']) >= max(s['accuracy'] for s in told['stages'])
+    costs = [cost for cost, _ in told['curve']]
+    alone = [(stage['cost'], stage['accuracy']) for stage in told['stages']]
+    assert costs == sorted(costs) and told['curve'][0] == pytest.approx(alone[0])
+    assert told['curve'][-1] == pytest.approx((alone[0][0] + alone[1][0], alone[1][1]))
+    assert [told['cascade'][key] for key in ('cost', 'accuracy')] in told['candidates']
 
 
 def test_three_stages_and_copies_of_those_that_are_elsewhere(place, tmp_path, capsys):
