@@ -264,6 +264,11 @@ def audit(source, data, place):
     return main(['audit', str(source), '--data-dir', str(data), '--device', 'cpu', '-o', str(place.work / 'audit')])
 
 
+def slim(source, data, place):
+    return main(['slim', str(source), '--data-dir', str(data), '-o', str(place.work / 'slim'), '--', '--epochs', '1',
+                 '--device', 'cpu', '--workers', '0'])
+
+
 def monitor_fit(source, data, place):
     return main(['monitor', 'fit', str(source), '--data-dir', str(data), '--device', 'cpu', '--overwrite', '-o',
                  str(place.work / 'reference.safetensors')])
@@ -353,10 +358,10 @@ def register_weights(source, data, place):
 
 DOORS = (
     train_resume, train_initial_checkpoint, train_trunk_checkpoint, train_pretrained_path, train_from_a_folder,
-    train_teacher, train_teacher_in_a_file, validate, publish, convert, export, visualize, benchmark, predict, compare,
-    recalibrate, audit, monitor_fit, monitor_check, study, load_the_model, load_a_folder, architecture_from_a_folder,
-    load_the_trunk, load_the_trunk_of_a_folder, load_an_export, register_weights, detect_train_resume, detect_validate,
-    detect_predict, open_the_detector, begin_with_a_detector)
+    train_teacher, train_teacher_in_a_file, validate, publish, convert, export, visualize, benchmark, predict,
+    compare, slim, recalibrate, audit, monitor_fit, monitor_check, study, load_the_model, load_a_folder,
+    architecture_from_a_folder, load_the_trunk, load_the_trunk_of_a_folder, load_an_export, register_weights,
+    detect_train_resume, detect_validate, detect_predict, open_the_detector, begin_with_a_detector)
 
 
 @pytest.mark.parametrize('door', DOORS, ids=lambda door: door.__name__)

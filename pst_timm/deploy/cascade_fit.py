@@ -44,7 +44,7 @@ from .runtime import Deployed, is_exported
 
 __all__ = [
     'LEVEL', 'Fit', 'Goal', 'HeldOut', 'Measured', 'Route', 'answered_right', 'certify', 'choose', 'fit', 'frontier',
-    'measure_stages', 'stage_costs',
+    'measure_stages', 'open_images', 'stage_costs',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -326,7 +326,7 @@ def stage_costs(
     return [1000 * statistics.median(mine) / batch_size for mine in times.values()]
 
 
-def _open_images(cascade: Cascade, data_dir: str, split: str, part: Optional[float], seed: int) -> Samples:
+def open_images(cascade: Cascade, data_dir: str, split: str, part: Optional[float], seed: int) -> Samples:
     """The held-out images: a split, or a seeded part of it."""
     channels = cascade.input_size[0]
     if channels not in (1, 3):
@@ -441,7 +441,7 @@ def fit(
         for source, size, k in zip(sources, sizes, ks)]
     cascade = Cascade(stages, cost)
     homes = [Home(output, i, stage, overwrite) for i, stage in enumerate(stages)]
-    samples = _open_images(cascade, data_dir, split, part, seed)
+    samples = open_images(cascade, data_dir, split, part, seed)
     _say_what_it_takes(split, len(samples), max_drop)
     whole = [copy.deepcopy(stage.model) if home.copy else None for stage, home in zip(stages, homes)]
     cascade.fold([reparam and not isinstance(stage.model, Deployed) for stage in stages])

@@ -19,7 +19,7 @@ from pst_timm.utils.onnx_file import METADATA, onnx_bytes
 
 from .loading import load_exported
 
-__all__ = ['FORMATS', 'check_export', 'export', 'tolerance']
+__all__ = ['FORMATS', 'check_export', 'export', 'metadata', 'serialized', 'tolerance']
 
 FORMATS = {'onnx': '.onnx', 'torchscript': '.pt', 'exported-program': '.pt2'}
 MIN_SIDE = 33  # below, the last stage has one row or column, which torch.export treats as a case of its own
@@ -108,13 +108,13 @@ def export(
             3: torch.export.Dim('width', min=MIN_SIDE, max=16384),
         },)
     with torch.no_grad():
-        data = _serialized(model, x, format, shapes, info)
+        data = serialized(model, x, format, shapes, info)
     # the native writers abort the process, or leave half a file, where the disk is full
     write_whole(path, lambda name: Path(name).write_bytes(data))
     return model
 
 
-def _serialized(
+def serialized(
         model: nn.Module,
         x: torch.Tensor,
         format: str,

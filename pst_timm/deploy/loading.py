@@ -20,7 +20,9 @@ import torch
 from pst_timm.checkpoints.reading import check_archive
 from pst_timm.checkpoints.trust import check_ordinary
 from pst_timm.utils.errors import PSTError
-from pst_timm.utils.onnx_file import METADATA
+from pst_timm.utils.onnx_file import METADATA, onnx_session
+
+from .openvino import open_ir
 
 __all__ = ['load_exported']
 
@@ -91,25 +93,25 @@ def load_exported(path: os.PathLike, format: str) -> Tuple[Callable[[torch.Tenso
     Args:
         path: The file; it may be a stranger's. Nothing but tensor operations can come of it: what would unpickle, call
             Python, read or write another file is refused before it is opened. A program may still compute for long.
-        format: 'onnx', 'torchscript' or 'exported-program'.
+        format: 'onnx', 'torchscript', 'exported-program' or 'openvino', whose weights are beside its graph.
 
     Returns:
-        A function of a batch of images, and the metadata.
+        A function of a batch of images, and the metadata, of which `runtime.Deployed` can be made.
 
     Raises:
         PSTError: If the file cannot be read, is none that `export` writes, or holds more than that.
     """
-    data = _read(Path(path))
-    openers = {'onnx': _open_onnx, 'torchscript': _open_script, 'exported-program': _open_program}
-    if format not in openers:
-        raise PSTError(f'format must be one of {", ".join(openers)}, got {format!r}.')
+    if format not in OPENERS:
+        raise PSTError(f'format must be one of {", ".join(OPENERS)}, got {format!r}.')
+    opener, endings, extra = OPENERS[format]
+    data = [_read(Path(path).with_suffix(ending) if ending else Path(path)) for ending in endings]
     try:
-        run, info = openers[format](data)
+        run, info = opener(*data)
         info = json.loads(info)
     except PSTError as e:
         raise PSTError(f'{path} is refused: {e} Nothing in it was run. Export the model again.') from None
     except ImportError as e:
-        raise PSTError(f"{path} cannot be opened ({e}): pip install 'pst_timm[export]'.") from None
+        raise PSTError(f"{path} cannot be opened ({e}): pip install 'pst_timm[{extra}]'.") from None
     except Exception as e:  # whatever torch and ONNX Runtime make of a damaged file
         raise PSTError(
             f'{path} cannot be read as {format}: it is damaged, or pst-timm export did not write it '
@@ -139,16 +141,17 @@ def _refuse(what: str) -> NoReturn:
 
 def _open_onnx(data: bytes) -> Tuple[Callable[[torch.Tensor], torch.Tensor], str]:
     import onnx
-    import onnxruntime
+    import onnxruntime  # noqa: F401, what is missing is told of before the file is
 
     model = onnx.load_model_from_string(data)
-    if any(isinstance(part, onnx.TensorProto) and (part.external_data or part.data_location) for part in _parts(model)):
-        _refuse('weights that are to be read from another file')
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # beside torch, it takes as many as torch
-    session = onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
-    info = session.get_modelmeta().custom_metadata_map[METADATA]
-    return lambda x: torch.from_numpy(session.run(None, {'image': x.numpy()})[0]), info
+    own = {'', 'ai.onnx', *(function.domain for function in model.functions)}
+    for part in _parts(model):
+        if isinstance(part, onnx.TensorProto) and (part.external_data or part.data_location):
+            _refuse('weights that are to be read from another file')
+        if isinstance(part, onnx.NodeProto) and part.domain not in own:
+            _refuse(f'an operator {part.op_type[:80]!r} of {part.domain[:80]!r}')
+    run, found = onnx_session(data)
+    return run, found[METADATA]
 
 
 def _parts(message: Any) -> Iterator[Any]:
@@ -411,3 +414,12 @@ def _is_tree(tree: Any) -> bool:
     keys = json.loads(tree['context'] or 'null') or ()
     named = all(isinstance(key, str) and NAME.fullmatch(key) for key in keys)
     return tree['type'] in TREES and named and all(map(_is_tree, tree['children_spec']))
+
+
+# what opens each format, the endings of its files ('' for that of the path), and the extra that it takes
+OPENERS = {
+    'onnx': (_open_onnx, ('',), 'export'),
+    'torchscript': (_open_script, ('',), 'export'),
+    'exported-program': (_open_program, ('',), 'export'),
+    'openvino': (open_ir, ('', '.bin'), 'openvino'),
+}

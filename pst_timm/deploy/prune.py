@@ -1,51 +1,39 @@
 """Structured pruning: whole channels cut out of a model, so that it computes less on any processor.
 
-What is cut is what matters least (`importance_of`), as much of it as gives the share of multiply-adds that was asked
+What is cut is what matters least (`score_channels`), as much of it as gives the share of multiply-adds that was asked
 for, counted on the model that results. The channels that can be cut, and which of them hang together, are those of
 `utils.channels`; the result is the architecture `pruned` (`models.pruned`), an ordinary model for all that follows.
 """
 import copy
 import logging
 import math
-from contextlib import contextmanager, nullcontext
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.models import get_model_input_config
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pst_timm.models.pruned import Kept, cut, layer_of, measured, record_cut, settle, tensors_of, width_of
-from pst_timm.utils.channels import Group, Member, channel_groups
 from pst_timm.utils.cost import count_gmacs
 from pst_timm.utils.errors import PSTError
 
-__all__ = ['IMPORTANCES', 'SCOPES', 'Batch', 'prune', 'prune_to_latency', 'reestimate_norms']
+from .importance import IMPORTANCES, Batch, Scored, score_channels
+
+__all__ = ['BY', 'SCOPES', 'prune', 'ratio_for_latency', 'reestimate_norms']
 
 _logger = logging.getLogger(__name__)
 
-IMPORTANCES = ('l2', 'bn', 'taylor')
 SCOPES = ('global', 'uniform')
+BY = ('macs', 'channels')
 LEAST_SHARE = 0.1  # of the channels of a layer that stay in any case: an empty layer would cut the network in two
 SEARCH_STEPS = 12
 LATENCY_STEPS = 5
 LATENCY_ROUNDS = 20
 TOLERANCE = 1e-3  # of the largest output, between what is cut and what is masked
 
-Batch = Tuple[torch.Tensor, torch.Tensor]
-"""Images (B, channels, height, width), prepared for the model, and their labels (B,)."""
 Plan = List[torch.Tensor]
 """For each group, which of its units stay (units,)."""
-
-
-class _Unit(NamedTuple):
-    """A group and what is known of it."""
-    group: Group
-    scores: torch.Tensor
-    """How much each unit matters (units,)."""
-    size: int
-    """Channels of a unit, in the layer where it has the most."""
 
 
 def prune(
@@ -100,7 +88,7 @@ def prune(
     return model.eval()
 
 
-def prune_to_latency(
+def ratio_for_latency(
         model: nn.Module,
         share: Optional[float] = None,
         milliseconds: Optional[float] = None,
@@ -174,7 +162,7 @@ def _check_options(
     if not 0 < ratio < 1:
         raise ValueError(f'ratio is the share to remove, between 0 and 1; got {ratio!r}.')
     for name, value, choices in (
-            ('importance', importance, IMPORTANCES), ('scope', scope, SCOPES), ('by', by, ('macs', 'channels'))):
+            ('importance', importance, IMPORTANCES), ('scope', scope, SCOPES), ('by', by, BY)):
         if value not in choices:
             raise ValueError(f'{name} must be one of {", ".join(choices)}, got {value!r}.')
     if importance == 'taylor' and not images:
@@ -194,7 +182,7 @@ def _prune_once(
         by: str,
 ) -> nn.Module:
     """One step of `prune`."""
-    units = _units(model, importance, images)
+    units = score_channels(model, importance, images)
     plan = _plan_for(model, units, share, scope, round_to, by)
     kept = _kept(model, units, plan)
     smaller = copy.deepcopy(model).eval()
@@ -211,105 +199,11 @@ def _prune_once(
     return smaller.eval()
 
 
-# what matters
-
-@contextmanager
-def _plainest(model: nn.Module) -> Iterator[None]:
-    """A model with its attention as it can be followed."""
-    settings = model.sweep_settings([0]) if hasattr(model, 'sweep_settings') else []
-    with model.with_settings(**settings[0]) if settings else nullcontext():
-        yield
-
-
-def _units(model: nn.Module, importance: str, images: Optional[Sequence[Batch]]) -> List[_Unit]:
-    """The groups of a model that can be cut, with scores."""
-    twin = copy.deepcopy(model).eval()
-    if hasattr(twin, 'set_grad_checkpointing'):
-        twin.set_grad_checkpointing(False)  # it would hide the graph
-    keep = twin.unprunable() if hasattr(twin, 'unprunable') else ()
-    size = get_model_input_config(model)['input_size']
-    with _plainest(twin):
-        groups = channel_groups(twin, torch.empty(1, *size), keep)
-    if not groups:
-        raise PSTError(f'{type(model).__name__} has no channels that can be cut.')
-    if importance == 'taylor':
-        scores = _taylor(twin, groups, images)
-    else:
-        scores = [_l2(twin, group) for group in groups]
-        if importance == 'bn':
-            scores = _with_norms(twin, groups, scores)
-    return [
-        _Unit(group, score, max(m.indices.shape[1] for m in group.members)) for group, score in zip(groups, scores)]
-
-
-def _weights(model: nn.Module, group: Group) -> Iterator[Tuple[Member, nn.Parameter, int]]:
-    """The weights of a group, without biases and statistics, and which of their dimensions is the channels."""
-    for member in group.members:
-        for key, tensor, dim in tensors_of(model, member.name, member.side):
-            if isinstance(tensor, nn.Parameter) and not key.endswith('.bias'):
-                yield member, tensor, dim
-
-
-def _per_unit(tensor: torch.Tensor, dim: int, indices: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that belongs to each unit (units, numbers)."""
-    rows = tensor.movedim(dim, 0).flatten(1) if tensor.ndim > 1 else tensor.unsqueeze(1)
-    return rows[indices.to(rows.device)].flatten(1)
-
-
-@torch.no_grad()
-def _l2(model: nn.Module, group: Group) -> torch.Tensor:
-    """The size of the weights of each unit, relative to the mean of its group: layers differ in their sizes."""
-    total = torch.zeros(group.units)
-    for member, tensor, dim in _weights(model, group):
-        sizes = _per_unit(tensor, dim, member.indices).float().square().sum(1).cpu()
-        total += sizes / sizes.mean().clamp(min=1e-12)
-    score = total.sqrt()
-    return score / score.mean().clamp(min=1e-12)
-
-
-@torch.no_grad()
-def _with_norms(model: nn.Module, groups: Sequence[Group], others: Sequence[torch.Tensor]) -> List[torch.Tensor]:
-    """The scales of the batch norms of each unit; for groups without any the other scores, brought to their size."""
-    modules = dict(model.named_modules())
-    found: List[Optional[torch.Tensor]] = []
-    for group in groups:
-        squares = [
-            modules[m.name].weight.float().square()[m.indices].mean(1).cpu()
-            for m in group.members
-            if isinstance(modules.get(m.name), _BatchNorm) and modules[m.name].weight is not None]
-        found.append(torch.stack(squares).mean(0).sqrt() if squares else None)
-    there = [score for score in found if score is not None]
-    if not there:
-        raise PSTError(
-            f"{type(model).__name__} has no batch norms whose scales could tell what matters: choose 'l2' or 'taylor'.")
-    usual = torch.cat(there).median()
-    return [other * usual if score is None else score for score, other in zip(found, others)]
-
-
-def _taylor(model: nn.Module, groups: Sequence[Group], images: Sequence[Batch]) -> List[torch.Tensor]:
-    """The squared change of the loss, to the first order, if a unit were not there; mean over the batches."""
-    model.requires_grad_(True)
-    totals = [torch.zeros(group.units) for group in groups]
-    for batch, labels in images:
-        model.zero_grad(set_to_none=True)
-        with torch.enable_grad():
-            F.cross_entropy(model(batch.to(next(model.parameters()))), labels).backward()
-        with torch.no_grad():
-            for group, total in zip(groups, totals):
-                change = torch.zeros(group.units)
-                for member, tensor, dim in _weights(model, group):
-                    # what makes the channel: the same change again is in what reads it
-                    if member.side == 'out' and tensor.grad is not None:
-                        change += _per_unit(tensor * tensor.grad, dim, member.indices).float().sum(1).cpu()
-                total += change.square()
-    return [(total / len(images)).sqrt() for total in totals]
-
-
 # how much of it
 
 def _plan_for(
         model: nn.Module,
-        units: Sequence[_Unit],
+        units: Sequence[Scored],
         share: float,
         scope: str,
         round_to: int,
@@ -347,7 +241,7 @@ def _plan_for(
     return [enough[i] if i in differing[:first] else less[i] for i in range(len(units))]
 
 
-def _plan(units: Sequence[_Unit], level: float, scope: str, round_to: int) -> Plan:
+def _plan(units: Sequence[Scored], level: float, scope: str, round_to: int) -> Plan:
     """Which units stay if so much of all goes, from 0 to 1."""
     if scope == 'global':
         scores = torch.cat([unit.scores.repeat_interleave(unit.size) for unit in units]).sort().values
@@ -363,7 +257,7 @@ def _plan(units: Sequence[_Unit], level: float, scope: str, round_to: int) -> Pl
     return plan
 
 
-def _rounded(number: int, unit: _Unit, round_to: int) -> int:
+def _rounded(number: int, unit: Scored, round_to: int) -> int:
     """The nearest number of units whose channels are a multiple of a number; all of them where there is none."""
     every = round_to // math.gcd(round_to, unit.size)  # units that make a multiple
     total = unit.group.units
@@ -372,7 +266,7 @@ def _rounded(number: int, unit: _Unit, round_to: int) -> int:
     return nearest if nearest < total else total
 
 
-def _kept(model: nn.Module, units: Sequence[_Unit], plan: Plan) -> Dict[str, Kept]:
+def _kept(model: nn.Module, units: Sequence[Scored], plan: Plan) -> Dict[str, Kept]:
     """What each layer keeps by a plan."""
     gone: Dict[Tuple[str, str], List[torch.Tensor]] = {}
     for unit, keep in zip(units, plan):

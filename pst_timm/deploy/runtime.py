@@ -13,7 +13,7 @@ from .loading import load_exported
 
 __all__ = ['Deployed', 'is_exported', 'open_source']
 
-SUFFIXES = {'.onnx': 'onnx', '.pt2': 'exported-program'}  # .pt is what checkpoints end with, too
+SUFFIXES = {'.onnx': 'onnx', '.pt2': 'exported-program', '.xml': 'openvino'}  # .pt is what checkpoints end with, too
 CONFIG_KEYS = ('architecture', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'num_classes')
 
 
@@ -32,6 +32,8 @@ class Deployed(nn.Module):
         super().__init__()
         self.run = run.__call__  # a module would be registered, and one of torch.export cannot be set to inference
         self.info = info
+        self.dtype = getattr(torch, info.get('dtype', 'float32'))
+        self.memory_format = getattr(torch, info.get('memory_format', 'contiguous_format'))
         self.num_classes = info['num_classes']
         self.in_chans = info['input_size'][0]
         self.pretrained_cfg = {key: info[key] for key in CONFIG_KEYS}
@@ -45,13 +47,14 @@ class Deployed(nn.Module):
         return {key: self.info[key] for key in ('topk', 'fine_fusion')} if self.info.get('fine_fusion') else {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        images = x.detach().cpu().to(getattr(torch, self.info.get('dtype', 'float32')))
+        images = x.detach().cpu().to(self.dtype).contiguous(memory_format=self.memory_format)
         size = self.info.get('batch_size', 1)
         if size is None:  # any number
             return self.run(images).float().to(x.device)
         # a model of a fixed batch takes it in portions, the last of them filled up
         filled = torch.cat([images, images.new_zeros(-len(images) % size, *images.shape[1:])])
-        return torch.cat([self.run(part) for part in filled.split(size)])[:len(x)].float().to(x.device)
+        parts = [part.contiguous(memory_format=self.memory_format) for part in filled.split(size)]
+        return torch.cat([self.run(part) for part in parts])[:len(x)].float().to(x.device)
 
 
 def is_exported(source: os.PathLike) -> bool:

@@ -2,8 +2,8 @@
 
 Channels that hang together, such as those that a residual connection adds up, are one group, since they can only be cut
 together (https://arxiv.org/abs/2301.12900). The penalty is `weight` times the sum over the groups of the norm of their
-scales. Its gradient is added as the optimizer steps: after gradients of several batches and processes have come together,
-without a loss scaler's factor, and after they were clipped.
+scales. Its gradient is added as the optimizer steps: to the gradients of all batches and processes together, without a
+loss scaler's factor, and after they were clipped.
 """
 import copy
 import importlib.util

@@ -28,6 +28,7 @@ from pst_timm.utils.files import read_csv, write_json, write_text
 from pst_timm.version import __version__
 
 from .config import Cell
+from .draws import write_draw
 from .results import Row
 
 __all__ = ['check_packages', 'read_record', 'run_cell', 'settings_of']
@@ -66,7 +67,13 @@ def run_cell(cell: Cell, data_dir: str, output: Path, device: str = '', jobs: in
     folder = output / cell.id
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SETTINGS, cell.settings)
-    settings = vars(train_args(**cell.train, **cell.given(data_dir, output, device)))
+    given = cell.given(data_dir, output, device)
+    if cell.draw is not None:
+        args = train_args(**cell.train)
+        given['data_dir'] = str(folder / 'images')
+        write_draw(
+            cell.draw, Path(data_dir), folder / 'images', (args.train_split, args.val_split), cell.classes)
+    settings = vars(train_args(**cell.train, **given))
     write_classes(Path(settings['class_map']), cell.classes)
     train(train_args(**settings))
     evaluations = evaluate_cell(cell, settings, folder)

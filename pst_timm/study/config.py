@@ -1,10 +1,10 @@
 """The YAML file of a study: which cells there are, and what each of them is to do."""
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from reprlib import repr
-from typing import Any, Dict, Iterable, List, Mapping, Sequence
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import timm
 
@@ -16,6 +16,7 @@ from pst_timm.engine.protocols import Adjustable
 from pst_timm.utils.configs import read_config
 from pst_timm.utils.errors import PSTError, did_you_mean
 
+from .draws import ALL, Draw
 from .tables import QUESTIONS
 
 __all__ = ['Cell', 'Study', 'choose_classes', 'read_study']
@@ -24,7 +25,7 @@ __all__ = ['Cell', 'Study', 'choose_classes', 'read_study']
 DECISIVE = frozenset(keys_with_role('model', 'preprocessing', 'recipe', 'data'))
 STUDY_KEYS = {
     'name': str, 'title': str, 'seeds': list, 'classes': (list, dict), 'train': dict, 'cells': dict, 'sweep': dict,
-    'probe': dict, 'questions': dict}
+    'probe': dict, 'questions': dict, 'shots': dict}
 REQUIRED = ('name', 'title', 'seeds', 'train', 'cells')
 LONGEST = 100  # letters of a name
 MOST_CELLS = 10_000
@@ -43,6 +44,8 @@ class Cell:
     """`topk` and `img_size` of the fine-attention sweep, empty for none."""
     probe: List[str] = field(default_factory=list)
     """Held-out classes of the linear probe, empty for none."""
+    draw: Optional[Draw] = None
+    """Which images it trains on, None for the training split as it is."""
 
     @property
     def id(self) -> str:
@@ -56,7 +59,8 @@ class Cell:
     def settings(self) -> Dict[str, Any]:
         """Everything that decides the result, to tell a finished cell from one of an earlier configuration."""
         return dict(
-            train=_decisive(self.train), seed=self.seed, classes=self.classes, sweep=self.sweep, probe=self.probe)
+            train=_decisive(self.train), seed=self.seed, classes=self.classes, sweep=self.sweep, probe=self.probe,
+            **(dict(draw=asdict(self.draw)) if self.draw else {}))
 
     def was_run_with(self, settings: Mapping[str, Any]) -> bool:
         """Whether settings on record are those of this cell."""
@@ -123,6 +127,9 @@ def read_study(path: str, data_dir: str) -> Study:
             cells: by name, the flags in which a cell differs, and its own `classes`;
             sweep: {cells, topk, img_size} of the evaluation with fine attention;
             probe: {cells, classes} of the linear probe on held-out classes;
+            shots: by number of training images of each class, or all, the flags that differ for it: every cell is run
+                with each, as CELL-NUMBER, and is tested on all images that no seed draws (with all, on the validation
+                split);
             questions: what the report asks, by number: {title, kind, ...}.
         data_dir: Image folder, for the names of the classes.
 
@@ -149,27 +156,43 @@ def read_study(path: str, data_dir: str) -> Study:
         own_classes = choose_classes(own.pop('classes'), folders) if 'classes' in own else classes
         if name in probe.get('cells', []) and (seen := set(own_classes) & set(probe_classes)):
             raise PSTError(f'{path}: the probe of {name} needs classes it was not trained on; it saw {min(seen)}.')
-        flags = {**values['train'], **own}
-        try:
-            args = train_args(**flags)
-        except PSTError as e:
-            raise PSTError(f'{path}, cell {name}: {e}') from None
-        if not args.val_split:
-            raise PSTError(f'{path}, cell {name}: a study needs images to evaluate on, and val_split is empty.')
-        cells += [
-            Cell(
-                name=name,
-                seed=seed,
-                train=flags,
-                classes=own_classes,
-                sweep={k: sweep[k] for k in ('topk', 'img_size')} if name in sweep.get('cells', []) else {},
-                probe=probe_classes if name in probe.get('cells', []) else [],
-            )
-            for seed in values['seeds']]
+        for suffix, of_shots, draws in _draws(values):
+            flags = {**values['train'], **own, **of_shots}
+            try:
+                args = train_args(**flags)
+            except PSTError as e:
+                raise PSTError(f'{path}, cell {name}{suffix}: {e}') from None
+            if not args.val_split:
+                raise PSTError(f'{path}, cell {name}: a study needs images to evaluate on, and val_split is empty.')
+            cells += [
+                Cell(
+                    name=name + suffix,
+                    seed=seed,
+                    train=flags,
+                    classes=own_classes,
+                    sweep={k: sweep[k] for k in ('topk', 'img_size')} if name in sweep.get('cells', []) else {},
+                    probe=probe_classes if name in probe.get('cells', []) else [],
+                    draw=draw,
+                )
+                for seed, draw in zip(values['seeds'], draws)]
     _check_given(path, values, cells)
     _check_models(path, cells)
     _raise(path, [*_wrong_questions(values)])
-    return Study(values['name'], values['title'], cells, values.get('questions', {}))
+    questions = values.get('questions', {})
+    if values.get('shots'):  # the report has no other way to know
+        questions = {number: dict(question, shots=[*values['shots']]) for number, question in questions.items()}
+    return Study(values['name'], values['title'], cells, questions)
+
+
+def _draws(values: Dict[str, Any]) -> List[Tuple[str, Dict[str, Any], List[Optional[Draw]]]]:
+    """What each of `shots` adds to the name of a cell and to its flags, and the draw of each seed."""
+    shots, turns = values.get('shots'), len(values['seeds'])
+    if not shots:
+        return [('', {}, [None] * turns)]
+    most = max((n for n in shots if n != ALL), default=0)
+    return [
+        (f'-{n}', flags, [Draw(None if n == ALL else n, turn, most, turns) for turn in range(turns)])
+        for n, flags in shots.items()]
 
 
 def _check_train(path: str, flags: Dict[str, Any]) -> None:
@@ -215,7 +238,7 @@ def _wrong_cells(values: Dict[str, Any]) -> Iterable[str]:
         for key in flags if isinstance(flags, dict) else ():
             if not isinstance(key, str):
                 yield f'{where}: {key!r} is no flag'
-    count = len(values['cells']) * len(values['seeds'])
+    count = len(values['cells']) * len(values['seeds']) * max(1, len(values.get('shots', {})))
     if count > MOST_CELLS:
         yield (
             f'{len(values["cells"])} cells with {len(values["seeds"])} seeds are {count:,} runs, more than '
@@ -225,6 +248,14 @@ def _wrong_cells(values: Dict[str, Any]) -> Iterable[str]:
 def _wrong_lists(values: Dict[str, Any]) -> Iterable[str]:
     if not _whole_numbers(values['seeds'], 0) or len(set(values['seeds'])) < len(values['seeds']):
         yield f'seeds must be different whole numbers, got {repr(values["seeds"])}'
+    shots = values.get('shots', {})
+    if not _whole_numbers([n for n in shots if n != ALL], 1):
+        yield f"shots must be whole numbers above 0, or 'all', got {repr([*shots])}"
+    for number, flags in shots.items():
+        if not isinstance(flags, dict):
+            yield f'shots {number}: expected a mapping of the flags that differ, {{}} for none, got {repr(flags)}'
+    if shots and values.get('probe'):
+        yield 'a study with shots has no probe: the images it leaves out are tested on'
     for part, keys in (('sweep', {'cells', 'topk', 'img_size'}), ('probe', {'cells', 'classes'})):
         found = values.get(part)
         if found and set(found) != keys:

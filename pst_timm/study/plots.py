@@ -30,6 +30,7 @@ PLOTS = {
     'accuracy': 'Top-1 accuracy against multiply-adds, latency and training time',
     'curves': 'Training loss and validation accuracy by epoch',
     'sweep': 'Accuracy, loss and calibration error with fine attention over k tokens',
+    'shots': 'Top-1 accuracy against training images of each class',
 }
 
 
@@ -38,7 +39,7 @@ def draw_plots(study: StudyData, folder: Path) -> List[Path]:
 
     Args:
         study: The study.
-        folder: Where accuracy.png, curves.png and sweep.png go.
+        folder: Where the files named in `PLOTS` go.
 
     Returns:
         The files written.
@@ -46,7 +47,8 @@ def draw_plots(study: StudyData, folder: Path) -> List[Path]:
     import matplotlib
 
     written = []
-    for name, draw in (('accuracy', draw_accuracy), ('curves', draw_curves), ('sweep', draw_sweep)):
+    draws = dict(accuracy=draw_accuracy, curves=draw_curves, sweep=draw_sweep)
+    for name, draw in (dict(shots=draw_shots) if shots_of(study) else draws).items():
         with matplotlib.rc_context(STYLE):
             figure = draw(study)
             if figure is not None:
@@ -85,7 +87,7 @@ def draw_accuracy(study: StudyData) -> Optional['Figure']:
         axes.set_xlabel(label)
         axes.margins(0.12)
     panels[0].set_ylabel(METRICS['top1'])
-    _label_lines(study, panels[-1], means)
+    _label_lines(panels[-1], means, {cell: _style(study, cell) for cell in means})
     return figure
 
 
@@ -112,7 +114,7 @@ def draw_curves(study: StudyData) -> Optional['Figure']:
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.margins(x=0.02)
-    _label_lines(study, right, ends)
+    _label_lines(right, ends, {cell: _style(study, cell) for cell in ends})
     return figure
 
 
@@ -133,6 +135,45 @@ def draw_sweep(study: StudyData) -> Optional['Figure']:
         axes.set_xlabel('selected tokens k')
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=len(labels))
+    return figure
+
+
+def shots_of(study: StudyData) -> Dict[str, List[str]]:
+    """The cells by what stands before the number of images in their names; empty for a study without shots."""
+    numbers = {str(n) for question in study.questions.values() for n in question.get('shots') or ()}
+    found: Dict[str, List[str]] = {}
+    for cell in study.cells:
+        start, _, number = cell.rpartition('-')
+        if number in numbers and study.runs_of(cell):
+            found.setdefault(start, []).append(cell)
+    return found
+
+
+def draw_shots(study: StudyData) -> Optional['Figure']:
+    """Top-1 over the training images of each class: means over the seeds with standard deviations, and every seed."""
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    figure, ((axes,),) = _figure(1, 1, 4.2)
+    ends, places, styles = {}, set(), {}
+    for place, (start, cells) in enumerate(shots_of(study).items()):
+        style = styles[start] = dict(color=COLORS[place % len(COLORS)], marker=MARKERS[place % len(MARKERS)])
+        line = '--' if place >= len(COLORS) else '-'
+        points = []
+        for cell in cells:
+            runs = study.runs_of(cell)
+            x = int(runs[0]['train_images']) / runs[0]['classes']
+            top1 = [row['top1'] for row in runs]
+            points.append((x, *mean_and_sd(top1)))
+            _draw_seeds(axes, x, top1, style['color'], 5)
+        xs, means, sds = zip(*sorted(points))
+        axes.errorbar(
+            xs, means, [sd or 0. for sd in sds], **style, ls=line, lw=1.2, markersize=4, capsize=2, elinewidth=0.8)
+        ends[start], places = means[-1], places | set(xs)
+    axes.set(xscale='log', xlabel='training images of each class', ylabel=METRICS['top1'])
+    axes.set_xticks(sorted(places))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    _label_lines(axes, ends, styles)
     return figure
 
 
@@ -208,22 +249,22 @@ def _curves_of(study: StudyData, cell: str, key: str) -> List[Dict[int, float]]:
     return list(curves.values())
 
 
-def _label_lines(study: StudyData, axes: 'Axes', values: Mapping[str, float]) -> None:
-    """Names at the right of a panel, each tied to its value, none over another."""
+def _label_lines(axes: 'Axes', values: Mapping[str, float], styles: Mapping[str, Dict[str, str]]) -> None:
+    """Names at the right of a panel, each tied to its value in its style, none over another."""
     from matplotlib.transforms import ScaledTranslation
 
     def right_by(points: float) -> Any:
         return axes.transAxes + ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
 
     low, high = axes.get_ylim()
-    cells = sorted(values, key=values.get)
-    heights = [(values[c] - low) / (high - low) for c in cells]
+    names = sorted(values, key=values.get)
+    heights = [(values[name] - low) / (high - low) for name in names]
     # a line of text, as a share of the panel's height
     spread = spread_out(heights, 11 / (72 * 0.8 * axes.figure.get_figheight()))
-    for cell, height, label in zip(cells, heights, spread):
-        style = _style(study, cell)
+    for name, height, label in zip(names, heights, spread):
+        style = styles[name]
         axes.annotate(
             '', (1, height), (1, label), axes.transAxes, right_by(12),
             arrowprops=dict(arrowstyle='-', color=style['color'], lw=0.6, shrinkA=0, shrinkB=0))
         axes.plot(1, label, **style, markersize=4, transform=right_by(16), clip_on=False)
-        axes.text(1, label, cell, color=style['color'], fontsize=8, va='center', transform=right_by(22))
+        axes.text(1, label, name, color=style['color'], fontsize=8, va='center', transform=right_by(22))

@@ -8,6 +8,7 @@ from pst_timm.utils.errors import PSTError
 from pst_timm.utils.markdown import prose
 from pst_timm.utils.tables import markdown_table
 
+from .draws import ALL
 from .results import Attention, Row, StudyData
 
 __all__ = ['BLOCKS', 'study_block']
@@ -105,10 +106,17 @@ def question_block(study: StudyData, number: str) -> Optional[str]:
         raise PSTError(
             f"{where} needs 'kind' ({', '.join(QUESTIONS)}), and 'of' with 'against', or 'cells'; "
             f'{e} is not right.') from None
-    unknown = [cell for cell in cells if cell not in study.cells]
-    if unknown:
-        raise PSTError(f'{where} is about {unknown[0]!r}; the cells are {", ".join(study.cells)}.')
-    parts = answer(study, cells)
+    parts = []
+    for shots in question.get('shots') or [None]:
+        run = cells if shots is None else [f'{cell}-{shots}' for cell in cells]
+        unknown = [cell for cell in run if cell not in study.cells]
+        if unknown:
+            raise PSTError(f'{where} is about {unknown[0]!r}; the cells are {", ".join(study.cells)}.')
+        found = answer(study, run)
+        if found and shots is not None:
+            each = 'All images' if shots == ALL else f'{shots} images'
+            found = [f'**{each} of each class**', *found]
+        parts += found
     return '\n\n'.join([f'**`{study.name}` protocol**', *parts]) if parts else None
 
 
@@ -301,4 +309,4 @@ QUESTIONS: Dict[str, Callable[[StudyData, Sequence[str]], List[str]]] = dict(
     sweep=_sweep,
     train_fine=_train_fine,
 )
-BLOCKS = ('setting', 'models', *(f'question{i}' for i in range(1, 6)))
+BLOCKS = ('setting', 'models', *(f'question{i}' for i in range(1, 7)))

@@ -167,6 +167,10 @@ TABLE = [
     bad('teacher-missing', '--kd-model-name nowhere/last.pth.tar', 'nowhere/last.pth.tar'),
     bad('teacher-empty', '--kd-model-name start.pth', 'start.pth', EMPTY),
     bad('teacher-without-an-architecture', '--kd-model-name start.pth', 'does not name a known architecture', PLAIN),
+    # sparsity
+    bad('sparsity-negative', '--sparsity-weight -1', '--sparsity-weight'),
+    bad('sparsity-no-number', '--sparsity-weight nan', '--sparsity-weight'),
+    bad('sparsity-of-a-vit', '--model test_vit --img-size 160 --sparsity-weight 0.1', 'test_vit has none'),
     # balance and hard examples
     bad('sampler-unknown', '--sampler uniform', "got 'uniform'"),
     bad('sampler-of-kept-workers', '--sampler sqrt --use-multi-epochs-loader', '--use-multi-epochs-loader'),

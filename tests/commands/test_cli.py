@@ -103,6 +103,7 @@ def test_a_link_to_the_command_is_the_command(installed, tmp_path):
     assert say(interpreter, tmp_path / 'pst-timm', '--help')[-1] == 'False'
 
 
+@pytest.mark.slow
 def test_a_script_of_that_name_is_not_the_command(installed, tmp_path):
     code = f'import pst_timm\n{REPORT}\n'
     for name in ('pst-timm', 'pst-timm.exe', 'train.py'):
@@ -132,6 +133,7 @@ def test_the_module_is_the_command():
     assert done.returncode == 2 and 'Did you mean train?' in done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_registers_the_models_for_its_work(installed):
     interpreter, script = installed
     *shown, loaded = say(interpreter, script, 'list')

@@ -323,6 +323,7 @@ def test_processes_share_as_those_of_timm_do(counted, tmp_path, world):
     assert sorted(n for shard in evaluated for n in shard) == list(range(5)) and evaluated[0][:2] != evaluated[1][:2]
 
 
+@pytest.mark.slow
 def test_two_processes_train(images, tmp_path):
     args = tiny_train_args(images, tmp_path, epochs=2, data_on_device=True)
     write_yaml(args, tmp_path / 'config.yaml')

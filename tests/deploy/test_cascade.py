@@ -41,7 +41,8 @@ from pst_timm.engine import validate_args
 from pst_timm.metrics.calibration import calibration_error
 from pst_timm.utils.errors import PSTError
 from tests.checkpoints.helpers import build
-from tests.engine.helpers import script_env, write_images
+from tests.deploy.helpers import save_pair
+from tests.engine.helpers import script_env
 from tests.review.helpers import CLASSES
 
 SIZES = (48, 64)
@@ -142,16 +143,7 @@ def test_a_stage_takes_images_prepared_for_another_one():
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     """A cascade of two small models beside it, with data of their classes."""
-    folder = tmp_path_factory.mktemp('cascade')
-    for name, seed in (('small', 0), ('large', 5)):
-        torch.manual_seed(seed)
-        model = build()
-        model.pretrained_cfg.update(input_size=(3, 64, 64), crop_pct=1., label_names=list(CLASSES))
-        with torch.no_grad():
-            model.fc.weight.mul_(4)
-            model.fc.bias.zero_()
-        save_folder(model, folder / name)
-    write_images(folder / 'data', {'train': 40, 'validation': 12})
+    folder = save_pair(tmp_path_factory.mktemp('cascade'))
     write(folder)
     return folder
 

@@ -21,7 +21,8 @@ def build(**kwargs):
 
 
 @pytest.mark.parametrize('format', FORMATS)
-@pytest.mark.parametrize('topk, fine_fusion', [(0, 'gate'), (8, 'gate'), (8, 'joint')])
+@pytest.mark.parametrize('topk, fine_fusion', [
+    pytest.param(0, 'gate', marks=pytest.mark.slow), (8, 'gate'), pytest.param(8, 'joint', marks=pytest.mark.slow)])
 def test_dynamic_exports_agree_with_eager_at_three_sizes(format, topk, fine_fusion, tmp_path):
     path = tmp_path / f'model{FORMATS[format]}'
     model = build(topk=topk, fine_fusion=fine_fusion)

@@ -98,7 +98,8 @@ def test_every_setting_of_the_detector_counts(values):
 
 
 @pytest.mark.parametrize('kind, neck, values', [
-    ('fcos', 'pst', dict(topk=3)), ('retinanet', 'pst', {}), ('retinanet', 'fpn', {})])
+    ('fcos', 'pst', dict(topk=3)), pytest.param('retinanet', 'pst', {}, marks=pytest.mark.slow),
+    pytest.param('retinanet', 'fpn', {}, marks=pytest.mark.slow)])
 def test_the_file_gives_what_torchvision_gives(kind, neck, values, tmp_path):
     model = detector(kind, neck, **TWO_LEVELS, **values)
     path = tmp_path / 'model.onnx'
@@ -111,6 +112,7 @@ def test_the_file_gives_what_torchvision_gives(kind, neck, values, tmp_path):
     assert 'NonMaxSuppression' in operators and 'BatchNormalization' not in operators
 
 
+@pytest.mark.slow
 def test_an_image_without_boxes_and_what_the_file_tells(tmp_path):
     model = detector('fcos', 'fpn', **TWO_LEVELS, score_thresh=0.999, class_names=['a', 'b', 'c'])
     path = tmp_path / 'model.onnx'
@@ -248,6 +250,7 @@ def test_a_trunk_that_cannot_be_traced_is_exported_unfolded(monkeypatch, caplog)
     assert 'Exported without folding: no way' in caplog.text
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys, monkeypatch):
     model = detector(**TWO_LEVELS, class_names=['a', 'b', 'c'])
     source, path = tmp_path / 'last.pth.tar', tmp_path / 'model.onnx'

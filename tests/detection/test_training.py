@@ -80,6 +80,7 @@ def crash(args, folder, step, name='SIGKILL'):
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights_bitwise(data, undisturbed, tmp_path):
     args = tiny_args(data, tmp_path, recovery_interval=2, **RANDOM)
     code, said = crash(args, tmp_path, 7)  # of 4 steps in an epoch
@@ -206,6 +207,7 @@ def test_the_loss_is_the_sum_of_torchvisions():
     assert set(found) == {'loss', *parts}
 
 
+@pytest.mark.slow
 def test_compiling_keeps_the_names_of_the_weights():
     model = small()
     names = list(model.state_dict())

@@ -371,6 +371,7 @@ class TestResume:
     def calm(self, lopsided, output, **values):
         return tiny_train_args(lopsided, output, **ALL, hard_examples=str(lopsided / 'weights.csv'), **values)
 
+    @pytest.mark.slow
     def test_the_weights_are_those_of_a_run_that_was_not_killed(self, lopsided, stopped, tmp_path, caplog):
         calm = train(self.calm(lopsided, tmp_path / 'calm')).output_dir
         log = go_on(stopped, caplog)
@@ -439,6 +440,7 @@ def folders(lopsided, tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 class TestTwoProcesses:
     def test_they_share_one_draw(self, folders):
         shares = [notes_of(folders['drawn'] / f'drawn{rank}.txt', 28) for rank in (0, 1)]

@@ -97,6 +97,7 @@ def test_two_processes_equal_one(data, on_two, tmp_path, case):
             assert [float(x) for x in a.split(',')] == pytest.approx([float(x) for x in b.split(',')], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_batch_norm_repeated_augmentation_and_resume(data, tmp_path):
     train(tiny_train_args(data, tmp_path, epochs=1))
     args = tiny_train_args(data, tmp_path, epochs=2, resume='auto', batch_size=4, aug_repeats=3., model_ema=True)
@@ -139,6 +140,7 @@ def last_sentence(said):
     return said.split('error: ')[1]
 
 
+@pytest.mark.slow
 def test_processes_that_see_other_classes(data, tmp_path):
     """As many of them, and as many images, so that nothing else would show it."""
     other = shutil.copytree(data, tmp_path / 'other')
@@ -152,6 +154,7 @@ def test_processes_that_see_other_classes(data, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number, timeout, told', [
     (signal.SIGSTOP, 10., 'Process 0 has waited 10 s for the others at the gradients of epoch 1, step 1'),
     (signal.SIGKILL, 600., 'Process 0 has lost another of the 2 at the gradients of epoch 1, step'),

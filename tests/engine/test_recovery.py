@@ -170,6 +170,7 @@ def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_last_checkpoint_intact(images, tmp_path):
     train(tiny(images, tmp_path, epochs=1))
     before = load_weights(tmp_path / 'run' / 'last.pth.tar')

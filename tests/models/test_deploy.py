@@ -162,6 +162,7 @@ def assert_compiled_equals_eager(backend, sizes, train=False, **kwargs):
 
 class TestCompile:
 
+    @pytest.mark.slow
     def test_generated_code(self):
         assert_compiled_equals_eager('inductor', [(105, 75)], topk=3)
 

@@ -6,7 +6,7 @@ import torch
 from pst_timm.layers import FINE_FUSIONS
 from tests.helpers import relative_error
 from tests.layers import oracle
-from tests.models.helpers import LEVELS, MODELS, TINY, build, features_of, images, unused
+from tests.models.helpers import LEVELS, MODELS, SOME, TINY, build, features_of, images, unused
 
 ATTENTION = [dict(), *(dict(topk=3, fine_fusion=fusion) for fusion in FINE_FUSIONS)]
 attentions = pytest.mark.parametrize('kwargs', ATTENTION, ids=['coarse', *FINE_FUSIONS])
@@ -111,7 +111,7 @@ class TestFeaturesOnly:
         ours = timm.create_model('resnet18_pst', features_only=True, out_indices=(1, 2))
         assert [p.shape for p in ours.parameters()] == [p.shape for p in trunk.parameters()]
 
-    @pytest.mark.parametrize('name', MODELS)
+    @pytest.mark.parametrize('name', SOME)
     def test_features_of_a_classifiers_checkpoint(self, name):
         with torch.device('meta'):
             full, features = timm.create_model(name), timm.create_model(name, features_only=True)

@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 import pst_timm
 from tests.helpers import relative_error
 from tests.layers import oracle
-from tests.models.helpers import MODELS, RESNETS, TINY, build, images, unused
+from tests.models.helpers import RESNETS, SOME, TINY, build, images, unused
 
 POOLS = {'avg': 1, 'max': 1, 'avgmax': 1, 'catavgmax': 2}
 
@@ -109,7 +109,7 @@ class TestHead:
 
 
 @pytest.mark.parametrize('in_chans', [1, 4])
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', SOME)
 def test_in_chans(name, in_chans):
     with torch.device('meta'):
         assert build(name, random=False, in_chans=in_chans)(torch.empty(1, in_chans, 64, 64)).shape == (1, 1000)
@@ -176,7 +176,7 @@ def place(name):
 class TestParameterGroups:
 
     @pytest.mark.parametrize('coarse', [False, True])
-    @pytest.mark.parametrize('name', MODELS)
+    @pytest.mark.parametrize('name', SOME)
     def test_order(self, name, coarse):
         with torch.device('meta'):
             model = timm.create_model(name, pst_depth=2)

@@ -155,6 +155,7 @@ def ranks(tmp_path_factory):
     return [torch.load(out) for out in outs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case, modes', list(enumerate([{False}, {True}, {True, False}, {True, False}])))
 def test_two_processes_stay_alike(ranks, case, modes):
     """DistributedDataParallel with its defaults: no parameter goes unused, and the ranks keep the same weights."""

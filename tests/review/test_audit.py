@@ -359,6 +359,7 @@ def test_an_interrupted_audit_goes_on_where_it_was(crossed_data, tmp_path, monke
     assert contents(crossed_data) == kept  # the links went, and not what they lead to
 
 
+@pytest.mark.slow
 def test_a_killed_audit_goes_on(crossed_data, tmp_path):
     """SIGKILL in the second training of the command, in a process of its own."""
     code = (
@@ -430,6 +431,7 @@ def test_the_recipe_of_a_checkpoint_fetches_opens_and_imports_nothing(tmp_path, 
             recipe_of(str(bad))
 
 
+@pytest.mark.slow
 def test_the_recipe_of_a_run_trains_its_folds_but_for_the_flags_that_follow(crossed_data, tmp_path, capsys):
     shutil.copytree(crossed_data / 'train', crossed_data / 'validation')
     result = train(tiny_train_args(

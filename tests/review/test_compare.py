@@ -218,6 +218,7 @@ def test_the_exit_code_tells_the_worse_model(models, data, tmp_path, capsys, mon
     assert 'there already' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_real_command_ends_with_its_exit_codes(models, data, tmp_path):
     words = [sys.executable, '-m', 'pst_timm', 'compare', str(models[0]), str(models[1]), '--data-dir', str(data),
              '--device', 'cpu', '--no-per-class', '--tolerance', '100', '--repeats', '1']

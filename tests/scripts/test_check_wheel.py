@@ -40,6 +40,7 @@ def test_the_wheel_classifies_digits_away_from_the_checkout(installed):
     check_installed(sys.executable, installed)
 
 
+@pytest.mark.slow
 def test_wrong_answers_and_other_packages_are_noticed(installed, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r'AssertionError|No module named'):
         check_installed(sys.executable, tmp_path)  # no package there, so that of the tests would answer

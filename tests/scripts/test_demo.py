@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import timm
 from PIL import Image
 
@@ -32,6 +33,7 @@ def start(*words, cwd):
         text=True, start_new_session=True)
 
 
+@pytest.mark.slow
 def test_a_stopped_demo_goes_on_and_ends_with_a_table(tmp_path):
     run = start(sys.executable, '-m', 'scripts.demo', '--model', 'test_resnet_pst', '--epochs', '1', cwd=tmp_path)
     for line in run.stderr:

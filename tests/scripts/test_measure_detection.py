@@ -21,6 +21,7 @@ def words(tmp_path, monkeypatch):
         '--data-dir', data, '--work', tmp_path / 'work', '--output', tmp_path / 'out', '--config', recipe)]
 
 
+@pytest.mark.slow
 def test_the_table_is_that_of_the_runs(words, tmp_path, monkeypatch):
     assert measure.main([*words, '--cells', 'fpn', 'pst', '--seeds', '0']) == 0
     rows = read_csv(tmp_path / 'out' / 'bccd.csv')

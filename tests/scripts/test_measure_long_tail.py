@@ -54,6 +54,7 @@ def test_too_little_is_refused(small, tmp_path, monkeypatch):
         measure.make_subset(small, tmp_path / 'data')
 
 
+@pytest.mark.slow
 def test_the_table_is_that_of_the_runs(small, tmp_path, capsys):
     words = ['--data-dir', small, '--work', tmp_path / 'work', '--output', tmp_path / 'out', '--epochs', 1,
              '--cells', 'plain', 'balanced', '--seeds', 0, 1]

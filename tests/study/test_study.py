@@ -220,6 +220,7 @@ class TestRecord:
         assert read_csv(tmp_path / 'cells.csv') == rows[:2] + mine
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_does_not_stop_the_others(data, tmp_path):
     cells = dict(
         bad=dict(model='test_resnet_pst', model_kwargs=dict(pst_head_dim=7)), good=dict(model='test_resnet', epochs=1))

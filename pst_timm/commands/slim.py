@@ -1,0 +1,94 @@
+"""`pst-timm slim`: a model made small and fast in one command."""
+import argparse
+import sys
+from pathlib import Path
+from typing import List, Optional, Sequence
+
+from .common import ArgumentParser, add_overwrite, add_source, at_least, positive, run
+
+IMPORTANCES = ('l2', 'bn', 'taylor')  # also in a room that needs torch
+BACKENDS = ('onnxruntime', 'openvino')
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """`pst-timm slim`; returns the exit code."""
+    words: List[str] = list(sys.argv[1:] if argv is None else argv)
+    at = words.index('--') if '--' in words else len(words)
+    parser = ArgumentParser(
+        prog='pst-timm slim',
+        usage='%(prog)s SOURCE (--data-dir DATA | --no-data) -o FOLDER [flags] [-- flags of pst-timm train]',
+        description='Prune a model, fine-tune it with the original as its teacher, quantise it, and let the original '
+                    'answer what the small one is unsure of: each step as far as the accuracy on images that are set '
+                    'aside allows. A command that was stopped goes on where it was.')
+    add_source(parser, metavar='SOURCE')
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument('--data-dir', help='folder with the splits the model was trained and validated on')
+    data.add_argument(
+        '--no-data', action='store_true', help='the structure and its latency alone: nothing is trained or measured')
+    parser.add_argument('-o', '--output', type=Path, required=True, metavar='FOLDER', help='folder to write to')
+    parser.add_argument(
+        '--max-drop', type=positive, default=1., metavar='POINTS',
+        help='most points of top-1 that may be lost on the images set aside (default: %(default)g)')
+    parser.add_argument(
+        '--ratio', type=_share, nargs='+', default=[0.5],
+        help='share of the multiply-adds to remove; of several the first that is accurate enough (default: 0.5)')
+    parser.add_argument(
+        '--importance', choices=IMPORTANCES, default='l2', help='what tells which channels matter (default: l2)')
+    parser.add_argument(
+        '--global', dest='scope', action='store_const', const='global', default='uniform',
+        help='compare the channels of all layers, after a training with --sparsity-weight (default: cut all alike)')
+    parser.add_argument(
+        '--backend', choices=BACKENDS, default=BACKENDS[0], help='what runs the int8 model (default: %(default)s)')
+    parser.add_argument(
+        '--cascade-cost', type=_cost, default=0.5, metavar='SHARE',
+        help='most mean latency of the cascade, as a share of that of the original; 0 for no cascade (default: 0.5)')
+    parser.add_argument('--train-split', default='train', help='split to fine-tune on (default: %(default)s)')
+    parser.add_argument(
+        '--val-split', default='validation', help='split of the final numbers, empty for none (default: %(default)s)')
+    parser.add_argument(
+        '--held-out', type=_share, default=0.2, metavar='SHARE',
+        help='share of the training images that is set aside to decide, at most 0.5 (default: 0.2)')
+    parser.add_argument(
+        '--images', type=at_least(8), default=256,
+        help='training images for the ranges of int8 and the statistics of batch norms (default: 256)')
+    parser.add_argument('-b', '--batch-size', type=at_least(1), default=64, help='images at a time (default: 64)')
+    parser.add_argument('-j', '--workers', type=at_least(0), default=0, help='processes that read images (default: 0)')
+    parser.add_argument('--seed', type=at_least(0), default=0, help='seed of all draws (default: 0)')
+    parser.add_argument('--rounds', type=at_least(1), default=30, help='rounds of the timing (default: 30)')
+    add_overwrite(parser, 'what an earlier call made')
+    args = parser.parse_args(words[:at])
+    args.train_flags = words[at + 1:]
+    if args.no_data and args.train_flags:
+        parser.error('flags after -- are for the fine-tuning, which needs --data-dir')
+    return run(parser.prog, _slim, args)
+
+
+def _share(text: str) -> float:
+    number = positive(text)
+    if number >= 1:
+        raise argparse.ArgumentTypeError(f'expected a number between 0 and 1, got {text!r}')
+    return number
+
+
+def _cost(text: str) -> float:
+    return 0. if text in ('0', '0.0') else positive(text)
+
+
+def _slim(args: argparse.Namespace) -> None:
+    from timm.utils import setup_default_logging
+
+    from pst_timm.deploy.finetune import finetune_flags
+    from pst_timm.deploy.slim import REPORT, Settings, slim
+    from pst_timm.utils.tables import format_table
+
+    setup_default_logging()
+    flags = {} if args.no_data else finetune_flags(args.train_flags, args.source)
+    settings = Settings(
+        tuple(args.ratio), args.max_drop, args.importance, args.scope, args.backend, args.cascade_cost, args.images,
+        args.held_out, args.train_split, args.val_split, args.batch_size, args.workers, 'cpu', args.seed, args.rounds)
+    report = slim(args.source, args.output, args.data_dir, settings, flags, args.overwrite)
+    print(format_table(report.rows(), 3))
+    for step in report.steps:
+        if step.path:
+            print(f'Written: {args.output / step.path}')
+    print(f'Written: {args.output / REPORT}')

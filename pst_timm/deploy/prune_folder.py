@@ -1,0 +1,153 @@
+"""A model pruned, trained further if there are images to do it with, and written as a folder that timm reads."""
+from pathlib import Path
+from typing import Any, List, Mapping, NamedTuple, Optional
+
+import torch
+import torch.nn as nn
+from timm.data import ImageDataset, create_transform
+from torch.utils.data import default_collate
+
+from pst_timm.checkpoints import label_names, load_model, preprocessing
+from pst_timm.checkpoints.folder import check_target, save_folder
+from pst_timm.data.datasets import check_class_names, check_classes, class_names, create_eval_dataset
+from pst_timm.engine import validate_args
+from pst_timm.utils.cost import count_gmacs
+from pst_timm.utils.errors import PSTError
+
+from .importance import Batch
+from .prune import prune, ratio_for_latency
+
+__all__ = ['Pruned', 'prune_to_folder', 'training_batches']
+
+BATCH = 64
+
+
+class Pruned(NamedTuple):
+    """What was done to a model."""
+    model: nn.Module
+    ratio: float
+    """Share of the multiply-adds that was asked for, or found for a latency."""
+    gmacs: Mapping[str, float]
+    """Multiply-adds of an image in billions, 'before' and 'after'."""
+    params: Mapping[str, int]
+    """Parameters, likewise."""
+    checkpoint: Optional[Path]
+    """The last checkpoint of the fine-tuning, None if there was none."""
+
+
+def prune_to_folder(
+        source: str,
+        folder: Path,
+        ratio: float = 0.5,
+        latency: Optional[Mapping[str, float]] = None,
+        data_args: Optional[Mapping[str, Any]] = None,
+        images: int = 512,
+        seed: int = 0,
+        train: bool = True,
+        teacher: Optional[str] = None,
+        train_flags: Optional[Mapping[str, Any]] = None,
+        overwrite: bool = False,
+        load_args: Optional[Mapping[str, Any]] = None,
+        **options: Any,
+) -> Pruned:
+    """Prune a model, train it further, and write it as a folder.
+
+    A call that was stopped while it trained goes on there when it is repeated.
+
+    Args:
+        source: What `pst_timm.load_model` takes.
+        folder: Where to write; beside it the training has a folder of its own.
+        ratio: See `prune`.
+        latency: Instead of the ratio, `share` or `milliseconds` of `ratio_for_latency`.
+        data_args: Flags that say which images: `data_dir`, `train_split` and others of `pst-timm train`; None to prune
+            alone.
+        images: How many of the training images the importance and the statistics of batch norms are taken from.
+        seed: Seed of their draw.
+        train: Whether to train after each step, where there are images.
+        teacher: What the training distils from, none if None.
+        train_flags: Further flags of `pst-timm train`, by key.
+        overwrite: Whether an earlier model in the folder, or an earlier training beside it, may be replaced.
+        load_args: Further arguments of `load_model`.
+        options: Further arguments of `prune`.
+
+    Raises:
+        PSTError: If anything is wrong that the user can mend.
+        Interrupted: If the process was asked to stop.
+    """
+    folder = Path(folder)
+    check_target(folder, Path(source), overwrite)
+    model = load_model(source, **(load_args or {}))
+    batches = training_batches(model, source, data_args, images, seed) if data_args else None
+    done: List[Path] = []
+
+    def trained(smaller: nn.Module, step: int) -> nn.Module:
+        done.append(_finetuned(smaller, folder, step, data_args, teacher, train_flags or {}, overwrite))
+        return load_model(done[-1])
+
+    train = train and bool(data_args)
+    if latency:
+        ratio = ratio_for_latency(model, **latency, images=batches, **options)
+    smaller = prune(model, ratio, images=batches, between=trained if train else None, **options)
+    if train:
+        smaller = trained(smaller, options.get('steps', 1))
+    save_folder(smaller, folder)
+    size = model.pretrained_cfg['input_size']
+    both = {'before': model, 'after': smaller}
+    return Pruned(
+        smaller, ratio, {key: count_gmacs(net, size) for key, net in both.items()},
+        {key: sum(p.numel() for p in net.parameters()) for key, net in both.items()}, done[-1] if done else None)
+
+
+def _finetuned(
+        model: nn.Module,
+        folder: Path,
+        step: int,
+        data_args: Mapping[str, Any],
+        teacher: Optional[str],
+        train_flags: Mapping[str, Any],
+        overwrite: bool,
+) -> Path:
+    """The checkpoint of a model that was trained further, beside a folder."""
+    from .finetune import finetune, work_folder
+
+    work = work_folder(folder)
+    place = work / f'pruned-{step}'
+    save_folder(model, place)
+    return finetune(place, data_args, teacher, work / f'run-{step}', overwrite, **train_flags)
+
+
+def training_batches(
+        model: nn.Module,
+        source: str,
+        data_args: Mapping[str, Any],
+        images: int = 512,
+        seed: int = 0,
+) -> List[Batch]:
+    """Some of the training images with their labels, prepared as for inference.
+
+    Args:
+        model: The model that is to take them.
+        source: What it is called.
+        data_args: `data_dir`, `train_split` and others that say where the images are.
+        images: How many, drawn at random.
+        seed: Seed of the draw.
+
+    Raises:
+        PSTError: If there are no such images, or they have other classes than the model.
+    """
+    split = data_args.get('train_split') or 'train'
+    rest = {key: value for key, value in data_args.items() if key != 'train_split'}
+    config = preprocessing(model, source, {})
+    args = validate_args(**{'in_chans': config['input_size'][0], 'split': split, **rest})
+    dataset = create_eval_dataset(args, split, None)
+    if not isinstance(dataset, ImageDataset):
+        raise PSTError('Images are drawn at random, which a stream does not allow: unpack it to a folder of folders.')
+    check_classes(dataset, model.num_classes, True, split)
+    names, known = class_names(dataset), label_names(model)
+    if names and known:
+        check_class_names(names, known, f'the {split!r} split', f'the model {source}')
+    dataset.transform = create_transform(**config)
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:images].sort().values
+    parts = [default_collate([dataset[i] for i in part]) for part in chosen.split(BATCH)]
+    dataset.bad_images.report(dataset)
+    return [(batch, labels) for batch, labels in parts]
