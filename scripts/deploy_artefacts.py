@@ -1,14 +1,23 @@
 """Models in every form and runtime, as files that are made once: what `scripts/measure_deploy.py` measures."""
+import json
 from pathlib import Path
-from typing import Any, Callable, Mapping, NamedTuple
+from typing import Any, Callable, Mapping, NamedTuple, Optional
 
 import torch
 import torch.nn as nn
+from timm.data import resolve_data_config
 
 from pst_timm.checkpoints.folder import save_folder
-from pst_timm.deploy.export import export
+from pst_timm.deploy import openvino as ir
+from pst_timm.deploy import qdq
+from pst_timm.deploy.export import metadata
 from pst_timm.deploy.latency import AS_IT_IS, Form, in_form
+from pst_timm.deploy.prune import prune
+from pst_timm.deploy.quantize import SUFFIXES, quantize
 from pst_timm.deploy.runtime import open_source
+from pst_timm.models import reparameterize
+from pst_timm.utils.files import write_whole
+from pst_timm.utils.onnx_file import pack_onnx
 
 __all__ = ['EAGER', 'FORMS', 'INT8', 'INT8_OF', 'ONNX', 'RUNTIMES', 'Candidate', 'make', 'pruned']
 
@@ -18,12 +27,15 @@ FORMS = {
     'folded': Form(reparam=True),
     'folded, channels_last': Form(reparam=True, channels_last=True),
     'compiled': Form(reparam=True, compile=True),
-    'bfloat16': Form(reparam=True, channels_last=True, dtype='bfloat16'),
 }
+BFLOAT16 = 'bfloat16'
 ONNX, OPENVINO = 'ONNX Runtime float32', 'OpenVINO float32'
 INT8 = {'ONNX Runtime int8': 'onnxruntime', 'OpenVINO int8': 'openvino'}
 INT8_OF = dict(zip(INT8, (ONNX, OPENVINO)))
-RUNTIMES = (*FORMS, ONNX, OPENVINO, *INT8)
+RUNTIMES = (*FORMS, BFLOAT16, ONNX, OPENVINO, *INT8)
+FILES = {
+    BFLOAT16: SUFFIXES['bfloat16'], ONNX: '.onnx', OPENVINO: '.xml',
+    **{runtime: SUFFIXES[backend] for runtime, backend in INT8.items()}}
 
 
 class Candidate(NamedTuple):
@@ -45,6 +57,7 @@ def make(
         runtime: str,
         folder: Path,
         images: Callable[[], torch.Tensor],
+        img_size: Optional[int] = None,
         **kwargs: Any,
 ) -> Candidate:
     """A model in a form or runtime; its file is made where there is none.
@@ -54,36 +67,45 @@ def make(
         runtime: One of `RUNTIMES`.
         folder: Where its files are.
         images: Gives preprocessed images (N, C, H, W) to calibrate on.
+        img_size: Height and width, the model's own if None.
         kwargs: For `open_source`.
     """
     if runtime in FORMS:
         return Candidate(str(source), FORMS[runtime], kwargs)
     folder.mkdir(parents=True, exist_ok=True)
-    model = Candidate(str(source), kwargs=kwargs).open
-    path = folder / {
-        ONNX: 'model.onnx', OPENVINO: 'model.xml', 'ONNX Runtime int8': 'model.int8.onnx',
-        'OpenVINO int8': 'model.int8.xml'}[runtime]
+    path = folder / f'model{FILES[runtime]}'
     if not path.is_file():
-        if runtime in INT8:
-            from pst_timm.deploy.quantize import quantize
-            quantize(model(), path, images(), backend=INT8[runtime])
-        elif runtime == ONNX:
-            export(model(), path, dynamic=True)
+        model = Candidate(str(source), kwargs=kwargs).open()
+        if runtime in (ONNX, OPENVINO):
+            write_float(model, path, img_size)
+        elif runtime == BFLOAT16:
+            quantize(model, path, level='bfloat16', img_size=img_size, timing=False)
         else:
-            raise NotImplementedError(runtime)
+            quantize(model, path, images().split(16), backend=INT8[runtime], img_size=img_size, timing=False)
     return Candidate(str(path))
 
 
-def pruned(source: str, ratio: float, folder: Path, **kwargs: Any) -> str:
-    """A model with a share of its multiply-adds removed, not fine-tuned, as a folder that is made where there is none.
+def write_float(model: nn.Module, path: Path, img_size: Optional[int] = None) -> None:
+    """Write the graph that int8 files are made from, in float32, so that nothing but the numbers differs."""
+    size = resolve_data_config({'img_size': img_size} if img_size else {}, model=model)['input_size']
+    graph, info = qdq.trace(reparameterize(model), size), json.dumps(metadata(model, img_size=img_size))
+    if path.suffix == '.xml':
+        ir.write_ir(ir.float_ir(graph), path, info)
+    else:
+        data = pack_onnx(graph.proto, info)
+        write_whole(path, lambda name: Path(name).write_bytes(data))
+
+
+def pruned(source: str, ratio: float, folder: Path, options: Mapping[str, Any], **kwargs: Any) -> str:
+    """A model with a share of its multiply-adds removed, not trained further, as a folder that is made once.
 
     Args:
         source: What `open_source` takes.
         ratio: The share.
         folder: The folder.
+        options: For `prune`.
         kwargs: For `open_source`.
     """
     if not folder.is_dir():
-        from pst_timm.deploy.prune import prune
-        save_folder(prune(Candidate(str(source), kwargs=kwargs).open(), ratio=ratio), folder)
+        save_folder(prune(Candidate(str(source), kwargs=kwargs).open(), ratio=ratio, **options), folder)
     return str(folder)

@@ -1,5 +1,6 @@
 """What `scripts/measure_deploy.py` writes: rows that are kept as they come, and what each model costs."""
 import json
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence
@@ -8,11 +9,13 @@ import timm
 import torch
 import torch.nn as nn
 
-from pst_timm.deploy.latency import NOT_MEASURABLE, compare_latency, energy, peak_memory_of
+from pst_timm.deploy.cascade import CascadeClassifier
+from pst_timm.deploy.latency import NOT_MEASURABLE, energy, peak_memory_of, time_models
 from pst_timm.utils.cost import count_gmacs
 from pst_timm.utils.devices import hardware_name
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import write_csv, write_json
+from pst_timm.utils.timing import median_ratio, percentile, time_in_turn
 
 from .deploy_artefacts import Candidate
 
@@ -80,7 +83,10 @@ def where(rounds: Optional[int] = None) -> str:
 
 
 def file_bytes(source: str, model: nn.Module) -> int:
-    """Bytes of the weights of a model that torch runs, or of the files of another one."""
+    """Bytes of the weights of a model that torch runs, or of the files of another one; of all stages of a cascade."""
+    if isinstance(model, CascadeClassifier):
+        stages = model.cascade.stages
+        return Path(source).stat().st_size + sum(file_bytes(stage.source, stage.model) for stage in stages)
     weights = sum(t.nbytes for t in model.state_dict().values())
     path = Path(source)
     return weights or sum(p.stat().st_size for p in (path, path.with_suffix('.bin')) if p.is_file())
@@ -97,7 +103,7 @@ def cost_of(
         baseline: Candidate,
         img_size: int,
         rounds: int,
-        memory: bool = True,
+        images: Optional[torch.Tensor] = None,
 ) -> Row:
     """Size, time, memory and energy of a model, timed in turn with another one.
 
@@ -106,19 +112,36 @@ def cost_of(
         baseline: What it is compared with.
         img_size: Height and width of the images.
         rounds: Timed calls of each, for each batch size.
-        memory: Whether to start a process for the peak of memory.
+        images: What a model is timed on whose time depends on the images (N, C, H, W): all of them in a fifth of the
+            rounds. Noise, the same batch in each round, if None.
     """
     models = {'this': candidate.open()}
     if candidate != baseline:
         models = {'baseline': baseline.open(), **models}
     size = (models['this'].pretrained_cfg['input_size'][0], img_size, img_size)
     row = dict(
-        bytes=file_bytes(candidate.source, models['this']), joules=energy(models['this'], size), memory=memory_of(
-            candidate, img_size) if memory else None)
+        bytes=file_bytes(candidate.source, models['this']), memory=memory_of(candidate, img_size),
+        joules=energy(models['this'], size))
     for batch in BATCHES:
-        found = compare_latency(models, size, batch, rounds)['this']
-        row.update({f'seconds_{batch}': found.seconds, f'ratio_{batch}': found.ratio})
+        if images is None:
+            times = time_models(models, size, batch, rounds)
+        else:
+            calls = {name: partial(run_over, model, images.split(batch)) for name, model in models.items()}
+            batches = len(images.split(batch))
+            times = {
+                name: [seconds / batches for seconds in mine]
+                for name, mine in time_in_turn(calls, max(1, rounds // 5), warmup=1).items()}
+        first = next(iter(times.values()))
+        row[f'seconds_{batch}'] = percentile(times['this'], 50)
+        row[f'ratio_{batch}'] = median_ratio(first, times['this'])
     return row
+
+
+@torch.inference_mode()
+def run_over(model: nn.Module, batches: Sequence[torch.Tensor]) -> None:
+    """Run a model on one batch after the other."""
+    for batch in batches:
+        model(batch)
 
 
 def memory_of(candidate: Candidate, img_size: int) -> Optional[int]:

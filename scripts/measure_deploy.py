@@ -166,7 +166,7 @@ def measure_pruned(args: argparse.Namespace) -> None:
     for name in args.models:
         sources = {0.: name}
         for ratio in args.ratios:
-            sources[ratio] = pruned(name, ratio, args.work / f'{name}-{ratio:.0%}', pretrained=False)
+            sources[ratio] = pruned(name, ratio, args.work / f'{name}-{100 * ratio:.0f}', {}, pretrained=False)
         candidates = {
             (ratio, runtime): make(
                 source, runtime, args.work / Path(source).name, noise, **({} if ratio else {'pretrained': False}))

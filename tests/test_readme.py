@@ -52,7 +52,10 @@ def test_tables_are_those_of_the_measurements(page):
 
 def test_pages_ask_for_what_was_measured():
     marks = {page.name: re.findall(r'^<!-- ((?:study|table) .*) -->$', page.read_text(), re.M) for page in PAGES}
-    assert marks['performance.md'] == [f'table performance/{name}' for name in ('figures', 'parts', 'layers')]
+    deploy = {path.stem for path in (ROOT / 'results/deploy').glob('*.csv')}
+    assert marks['performance.md'] == [f'table performance/{name}' for name in ('figures', 'parts', 'layers')] + (
+        ['table deploy/twins'] if 'twins' in deploy else [])
+    assert set(marks['deploy.md']) == {f'table deploy/{name}' for name in deploy - {'twins'}}
     assert marks['monitoring.md'] == [f'table monitoring/{name}' for name in ('false_alarms', 'power')]
     names = {s: [*json.loads((ROOT / f'results/study/{s}/study.json').read_text())['questions']] for s in ['cpu']}
     names['gpu'] = '12345'

@@ -20,6 +20,7 @@ KINDS = {
     'pruned': ('#E69F00', '^', 'pruned'),
     'pruned int8': ('#D55E00', 'D', 'pruned, int8'),
     'cascade': ('#009E73', 'P', 'cascade'),
+    'slim': ('#CC79A7', '*', 'slim'),
 }
 
 

@@ -6,6 +6,8 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
@@ -25,7 +27,10 @@ __all__ = [
 NOT_MEASURABLE = 'not measurable'
 POWERCAP = Path('/sys/class/powercap')
 STATUS = Path('/proc/self/status')
-RUNTIMES = {'.onnx': 'onnxruntime', '.xml': 'openvino'}  # which a fresh process imports before it counts
+# what a fresh process imports before it counts, by the ending of what it opens
+LIBRARIES = {
+    '.onnx': ['onnx', 'onnxruntime'], '.xml': ['openvino'],
+    '.json': ['onnx', 'onnxruntime']}  # a cascade, whose stages are files as a rule
 
 
 class Form(NamedTuple):
@@ -186,14 +191,12 @@ def report_memory() -> None:
     order = json.load(sys.stdin)
     source, form, size = order['source'], Form(*order['form']), order['img_size']
     torch.set_num_threads(order['threads'])
-    runtime = RUNTIMES.get(Path(source).suffix)
-    if runtime:
-        __import__(runtime)
+    for library in LIBRARIES.get(Path(source).suffix, ()):
+        with suppress(ImportError):  # opening the model will tell
+            import_module(library)
     before = _status('VmRSS')
-    try:
-        Path('/proc/self/clear_refs').write_text('5')  # the peak so far is forgotten
-    except OSError:
-        pass  # then it counts, if it was higher
+    with suppress(OSError):  # or the peak so far counts, if it was higher
+        Path('/proc/self/clear_refs').write_text('5')
     model = open_source(source, **order['kwargs'])
     input_size = model.pretrained_cfg['input_size']
     if form != AS_IT_IS:

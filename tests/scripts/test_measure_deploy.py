@@ -106,7 +106,7 @@ def trained(tmp_path_factory):
     """A model of three classes, and images of them."""
     folder = tmp_path_factory.mktemp('trained')
     save_folder(build('test_resnet_pst', num_classes=3), folder / 'model', ['class0', 'class1', 'class2'])
-    return folder / 'model', write_images(folder / 'data', {'train': 4, 'validation': 5})
+    return folder / 'model', write_images(folder / 'data', {'train': 4, 'validation': 10})
 
 
 @pytest.fixture
