@@ -109,7 +109,7 @@ def default_output(source: str, level: str = 'int8', backend: str = 'onnxruntime
 
 def report_of(path: os.PathLike) -> Path:
     """The JSON file beside an artefact that says what was measured."""
-    return Path(path).with_suffix('.json')
+    return Path(f'{path}.json')  # two runtimes may have files of one name
 
 
 def quantize(
