@@ -33,9 +33,9 @@ ONNX, OPENVINO = 'ONNX Runtime float32', 'OpenVINO float32'
 INT8 = {'ONNX Runtime int8': 'onnxruntime', 'OpenVINO int8': 'openvino'}
 INT8_OF = dict(zip(INT8, (ONNX, OPENVINO)))
 RUNTIMES = (*FORMS, BFLOAT16, ONNX, OPENVINO, *INT8)
-FILES = {
-    BFLOAT16: SUFFIXES['bfloat16'], ONNX: '.onnx', OPENVINO: '.xml',
-    **{runtime: SUFFIXES[backend] for runtime, backend in INT8.items()}}
+FILES = {  # the report of an int8 file has its name but for the ending
+    BFLOAT16: f'model{SUFFIXES["bfloat16"]}', ONNX: 'model.onnx', OPENVINO: 'model.xml',
+    **{runtime: f'{backend}{SUFFIXES[backend]}' for runtime, backend in INT8.items()}}
 
 
 class Candidate(NamedTuple):
@@ -73,15 +73,15 @@ def make(
     if runtime in FORMS:
         return Candidate(str(source), FORMS[runtime], kwargs)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f'model{FILES[runtime]}'
+    path = folder / FILES[runtime]
     if not path.is_file():
         model = Candidate(str(source), kwargs=kwargs).open()
         if runtime in (ONNX, OPENVINO):
             write_float(model, path, img_size)
-        elif runtime == BFLOAT16:
-            quantize(model, path, level='bfloat16', img_size=img_size, timing=False)
         else:
-            quantize(model, path, images().split(16), backend=INT8[runtime], img_size=img_size, timing=False)
+            numbers = dict(level='bfloat16') if runtime == BFLOAT16 else dict(
+                images=images().split(16), backend=INT8[runtime])
+            quantize(model, path, **numbers, img_size=img_size, timing=False, overwrite=True, show=False)
     return Candidate(str(path))
 
 

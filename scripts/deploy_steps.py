@@ -87,7 +87,7 @@ class Workshop:
         """A model in a form or runtime."""
         source = source or self.source
         return make(
-            source, runtime, self.folder / f'{Path(source).name}-files', lambda: self.calibration()[0],
+            source, runtime, self.folder / f'{Path(source).name}-{self.img_size}px', lambda: self.calibration()[0],
             self.args.img_size)
 
     def trained(self, name: str, source: str, **flags: Any) -> str:
@@ -120,8 +120,8 @@ class Workshop:
         if self.given(row):
             return self.given(row)
         name = f'pruned-{100 * ratio:.0f}{"-sparse" * sparse}'
-        options = dict(importance='bn' if sparse else 'l2', images=[self.calibration()])
-        cut = pruned(self.before(sparse), ratio, self.folder / name, options)
+        chosen = dict(importance='bn', scope='global') if sparse else dict(importance='l2', scope='uniform')
+        cut = pruned(self.before(sparse), ratio, self.folder / name, dict(chosen, images=[self.calibration()]))
         teacher = self.whole() if distilled else None
         return self.trained(f'{name}{"-distilled" * distilled}-tuned', cut, epochs=self.args.epochs, teacher=teacher)
 

@@ -21,6 +21,7 @@ from pst_timm.benchmark.models import plain_twin
 from pst_timm.checkpoints import load_model
 from pst_timm.commands.common import fail
 from pst_timm.deploy.latency import energy, time_models
+from pst_timm.deploy.prune import SCOPES
 from pst_timm.metrics.calibration import calibration_error
 from pst_timm.metrics.intervals import image_interval
 from pst_timm.utils.errors import PSTError
@@ -57,7 +58,7 @@ def measure_runtimes(args: argparse.Namespace) -> None:
     for name in args.models:
         both = (name, plain_twin(name))
         candidates = {
-            (model, runtime): make(model, runtime, args.work / model, noise, pretrained=False)
+            (model, runtime): make(model, runtime, args.work / model, noise, SIZE[-1], pretrained=False)
             for model in both for runtime in args.runtimes}
         opened = {key: candidate.open() for key, candidate in candidates.items()}
         times = {batch: time_models(opened, SIZE, batch, args.rounds) for batch in BATCHES}
@@ -164,30 +165,34 @@ def measure_pruned(args: argparse.Namespace) -> None:
         f'Random weights, {SIZE[-1]} px, {where(args.rounds)}; times faster than the whole model in eager float32, and '
         f'than the whole model in the same runtime'), shown_pruned)
     for name in args.models:
-        sources = {0.: name}
+        sources = {(0., '-'): name}
         for ratio in args.ratios:
-            sources[ratio] = pruned(name, ratio, args.work / f'{name}-{100 * ratio:.0f}', {}, pretrained=False)
+            for scope in args.scopes:
+                sources[ratio, scope] = pruned(
+                    name, ratio, args.work / f'{name}-{100 * ratio:.0f}-{scope}', dict(scope=scope), pretrained=False)
         candidates = {
-            (ratio, runtime): make(
-                source, runtime, args.work / Path(source).name, noise, **({} if ratio else {'pretrained': False}))
-            for ratio, source in sources.items() for runtime in args.runtimes}
+            (cut, runtime): make(
+                source, runtime, args.work / f'{Path(source).name}-files', noise, SIZE[-1],
+                **({} if cut[0] else {'pretrained': False}))
+            for cut, source in sources.items() for runtime in args.runtimes}
+        whole = next(iter(sources))
         opened = {key: candidate.open() for key, candidate in candidates.items()}
         times = {batch: time_models(opened, SIZE, batch, args.rounds) for batch in BATCHES}
-        for ratio, runtime in candidates:
-            key = ratio, runtime
+        for cut, runtime in candidates:
+            key = cut, runtime
             row = dict(
-                row=f'{name}, {ratio:.0%}, {runtime}', model=name, ratio=ratio, runtime=runtime,
-                bytes=file_bytes(candidates[key].source, opened[key]),
-                **counts_of(candidates[ratio, EAGER].open(), SIZE))
+                row=f'{name}, {cut[0]:.0%}, {cut[1]}, {runtime}', model=name, ratio=cut[0], scope=cut[1],
+                runtime=runtime, bytes=file_bytes(candidates[key].source, opened[key]),
+                **counts_of(candidates[cut, EAGER].open(), SIZE))
             for batch, t in times.items():
-                row[f'ratio_{batch}'] = median_ratio(t[0., EAGER], t[key])
-                row[f'same_{batch}'] = median_ratio(t[0., runtime], t[key])
+                row[f'ratio_{batch}'] = median_ratio(t[whole, EAGER], t[key])
+                row[f'same_{batch}'] = median_ratio(t[whole, runtime], t[key])
             table.add(row)
 
 
 def shown_pruned(row: Row) -> Row:
     return {
-        'model': row['model'], 'asked to remove': f'{row["ratio"]:.0%}', 'GMACs': f'{row["gmacs"]:.3f}',
+        'model': row['model'], 'removed': f'{row["ratio"]:.0%}', 'scope': row['scope'], 'GMACs': f'{row["gmacs"]:.3f}',
         'M parameters': f'{row["params"] / 1e6:.2f}', 'runtime': row['runtime'],
         'file (MB)': f'{row["bytes"] / 1e6:.1f}',
         **{f'times faster, batch {batch}': f'{row[f"ratio_{batch}"]:.2f}' for batch in BATCHES},
@@ -222,6 +227,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     one.add_argument('--draws', type=int, default=10, help='of the noise (default: %(default)s)')
     one = part('pruned', measure_pruned, MODELS[:1])
     one.add_argument('--ratios', nargs='+', type=float, default=[0.3, 0.5, 0.7])
+    one.add_argument('--scopes', nargs='+', choices=SCOPES, default=SCOPES)
     one.add_argument('--runtimes', **every, default=[EAGER, 'folded, channels_last', ONNX, *INT8])
     add_flags(part('weights', measure_weights, epilog='Flags of pst-timm train for the fine-tuning follow after --.'))
     words = list(sys.argv[1:] if argv is None else argv)

@@ -11,6 +11,7 @@ from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import read_csv
 from scripts import deploy_artefacts, deploy_steps, deploy_table, measure_deploy
 from scripts.deploy_artefacts import ONNX, Candidate, make
+from scripts.deploy_steps import mean_counts
 from scripts.deploy_table import Table
 from scripts.measure_deploy import main
 from tests.engine.helpers import write_images
@@ -49,7 +50,7 @@ def test_rows_of_another_setting_are_not_mixed_in(tmp_path):
 
 def test_files_are_made_once(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(deploy_artefacts, 'export', lambda model, path, dynamic: made.append(model) or path.touch())
+    monkeypatch.setattr(deploy_artefacts, 'write_float', lambda model, path, size: made.append(model) or path.touch())
     for _ in range(2):
         found = make('test_resnet_pst', ONNX, tmp_path / 'files', None, pretrained=False, num_classes=2)
         assert found == Candidate(str(tmp_path / 'files/model.onnx'))
@@ -74,6 +75,38 @@ def test_runtimes_are_compared_with_eager_and_with_the_plain_twin(tmp_path, monk
     assert [(r['twin'], r['latency, batch 1'], r['latency, batch 8']) for r in rows] == [
         ('test_resnet', '2.000', '2.000'), ('test_resnet', '1.250', '1.250')]
     assert '64 px' in json.loads((tmp_path / 'out/twins.json').read_text())['setting']
+
+
+def test_pruned_models_are_compared_with_the_whole_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure_deploy, 'SIZE', (3, 64, 64))
+    cuts = [(0., '-'), (0.4, 'uniform')]
+
+    def smaller(source, ratio, folder, options, **kwargs):
+        assert (source, ratio) == ('test_resnet_pst', 0.4)
+        assert options == dict(scope='uniform') and kwargs == dict(pretrained=False)
+        save_folder(build('test_resnet_pst', pst_depth=0), folder)
+        return str(folder)
+    monkeypatch.setattr(measure_deploy, 'pruned', smaller)
+
+    def times(models, size, batch, rounds):
+        assert list(models) == [(cut, r) for cut in cuts for r in (EAGER, FOLDED)]
+        return dict(zip(models, ([8.] * 2, [6.] * 2, [4.] * 2, [2.] * 2)))
+    monkeypatch.setattr(measure_deploy, 'time_models', times)
+    assert main([
+        'pruned', '--models', 'test_resnet_pst', '--ratios', '0.4', '--scopes', 'uniform', '--runtimes', EAGER, FOLDED,
+        '--output', str(tmp_path / 'out'), '--work', str(tmp_path / 'work')]) == 0
+    rows = read_csv(tmp_path / 'out/pruned.csv')
+    told = [(r['removed'], r['runtime'], r['times faster, batch 1'], r['than whole in it, batch 1']) for r in rows]
+    assert told == [
+        ('0%', EAGER, '1.00', '1.00'), ('0%', FOLDED, '1.33', '1.00'), ('40%', EAGER, '2.00', '2.00'),
+        ('40%', FOLDED, '4.00', '3.00')]
+    assert float(rows[2]['M parameters']) < float(rows[0]['M parameters'])
+
+
+def test_a_cascade_counts_what_its_images_meet():
+    parts = [dict(params=1, gmacs=1.), dict(params=2, gmacs=4.), dict(params=4, gmacs=10.)]
+    assert mean_counts(parts[:1], [1.]) == parts[0]
+    assert mean_counts(parts, [0.5, 0.3, 0.2]) == dict(params=7, gmacs=pytest.approx(1 + 0.5 * 4 + 0.2 * 10))
 
 
 def few_digits(folder, split):
