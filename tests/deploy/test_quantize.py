@@ -74,7 +74,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp('files')
     model = build(topk=2, num_classes=3)
     for level, suffix in (('int8', '.onnx'), ('bfloat16', '.pt2')):
-        quantize(model, folder / f'm{suffix}', noise(), level, img_size=64, timing=False)
+        quantize(model, folder / f'm{suffix}', noise(), level, img_size=64, timing=False, overwrite=True)
     return folder
 
 
@@ -108,9 +108,9 @@ def test_fine_attention_agrees_with_its_eager_twin(level, suffix, allowed, topk,
     assert not torch.equal(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [
-    'test_convnext', *(pytest.param(name, marks=pytest.mark.slow) for name in (
-        'test_resnet', 'mobilenetv3_small_050', 'test_efficientnet', 'resnet18'))])
+    'test_convnext', 'test_resnet', 'mobilenetv3_small_050', 'test_efficientnet', 'resnet18'])
 def test_plain_models_of_timm(name, tmp_path):
     model = timm.create_model(name, num_classes=3).eval()
     x = noise(4)
