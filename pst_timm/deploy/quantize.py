@@ -8,7 +8,7 @@ import os
 import warnings
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -28,7 +28,9 @@ from .export import metadata, serialized
 from .latency import Latency, compare_latency
 from .runtime import open_source
 
-__all__ = ['BACKENDS', 'LEVELS', 'SUFFIXES', 'Agreement', 'QuantizeResult', 'default_output', 'quantize', 'report_of']
+__all__ = [
+    'BACKENDS', 'LEVELS', 'SUFFIXES', 'Agreement', 'Int8Job', 'QuantizeResult', 'Reference', 'default_output',
+    'quantize', 'report_of', 'slowness']
 
 _logger = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ class QuantizeResult(NamedTuple):
     warnings: List[str]
 
 
-class _Reference:
+class Reference:
     """Batches, and the float model's answers to them, which are computed once."""
 
     def __init__(self, model: nn.Module, batches: Batches):
@@ -159,6 +161,8 @@ def quantize(
     """
     output = Path(output)
     _check(level, backend, method, output, images, float_layers, max_drop, held_out)
+    if level == 'int8':
+        _check_installed(backend)
     files = [output, report_of(output), *([output.with_suffix('.bin')] if backend == 'openvino' else [])]
     for path in files:
         check_output(path, overwrite)
@@ -169,11 +173,11 @@ def quantize(
     except ValueError as e:
         raise PSTError(f'The model cannot be folded for quantisation: {e}') from e
     size = resolve_data_config({'img_size': img_size} if img_size else {}, model=model)['input_size']
-    job = _Job(
+    job = Int8Job(
         folded, size, backend, method, [images] if isinstance(images, torch.Tensor) else list(images), output, show)
     info = metadata(model, class_names, img_size, torch.bfloat16 if level == 'bfloat16' else torch.float32)
     info['quantization'] = {'level': level, 'backend': backend if level == 'int8' else 'torch'}
-    reference = _Reference(folded, held_out) if held_out is not None else None
+    reference = Reference(folded, held_out) if held_out is not None else None
     kept: List[str] = []
     if level == 'bfloat16':
         info['memory_format'] = 'channels_last'
@@ -188,13 +192,13 @@ def quantize(
             method=method, images=sum(map(len, job.images)), float_layers=kept)
         job.write(kept, info)
     deployed = open_source(output)
+    latency = job.time(model, deployed, level) if timing else {}
     float_bytes = sum(t.nbytes for t in folded.state_dict().values())
     found = QuantizeResult(
         output, sum(path.stat().st_size for path in files if path != report_of(output)), float_bytes, kept,
         reference.compare(deployed) if reference is not None else None,
-        _Reference(folded, validation).compare(deployed) if validation is not None else None,
-        job.time(model, deployed, level) if timing else {}, [])
-    found.warnings.extend(_warnings(found, level))
+        Reference(folded, validation).compare(deployed) if validation is not None else None,
+        latency, slowness(latency, level))
     write_json(report_of(output), _report(found, info, facts or {}))
     return found
 
@@ -227,6 +231,17 @@ def _check(
         raise PSTError('A largest drop is found out on images held out of the training split, and there are none.')
 
 
+def _check_installed(backend: str) -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as e:
+        raise PSTError(f"int8 goes through ONNX Runtime ({e}): pip install 'pst_timm[export]'.") from None
+    if backend == 'openvino':
+        ir.check_installed()
+
+
 def _bfloat16(folded: nn.Module, size: Sequence[int], info: Dict[str, Any]) -> bytes:
     """The content of an exported program, whose convolutions take images by pixel: faster, and alike in any batch."""
     model = deepcopy(folded).to(dtype=torch.bfloat16, memory_format=torch.channels_last)
@@ -237,7 +252,7 @@ def _bfloat16(folded: nn.Module, size: Sequence[int], info: Dict[str, Any]) -> b
             model, x.to(memory_format=torch.channels_last), 'exported-program', shapes, json.dumps(info))
 
 
-class _Job:
+class Int8Job:
     """One model on its way to int8."""
 
     def __init__(
@@ -258,8 +273,6 @@ class _Job:
         wrong = next((tuple(x.shape[1:]) for x in self.images if tuple(x.shape[1:]) != self.size), None)
         if wrong:
             raise ValueError(f'The model takes images of {self.size}, and is to be calibrated by some of {wrong}.')
-        if self.backend == 'openvino':
-            ir.check_installed()
         self.graph = qdq.trace(self.folded, self.size)
         if self.backend == 'onnxruntime':
             self.ranges = qdq.calibrate(self.graph, self.images, self.method)
@@ -281,7 +294,7 @@ class _Job:
         write_whole(self.output, lambda name: Path(name).write_bytes(data))
 
     @torch.inference_mode()
-    def search(self, kept: Sequence[str], max_drop: float, reference: _Reference) -> List[str]:
+    def search(self, kept: Sequence[str], max_drop: float, reference: Reference) -> List[str]:
         """The fewest layers, in the order of their sensitivity, that have to stay in float for a largest drop.
 
         Args:
@@ -328,19 +341,24 @@ class _Job:
         return compare_latency(forms, self.size, rounds=ROUNDS)
 
 
-def _warnings(found: QuantizeResult, level: str) -> List[str]:
-    """What a user must not miss."""
-    told = []
-    if found.latency:
-        (runtime, slow), (_, fast) = list(found.latency.items())[1:]
-        ratio = slow.seconds / fast.seconds
-        if ratio <= 1:
-            why = 'int8 dot products (VNNI, AMX, or dotprod on Arm)' if level == 'int8' else \
-                'bfloat16 (AVX512-BF16, AMX, or BF16 on Arm)'
-            told.append(
-                f'{level} is no faster on this processor: {ratio:.2f} times as fast as {runtime}. It may lack {why}; '
-                f'the file is smaller all the same.')
-    return told
+def slowness(latency: Mapping[str, Latency], level: str) -> List[str]:
+    """A warning where a level is no faster than float32 in the same runtime.
+
+    Args:
+        latency: Of eager float32, of float32 in the runtime, and of the level, in this order; empty if not timed.
+        level: The level.
+    """
+    if not latency:
+        return []
+    (runtime, slow), (_, fast) = list(latency.items())[1:]
+    ratio = slow.seconds / fast.seconds
+    if ratio > 1:
+        return []
+    why = {'int8': 'int8 dot products (VNNI, AMX, or dotprod on Arm)',
+           'bfloat16': 'bfloat16 (AVX512-BF16, AMX, or BF16 on Arm)'}[level]
+    return [
+        f'{level} is no faster here: {ratio:.2f} times as fast as {runtime}. The processor may lack {why}, or the '
+        f'model is too small to tell; the file is smaller all the same.']
 
 
 def _report(found: QuantizeResult, info: Dict[str, Any], facts: Dict[str, Any]) -> Dict[str, Any]:
