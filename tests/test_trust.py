@@ -135,6 +135,15 @@ def config_json(place, **entries):
     return place.source
 
 
+def config_json_of_a_pruned_model(place):
+    return config_json(place, architecture='pruned', model_args={
+        'arch': 'test_resnet_pst', 'channels': {}, **place.fetching})
+
+
+def config_json_of_a_pruned_model_on_the_hub(place):
+    return config_json(place, architecture='pruned', model_args={'arch': 'hf-hub:evil/model', 'channels': {}})
+
+
 def config_json_with_a_source(place):
     cfg = {'num_classes': 3, 'input_size': [3, 64, 64], 'custom_load': 'hf', 'hf_hub_id': 'evil/model',
            'hf_hub_filename': 'evil.pth', 'url': f'{place.hub.url}/evil.pth', 'source': 'hf-hub'}
@@ -178,7 +187,8 @@ def bare_pickle_that_runs(place):
 
 KINDS = (
     arguments_of_a_run, facts_of_a_run, configuration_of_a_run, origin_on_the_hub, origin_on_the_hub_among_the_facts,
-    header_of_safetensors, config_json, config_json_with_a_source, pickle_that_runs, bare_pickle_that_runs,
+    header_of_safetensors, config_json, config_json_of_a_pruned_model, config_json_of_a_pruned_model_on_the_hub,
+    config_json_with_a_source, pickle_that_runs, bare_pickle_that_runs,
     script_that_writes, trunk_of_a_detector_on_the_hub, arguments_of_a_trunk, arguments_of_a_neck)
 
 
@@ -229,6 +239,10 @@ def publish(source, data, place):
 
 def convert(source, data, place):
     return main(['convert', str(source), str(place.work / 'out.safetensors')])
+
+
+def prune(source, data, place):
+    return main(['prune', str(source), '-o', str(place.work / 'out'), '--ratio', '0.2', '--round-to', '8'])
 
 
 def export(source, data, place):
@@ -358,7 +372,7 @@ def register_weights(source, data, place):
 
 DOORS = (
     train_resume, train_initial_checkpoint, train_trunk_checkpoint, train_pretrained_path, train_from_a_folder,
-    train_teacher, train_teacher_in_a_file, validate, publish, convert, export, visualize, benchmark, predict,
+    train_teacher, train_teacher_in_a_file, validate, publish, prune, convert, export, visualize, benchmark, predict,
     compare, slim, recalibrate, audit, monitor_fit, monitor_check, study, load_the_model, load_a_folder,
     architecture_from_a_folder, load_the_trunk, load_the_trunk_of_a_folder, load_an_export, register_weights,
     detect_train_resume, detect_validate, detect_predict, open_the_detector, begin_with_a_detector)
@@ -529,7 +543,58 @@ def test_an_argument_out_of_bounds_is_named(name, value):
         check_model_args('the file', 'test_resnet_pst', {name: value})
 
 
+PRUNED = {'arch': 'test_resnet_pst', 'channels': {'layer1.0.bn1': 8}}
+
+
+@pytest.mark.parametrize('change, said', [
+    ({'arch': 'pruned'}, 'does not name the architecture that was pruned'),
+    ({'arch': 'resnet18.a1_in1k'}, 'without a tag'),
+    ({'arch': 'hf-hub:evil/model'}, "does not name the architecture that was pruned .arch: 'hf-hub:evil/model'"),
+    ({'arch': ['test_resnet_pst']}, 'does not name the architecture'),
+    ({'arch': None}, 'does not name the architecture'),
+    ({'channels': [8]}, 'channels must be a mapping'),
+    ({'channels': {'layer1.0.bn1': -8}}, 'channels.layer1.0.bn1 must be a whole number from 1'),
+    ({'channels': {'layer1.0.bn1': 0}}, 'must be a whole number from 1'),
+    ({'channels': {'layer1.0.bn1': 10 ** 30}}, 'must be a whole number from 1'),
+    ({'channels': {'layer1.0.bn1': 8.5}}, 'must be a whole number from 1'),
+    ({'channels': {'layer1.0.bn1': True}}, 'must be a whole number from 1'),
+    ({'channels': {'layer1.0.bn1': 'os.system'}}, 'must be a whole number from 1'),
+    ({'channels': {'layer1.0.conv1': [8, 8, 8]}}, 'a list of 2 values'),
+    ({'channels': {'layer1.0.conv1': [[8], 8]}}, 'must be a whole number from 1'),
+    ({'channels': {'x' * 2000: 8}}, 'short names as keys'),
+    ({'block': 'Bottleneck'}, "gives test_resnet_pst the argument 'block'"),
+    ({'cache_dir': '.'}, "the argument 'cache_dir'"),
+    ({'trunk': 'hf-hub:evil/model', 'arch': 'backbone_pst'}, 'the model argument trunk'),
+    ({'pst_width': 10 ** 7}, 'the model argument pst_width'),
+])
+def test_a_pruned_model_is_told_in_bounds(change, said):
+    with pytest.raises(PSTError, match=f'^the file.*{said}') as error:
+        check_model_args('the file', 'pruned', {**PRUNED, **change})
+    assert '\n' not in str(error.value) and len(str(error.value)) < 500
+    assert check_model_args('the file', 'pruned', PRUNED) == PRUNED
+
+
+@pytest.mark.parametrize('channels, said', [
+    ({'layer1.0.bn1': 33}, 'layer1.0.bn1 can have at most 32 channels'),
+    ({'layer1.0.bn1': 8}, 'layer1.0.bn1 takes 8 channels and is given 32'),
+    ({'no such layer': 8}, "has no layer 'no such layer'"),
+    ({'pst.blocks.0.attn': 8}, 'has no layer'),
+    ({'fc': [128, 60000]}, 'fc can have at most 128 and 3 channels'),
+])
+@pytest.mark.parametrize('door', [
+    lambda folder: load_model(folder), lambda folder: create_model(f'local-dir:{folder}', pretrained=True)])
+def test_channels_that_do_not_fit_end_in_one_sentence(channels, said, door, weights, tmp_path):
+    save_file(weights, tmp_path / 'model.safetensors')
+    (tmp_path / 'config.json').write_text(json.dumps({
+        'architecture': 'pruned', 'num_classes': 3, 'model_args': {'arch': 'test_resnet_pst', 'channels': channels},
+        'pretrained_cfg': {'num_classes': 3, 'input_size': [3, 64, 64]}}))
+    with pytest.raises(PSTError, match=said) as error:
+        door(tmp_path)
+    assert '\n' not in str(error.value) and len(str(error.value)) < 700
+
+
 @pytest.mark.parametrize('arch, args', [
+    ('pruned', dict(arch='backbone_pst', trunk='test_convnext', pst_width=64, channels={'fuse_down.conv': [None, 64]})),
     ('resnet50_pst', dict(topk=8, fine_fusion='joint', pst_depth=2, pst_mlp_ratio=1.5, pst_zero_init=True)),
     ('resnet50', dict(stem_type='deep', act_layer='silu', avg_down=True, block_args=dict(attn_layer='eca'))),
     ('vit_tiny_patch16_224', dict(img_size=[96, 96], depth=6, init_values=1e-5, class_token=False, global_pool='avg')),

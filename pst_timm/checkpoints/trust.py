@@ -108,7 +108,7 @@ COMMON_ARGS = {
 }
 WIDTH = rules.whole(1, 2 ** 16)
 # of the layers of a pruned model; what it is made of tells how wide each may be at most
-CHANNELS = rules.mapping({}, rules.either(WIDTH, rules.each(WIDTH, 2, 2)))
+CHANNELS = rules.mapping({}, rules.either(WIDTH, rules.each(lambda n: n if n is None else WIDTH(n), 2, 2)))
 # parts of names of arguments that are none of a file's business, whatever a class may mean by them
 NEVER = re.compile(r'(^|_)(path|file|filename|url|dir|cache|cfg|cfgs|pretrained|checkpoint|load|device|dtype|fn)(_|$)')
 

@@ -210,6 +210,8 @@ def model_card(
     data = f' for {prose(data_set)}' if data_set else ''
     saved = f'; saved with `topk={settings["topk"]}`, `fine_fusion={settings["fine_fusion"]!r}`'
     made_of = f'the `{model.plain_name}`' if checkpoint.arch == 'backbone_pst' else 'a network'
+    if checkpoint.arch == 'pruned':
+        made_of = f'a `{model.own_args["arch"]}` with fewer channels,'
     lines = [
         f'# {name}: {checkpoint.arch}{f" trained on {prose(data_set)}" if data_set else ""}',
         '',

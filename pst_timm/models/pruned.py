@@ -19,10 +19,14 @@ from pst_timm.utils.errors import did_you_mean
 from .digest import check_digest, drop_digest
 from .fusion import pst_cfg
 
-__all__ = ['Channels', 'Kept', 'cut', 'layer_of', 'measured', 'record_cut', 'settle', 'tensors_of', 'width_of']
+__all__ = [
+    'Channels', 'Kept', 'cut', 'layer_of', 'measured', 'record_cut', 'settle', 'tensors_of', 'width_of',
+    'widths',
+]
 
-Channels = Mapping[str, Union[int, Sequence[int]]]
-"""Widths by name of the layer: [channels in, channels out] of a convolution or linear layer, else a number."""
+Channels = Mapping[str, Union[int, Sequence[Optional[int]]]]
+"""Widths by name of the layer: [channels in, channels out] of a convolution or linear layer, None for one that stays as
+the architecture has it (classes, say); else a number."""
 PLAIN = 'resnet18_pst'  # where it is not said what was pruned
 # what a model tells of images and weights, as the architecture has it
 FIELDS = (
@@ -206,14 +210,17 @@ def narrow(model: nn.Module, channels: Channels) -> None:
     now = widths(model)
     kept = {}
     for name, width in channels.items():
+        if isinstance(dict(model.named_modules()).get(name), nn.Identity):  # a classifier that is left out
+            continue
         if name not in now:
             raise ValueError(f'{type(model).__name__} has no layer {name!r} with channels.{did_you_mean(name, now)}')
         old = now[name] if isinstance(now[name], list) else [now[name]]
         new = list(width) if isinstance(width, (list, tuple)) else [width]
-        if len(new) != len(old) or any(type(n) is not int or not 1 <= n <= most for n, most in zip(new, old)):
+        wrong = [n for n, most in zip(new, old) if type(n) is not int or not 1 <= n <= most]
+        if len(new) != len(old) or any(n is not None or len(new) == 1 for n in wrong):
             most = ' and '.join(map(str, old))
             raise ValueError(f'{name} can have at most {most} channels, and at least one; got {width!r}.')
-        kept[name] = Kept(*[None] * (2 - len(new)), *map(torch.arange, new))
+        kept[name] = Kept(*[None] * (2 - len(new)), *(n if n is None else torch.arange(n) for n in new))
     before = measured(model)
     cut(model, kept)
     settle(model, before)
@@ -301,10 +308,16 @@ def record_cut(model: nn.Module, wide: nn.Module) -> None:
     if taken:
         raise ValueError(f'it was made with {taken[0]}={wide._model_args[taken[0]]!r}, which has another meaning here.')
     before = widths(wide)
-    changed = {name: width for name, width in widths(model).items() if width != before[name]}
+    changed = {
+        name: [n if n != then else None for n, then in zip(width, before[name])] if isinstance(width, list) else width
+        for name, width in widths(model).items() if width != before[name]}
+    earlier = own.get('channels', {})
+    for name in changed.keys() & earlier.keys():  # a side that was cut before is told still
+        if isinstance(changed[name], list):
+            changed[name] = [then if n is None else n for n, then in zip(changed[name], earlier[name])]
     own.update(
         arch=own.get('arch') or wide.pretrained_cfg['architecture'],
-        channels={**own.get('channels', {}), **changed})
+        channels={**earlier, **changed})
     model.own_args = own
     model._model_args = {**getattr(model, '_model_args', {}), **own}
     # these are not the weights of that name, nor at that place
