@@ -169,8 +169,8 @@ class _Slimming:
         """Top-1 in percent on a split, and how many images it has."""
         s = self.settings
         args = validate_args(
-            data_dir=data_dir, split=split, checkpoint=name, batch_size=s.batch_size, workers=s.workers,
-            device=s.device)
+            data_dir=data_dir, split=split, checkpoint=f'the model {name!r}',  # as messages call it; no file is opened
+            batch_size=s.batch_size, workers=s.workers, device=s.device)
         [result] = validate(args, lambda *named, **kwargs: model)
         return result['top1'], len(create_eval_dataset(args, split, None))
 
@@ -212,7 +212,7 @@ def slim(
         data_dir, settings.train_split, run.work, settings.held_out, settings.seed)
     first = Step(ORIGINAL, True, bytes=_size_of(source))
     if data is not None:
-        first.held_out, held = run.accuracy(model, str(data), HELD, source)
+        first.held_out, held = run.accuracy(model, str(data), HELD, ORIGINAL)
     run.add(first, model)
     small = _prune(run, data, train_flags or {})
     _quantize(run, data, small)
@@ -284,13 +284,14 @@ def _images(run: _Slimming, model: nn.Module, data: Optional[Path]) -> List[torc
 def _prune(run: _Slimming, data: Optional[Path], train_flags: Mapping[str, Any]) -> nn.Module:
     """The first pruned model that is accurate enough, or the original."""
     s = run.settings
-    data_args = None if data is None else dict(data_dir=str(data), train_split=REST, val_split='')
+    data_args = None if data is None else dict(data_dir=str(data), train_split=REST)
     for ratio in s.ratios:
         step, place = Step(f'pruned {ratio:.0%}', False), run.work / f'pruned-{ratio:g}'
         try:
             found = prune_to_folder(
                 run.source, place, ratio, data_args=data_args, images=s.images, seed=s.seed,
-                teacher=None if train_flags.get('kd_model_name') else run.source, train_flags=train_flags,
+                teacher=None if train_flags.get('kd_model_name') else run.source,
+                train_flags={**train_flags, 'val_split': ''},  # the validation images wait until the end
                 overwrite=True, importance=s.importance, scope=s.scope)
         except Interrupted:
             raise
