@@ -46,10 +46,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
              '--sparsity-weight), or the change of the loss without it, which needs images (default: %(default)s)')
     scope = parser.add_mutually_exclusive_group()
     scope.add_argument(
-        '--global', dest='scope', action='store_const', const='global', default='global',
-        help='compare the channels of all layers (default)')
+        '--uniform', dest='scope', action='store_const', const='uniform', default='uniform',
+        help='cut the same share of every layer (default)')
     scope.add_argument(
-        '--uniform', dest='scope', action='store_const', const='uniform', help='cut the same share of every layer')
+        '--global', dest='scope', action='store_const', const='global', help='compare the channels of all layers')
     parser.add_argument(
         '--steps', type=at_least(1), default=1, help='cut in so many steps, with training after each (default: 1)')
     parser.add_argument(

@@ -85,13 +85,17 @@ def _per_unit(tensor: torch.Tensor, dim: int, indices: torch.Tensor) -> torch.Te
 
 @torch.no_grad()
 def _l2(model: nn.Module, group: Group) -> torch.Tensor:
-    """The size of the weights of each unit, relative to the mean of its group: layers differ in their sizes."""
+    """The size of the weights of each unit, every layer counted alike."""
     total = torch.zeros(group.units)
     for member, tensor, dim in _weights(model, group):
         sizes = _per_unit(tensor, dim, member.indices).float().square().sum(1).cpu()
         total += sizes / sizes.mean().clamp(min=1e-12)
-    score = total.sqrt()
-    return score / score.mean().clamp(min=1e-12)
+    return _relative(total.sqrt())
+
+
+def _relative(scores: torch.Tensor) -> torch.Tensor:
+    """Scores of a group over their mean: those of another group are of another size."""
+    return scores / scores.mean().clamp(min=1e-12)
 
 
 @torch.no_grad()
@@ -114,7 +118,7 @@ def _with_norms(model: nn.Module, groups: Sequence[Group], others: Sequence[torc
 
 
 def _taylor(model: nn.Module, groups: Sequence[Group], images: Sequence[Batch]) -> List[torch.Tensor]:
-    """The squared change of the loss, to the first order, if a unit were not there; mean over the batches."""
+    """The change of the loss, to the first order, if a unit were not there; root of the mean square over batches."""
     model.requires_grad_(True)
     totals = [torch.zeros(group.units) for group in groups]
     for batch, labels in images:
@@ -129,4 +133,4 @@ def _taylor(model: nn.Module, groups: Sequence[Group], images: Sequence[Batch]) 
                     if member.side == 'out' and tensor.grad is not None:
                         change += _per_unit(tensor * tensor.grad, dim, member.indices).float().sum(1).cpu()
                 total += change.square()
-    return [(total / len(images)).sqrt() for total in totals]
+    return [_relative((total / len(images)).sqrt()) for total in totals]

@@ -14,8 +14,9 @@ import torch.nn as nn
 from timm.models import get_model_input_config
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pst_timm.models.pruned import Kept, cut, layer_of, measured, record_cut, settle, tensors_of, width_of
-from pst_timm.utils.cost import count_gmacs
+from pst_timm.models.pruned import Kept, cut, layer_of, measured, record_cut, settle, tensors_of, width_of, widths
+from pst_timm.utils.channels import Member
+from pst_timm.utils.cost import count_gmacs, layer_gmacs
 from pst_timm.utils.errors import PSTError
 
 from .importance import IMPORTANCES, Batch, Scored, score_channels
@@ -27,20 +28,20 @@ _logger = logging.getLogger(__name__)
 SCOPES = ('global', 'uniform')
 BY = ('macs', 'channels')
 LEAST_SHARE = 0.1  # of the channels of a layer that stay in any case: an empty layer would cut the network in two
-SEARCH_STEPS = 12
+SEARCH_STEPS = 20
 LATENCY_STEPS = 5
 LATENCY_ROUNDS = 20
 TOLERANCE = 1e-3  # of the largest output, between what is cut and what is masked
 
-Plan = List[torch.Tensor]
-"""For each group, which of its units stay (units,)."""
+Plan = Tuple[int, ...]
+"""How many units of each group stay."""
 
 
 def prune(
         model: nn.Module,
         ratio: float = 0.5,
         importance: str = 'l2',
-        scope: str = 'global',
+        scope: str = 'uniform',
         round_to: int = 16,
         images: Optional[Sequence[Batch]] = None,
         by: str = 'macs',
@@ -75,14 +76,14 @@ def prune(
         ValueError: If an option is out of its range.
     """
     _check_options(ratio, importance, scope, round_to, images, by, steps)
-    whole = _gmacs(model)
+    first, whole = widths(model), _gmacs(model)
     for step in range(1, steps + 1):
-        if by == 'macs':
-            target = whole * (1 - ratio * step / steps)
-            share = 1 - target / _gmacs(model)
-        else:
-            share = 1 - (1 - ratio) ** (1 / steps)
-        model = _prune_once(model, share, importance, scope, round_to, images, by)
+        cutter = _Cutter(model, score_channels(model, importance, images), first, scope, round_to)
+        level = ratio * step / steps
+        plan = cutter.plan(level) if by == 'channels' else cutter.plan_for(whole * (1 - level))
+        model = _pruned(model, cutter.kept(plan))
+        if images:
+            reestimate_norms(model, [batch for batch, _ in images])
         if between is not None and step < steps:
             model = between(model, step)
     return model.eval()
@@ -172,19 +173,135 @@ def _check_options(
             raise ValueError(f'{name} must be a positive whole number, got {value!r}.')
 
 
-def _prune_once(
-        model: nn.Module,
-        share: float,
-        importance: str,
-        scope: str,
-        round_to: int,
-        images: Optional[Sequence[Batch]],
-        by: str,
-) -> nn.Module:
-    """One step of `prune`."""
-    units = score_channels(model, importance, images)
-    plan = _plan_for(model, units, share, scope, round_to, by)
-    kept = _kept(model, units, plan)
+# how much is cut of what
+
+class _Cutter:
+    """Plans for a model: of each group as many units stay as there are in the plan, the best of them."""
+
+    def __init__(
+            self,
+            model: nn.Module,
+            scored: Sequence[Scored],
+            first: Mapping[str, Any],
+            scope: str,
+            round_to: int,
+    ):
+        """
+        Args:
+            model: The model.
+            scored: What can be cut of it.
+            first: The widths of its layers before anything was cut.
+            scope: 'global' or 'uniform'.
+            round_to: What widths are multiples of.
+        """
+        self.model, self.scored, self.scope = model, scored, scope
+        now = widths(model)
+        self.first: List[float] = []
+        """Units of each group before anything was cut."""
+        for found in scored:
+            then, width = (w[-1] if isinstance(w, list) else w for w in (
+                table[_leaving(found).name] for table in (first, now)))
+            self.first.append(found.group.units * then / width)
+        # units whose channels are a multiple
+        self.every = [round_to // math.gcd(round_to, found.size) for found in scored]
+        self.round_to = round_to
+        self.whole = _gmacs(model)
+        self.layers = layer_gmacs(model, get_model_input_config(model)['input_size'])
+
+    def plan(self, level: float) -> Plan:
+        """What stays if so much of what there was goes, from 0 to 1."""
+        if self.scope == 'uniform':
+            wanted = [first * (1 - level) for first in self.first]
+        else:
+            # by the channel, since a unit may be many
+            scores, order = torch.cat([found.scores.repeat_interleave(found.size) for found in self.scored]).sort()
+            stays = round((1 - level) * sum(first * found.size for first, found in zip(self.first, self.scored)))
+            best = torch.zeros(len(scores), dtype=torch.bool)
+            best[order[max(len(scores) - stays, 0):]] = True
+            parts = best.split([found.group.units * found.size for found in self.scored])
+            wanted = [part.sum().item() / found.size for part, found in zip(parts, self.scored)]
+        return tuple(map(self._rounded, range(len(self.scored)), wanted))
+
+    def _rounded(self, i: int, number: float) -> int:
+        """The nearest number of units whose channels are a multiple; all of them where there is none."""
+        every, units = self.every[i], self.scored[i].group.units
+        least = max(every, math.ceil(LEAST_SHARE * self.first[i] / every) * every)
+        return min(max(least, round(number / every) * every), units)
+
+    def plan_for(self, gmacs: float) -> Plan:
+        """The plan that cuts least of those with at most so many multiply-adds.
+
+        Raises:
+            Unreachable: If there is none.
+        """
+        low, high = 0., 1.
+        least = self.gmacs(self.plan(high))
+        if least > gmacs:
+            raise Unreachable(
+                f'{least / self.whole:.1%} of the multiply-adds of this {type(self.model).__name__} are left '
+                f'at least, as attention stays whole, widths are multiples of {self.round_to}, and {LEAST_SHARE:.0%} '
+                f'of every layer stays: ask for less, or for finer widths (--round-to).')
+        for _ in range(SEARCH_STEPS):
+            level = (low + high) / 2
+            low, high = (low, level) if self.gmacs(self.plan(level)) <= gmacs else (level, high)
+        # where many layers change at once, as many as are needed do
+        more, enough = self.plan(low), self.plan(high)
+        first, last = 0, len(more)
+        while first < last:
+            middle = (first + last) // 2
+            mixed = enough[:middle] + more[middle:]
+            first, last = (first, middle) if self.gmacs(mixed) <= gmacs else (middle + 1, last)
+        if first == 0:
+            return more
+        # and the last of them is the one that oversteps least
+        begun = enough[:first - 1] + more[first - 1:]
+        plans = [begun[:i] + enough[i:i + 1] + begun[i + 1:] for i in range(first - 1, len(more))]
+        return max((plan for plan in plans if self.gmacs(plan) <= gmacs), key=self.gmacs)
+
+    def gmacs(self, plan: Plan) -> float:
+        """Multiply-adds of an image in billions by a plan."""
+        stays: Dict[str, Dict[str, float]] = {}
+        for (group, _, _), number in zip(self.scored, plan):
+            for member in group.members:
+                if member.name in self.layers:
+                    gone = (group.units - number) * member.indices.shape[1]
+                    sides = stays.setdefault(member.name, {'in': 1., 'out': 1.})
+                    sides[member.side] -= gone / width_of(layer_of(self.model, member.name), member.side)
+        saved = 0.
+        for name, sides in stays.items():
+            # each output of a grouped convolution reads as many inputs as before
+            grouped = getattr(layer_of(self.model, name), 'groups', 1) > 1
+            saved += self.layers[name] * (1 - sides['out'] * (1. if grouped else sides['in']))
+        return self.whole - saved
+
+    def kept(self, plan: Plan) -> Dict[str, Kept]:
+        """What each layer keeps by a plan."""
+        gone: Dict[Tuple[str, str], List[torch.Tensor]] = {}
+        for (group, scores, _), number in zip(self.scored, plan):
+            worst = scores.argsort(stable=True)[:group.units - number]
+            for member in group.members if len(worst) else ():
+                gone.setdefault((member.name, member.side), []).append(member.indices[worst].flatten())
+        kept: Dict[str, Kept] = {}
+        for (name, side), parts in gone.items():
+            stays = torch.ones(width_of(layer_of(self.model, name), side), dtype=torch.bool)
+            stays[torch.cat(parts)] = False
+            kept[name] = kept.get(name, Kept())._replace(**{f'{side}s': stays.nonzero().flatten()})
+        return kept
+
+
+def _leaving(scored: Scored) -> Member:
+    """The first layer that the channels leave."""
+    return next(member for member in scored.group.members if member.side == 'out')
+
+
+def _gmacs(model: nn.Module) -> float:
+    return count_gmacs(model, get_model_input_config(model)['input_size'])
+
+
+# the cut itself
+
+def _pruned(model: nn.Module, kept: Mapping[str, Kept]) -> nn.Module:
+    """A copy of a model with what it keeps."""
     smaller = copy.deepcopy(model).eval()
     try:
         before = measured(model)
@@ -194,106 +311,8 @@ def _prune_once(
     except ValueError as e:
         raise PSTError(f'{type(model).__name__} cannot be pruned: {e}') from e
     _check_alike(model, smaller, kept)
-    if images:
-        reestimate_norms(smaller, [batch for batch, _ in images])
-    return smaller.eval()
+    return smaller
 
-
-# how much of it
-
-def _plan_for(
-        model: nn.Module,
-        units: Sequence[Scored],
-        share: float,
-        scope: str,
-        round_to: int,
-        by: str,
-) -> Plan:
-    """The least that is cut for a share of the multiply-adds."""
-    def plan(level: float) -> Plan:
-        return _plan(units, level, scope, round_to)
-
-    if by == 'channels':
-        return plan(share)
-    whole = _gmacs(model)
-
-    def removed(candidate: Plan) -> float:
-        return 1 - _gmacs(model, _kept(model, units, candidate)) / whole
-
-    low, high = 0., 1.
-    most = plan(high)
-    if removed(most) < share:
-        raise Unreachable(
-            f'At most {removed(most):.1%} of the multiply-adds of {type(model).__name__} can be removed, with '
-            f'attention left whole, every width a multiple of {round_to} and {LEAST_SHARE:.0%} of every layer left; '
-            f'{share:.1%} were asked for: ask for less, or for finer widths.')
-    for _ in range(SEARCH_STEPS):
-        level = (low + high) / 2
-        low, high = (low, level) if removed(plan(level)) >= share else (level, high)
-    # where many layers change at once, as many as are needed do
-    less, enough = plan(low), plan(high)
-    differing = [i for i, (a, b) in enumerate(zip(less, enough)) if not torch.equal(a, b)]
-    first, last = 0, len(differing)
-    while first < last:
-        middle = (first + last) // 2
-        mixed = [enough[i] if i in differing[:middle] else less[i] for i in range(len(units))]
-        first, last = (first, middle) if removed(mixed) >= share else (middle + 1, last)
-    return [enough[i] if i in differing[:first] else less[i] for i in range(len(units))]
-
-
-def _plan(units: Sequence[Scored], level: float, scope: str, round_to: int) -> Plan:
-    """Which units stay if so much of all goes, from 0 to 1."""
-    if scope == 'global':
-        scores = torch.cat([unit.scores.repeat_interleave(unit.size) for unit in units]).sort().values
-        index = min(int(level * len(scores)), len(scores) - 1)
-        wanted = [int((unit.scores > scores[index]).sum()) if level else unit.group.units for unit in units]
-    else:
-        wanted = [round(unit.group.units * (1 - level)) for unit in units]
-    plan = []
-    for unit, number in zip(units, wanted):
-        keep = torch.zeros(unit.group.units, dtype=torch.bool)
-        keep[unit.scores.topk(_rounded(number, unit, round_to)).indices] = True
-        plan.append(keep)
-    return plan
-
-
-def _rounded(number: int, unit: Scored, round_to: int) -> int:
-    """The nearest number of units whose channels are a multiple of a number; all of them where there is none."""
-    every = round_to // math.gcd(round_to, unit.size)  # units that make a multiple
-    total = unit.group.units
-    least = max(every, math.ceil(LEAST_SHARE * total / every) * every)
-    nearest = max(least, round(number / every) * every)
-    return nearest if nearest < total else total
-
-
-def _kept(model: nn.Module, units: Sequence[Scored], plan: Plan) -> Dict[str, Kept]:
-    """What each layer keeps by a plan."""
-    gone: Dict[Tuple[str, str], List[torch.Tensor]] = {}
-    for unit, keep in zip(units, plan):
-        if not keep.all():
-            for member in unit.group.members:
-                gone.setdefault((member.name, member.side), []).append(member.indices[~keep].flatten())
-    kept: Dict[str, Kept] = {}
-    for (name, side), parts in gone.items():
-        stays = torch.ones(width_of(layer_of(model, name), side), dtype=torch.bool)
-        stays[torch.cat(parts)] = False
-        kept[name] = kept.get(name, Kept())._replace(**{f'{side}s': stays.nonzero().flatten()})
-    return kept
-
-
-def _gmacs(model: nn.Module, kept: Optional[Mapping[str, Kept]] = None) -> float:
-    """Multiply-adds of an image in billions, of a model from which something was cut."""
-    size = get_model_input_config(model)['input_size']
-    if kept is None:
-        return count_gmacs(model, size)
-    twin = copy.deepcopy(model).to('meta')
-    cut(twin, kept)
-    if hasattr(twin, 'record_widths'):
-        twin.record_widths()
-    return count_gmacs(twin, size)
-
-
-# afterwards
 
 @torch.no_grad()
 def _check_alike(model: nn.Module, smaller: nn.Module, kept: Mapping[str, Kept]) -> None:

@@ -136,7 +136,7 @@ def training_batches(
         PSTError: If there are no such images, or they have other classes than the model.
     """
     split = data_args.get('train_split') or 'train'
-    rest = {key: value for key, value in data_args.items() if key != 'train_split'}
+    rest = {key: value for key, value in data_args.items() if not key.endswith('_split')}
     config = preprocessing(model, source, {})
     args = validate_args(**{'in_chans': config['input_size'][0], 'split': split, **rest})
     dataset = create_eval_dataset(args, split, None)

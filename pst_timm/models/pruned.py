@@ -19,7 +19,10 @@ from pst_timm.utils.errors import did_you_mean
 from .digest import check_digest, drop_digest
 from .fusion import pst_cfg
 
-__all__ = ['Channels', 'Kept', 'cut', 'layer_of', 'measured', 'record_cut', 'settle', 'tensors_of', 'width_of']
+__all__ = [
+    'Channels', 'Kept', 'cut', 'layer_of', 'measured', 'record_cut', 'settle', 'tensors_of', 'width_of',
+    'widths',
+]
 
 Channels = Mapping[str, Union[int, Sequence[int]]]
 """Widths by name of the layer: [channels in, channels out] of a convolution or linear layer, else a number."""

@@ -1,10 +1,11 @@
 """What a model costs: multiply-adds, activations, memory."""
 import copy
 import os
-from typing import Sequence, Tuple
+from typing import Any, Callable, Dict, Sequence, Tuple
 
 import torch
 import torch.nn as nn
+from torch.nn.modules.conv import _ConvNd
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,7 +14,9 @@ from .devices import total_memory
 from .errors import PSTError
 from .timing import Call
 
-__all__ = ['check_image_memory', 'count_activations', 'count_gmacs', 'measure_activations', 'peak_memory']
+__all__ = [
+    'check_image_memory', 'count_activations', 'count_gmacs', 'layer_gmacs', 'measure_activations', 'peak_memory',
+]
 
 LEAST_BYTES = 3 * 4 + 64 // 4 * 4  # of a pixel: the image, and the first maps of a network, in single precision
 
@@ -44,6 +47,24 @@ def count_gmacs(model: nn.Module, input_size: Sequence[int]) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *input_size, device='meta', dtype=next(model.parameters()).dtype))
     return counter.get_total_flops() / 2e9
+
+
+def layer_gmacs(model: nn.Module, input_size: Sequence[int]) -> Dict[str, float]:
+    """The part of `count_gmacs` of each convolution and linear layer, by name."""
+    model = copy.deepcopy(model).to('meta').eval().requires_grad_(False)
+    found: Dict[str, float] = {}
+
+    def count(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            found[name] = found.get(name, 0.) + output.numel() * module.weight[0].numel() / 1e9
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            module.register_forward_hook(count(name))
+    with torch.no_grad():
+        model(torch.zeros(1, *input_size, device='meta', dtype=next(model.parameters()).dtype))
+    return found
 
 
 def peak_memory(call: Call, device: torch.device) -> int:
