@@ -15,8 +15,8 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
 
-from pst_timm.checkpoints import load_model
-from pst_timm.data.datasets import create_eval_dataset
+from pst_timm.checkpoints import label_names, load_model
+from pst_timm.data.datasets import check_class_names, check_classes, class_names, create_eval_dataset
 from pst_timm.engine import validate, validate_args
 from pst_timm.metrics.binomial import binomial_upper
 from pst_timm.utils.cost import count_gmacs
@@ -206,8 +206,9 @@ def slim(
     _check_folder(folder, overwrite)
     model = load_model(source)
     run = _Slimming(source, folder, settings, model)
-    folder.mkdir(parents=True, exist_ok=True)
-    run.work.mkdir(exist_ok=True)
+    if data_dir is not None:
+        _check_splits(model, source, data_dir, settings)  # after hours of training it would be late
+    run.work.mkdir(parents=True, exist_ok=True)
     data = None if data_dir is None else set_aside(
         data_dir, settings.train_split, run.work, settings.held_out, settings.seed)
     first = Step(ORIGINAL, True, bytes=_size_of(source))
@@ -229,7 +230,7 @@ def slim(
                 images['validation'] = count
     _time(run)
     report = Report(source, images, asdict(settings), run.steps)
-    write_json(folder / REPORT, {**asdict(report), 'settings': {**asdict(settings), 'ratios': list(settings.ratios)}})
+    write_json(folder / REPORT, asdict(report))
     shutil.rmtree(run.work)
     return report
 
@@ -242,6 +243,14 @@ def _check_packages(settings: Settings) -> None:
     if missing:
         raise PSTError(
             f"Making a model slim needs {', '.join(missing.values())}: pip install 'pst_timm[{','.join(missing)}]'.")
+
+
+def _check_splits(model: nn.Module, source: str, data_dir: str, settings: Settings) -> None:
+    """Make sure that the splits are there, and have the classes of the model."""
+    for split in filter(None, (settings.train_split, settings.val_split)):
+        dataset = create_eval_dataset(validate_args(data_dir=data_dir, split=split), split, None)
+        check_class_names(class_names(dataset), label_names(model), f'the {split!r} split', f'the model {source}')
+        check_classes(dataset, model.num_classes, True, split)
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:

@@ -16,7 +16,7 @@ from pst_timm.deploy.latency import Latency
 from pst_timm.deploy.slim import REPORT, Settings, slim
 from pst_timm.engine import train
 from pst_timm.utils.errors import Interrupted, PSTError
-from tests.engine.helpers import tiny_train_args
+from tests.engine.helpers import tiny_train_args, write_images
 
 pytest.importorskip('torch_pruning')
 pytest.importorskip('onnxruntime')
@@ -147,6 +147,24 @@ def test_a_step_that_fails_is_told_and_the_others_go_on(parts, images, source, t
     found = steps(slim(source, tmp_path / 'out', str(images)))
     assert (found['pruned 50%'].note, found['cascade'].note) == ('prune failed', 'fit failed')
     assert found['int8'].kept and not (found['pruned 50%'].kept or found['cascade'].kept)
+
+
+@pytest.mark.parametrize('settings, said', [
+    (Settings(val_split='test'), "has no 'test' split"),
+    (Settings(train_split='rest'), "has no 'rest' split"),
+    (Settings(max_drop=float('nan')), 'max_drop and cascade_cost must be finite'),
+])
+def test_what_would_fail_at_the_end_fails_at_the_start(parts, images, source, tmp_path, settings, said):
+    with pytest.raises(PSTError, match=said):
+        slim(source, tmp_path / 'out', str(images), settings)
+    assert not parts.asked and not (tmp_path / 'out').exists()
+
+
+def test_data_of_other_classes_is_refused_at_the_start(parts, source, tmp_path):
+    other = write_images(tmp_path / 'data', {'train': 4, 'validation': 2}, classes=2)
+    with pytest.raises(PSTError, match='have different classes: the former lacks class2'):
+        slim(source, tmp_path / 'out', str(other))
+    assert not parts.asked and not (tmp_path / 'out').exists()
 
 
 def test_without_data_the_structure_is_timed(parts, source, tmp_path):
