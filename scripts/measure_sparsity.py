@@ -116,8 +116,8 @@ def setting(data: Path, split: str) -> str:
         f'Top-1 in percent on {images:,} photographs of five classes of flowers, after training on {train_images:,}: '
         f'`{MODEL}` from scratch at {SIZE} px, {EPOCHS} epochs of SGD with the sparsity weight (0: without), then '
         f'{RATIO:.0%} of the multiply-adds cut by `pst-timm prune` (widths in multiples of {ROUND_TO}), batch-norm '
-        f'statistics estimated again on {IMAGES} training images, then {TUNED} epochs of fine-tuning without the penalty; mean over seeds '
-        f'{" and ".join(map(str, SEEDS))} (lowest to highest), the last epoch of every run; '
+        f'statistics estimated again on {IMAGES} training images, then {TUNED} epochs of fine-tuning without the '
+        f'penalty; mean over seeds {" and ".join(map(str, SEEDS))} (lowest to highest), the last epoch of every run; '
         f'{hardware_name(torch.device("cpu"))}, bfloat16; torch {torch.__version__}, timm {timm.__version__}')
 
 
