@@ -372,13 +372,18 @@ def register_weights(source, data, place):
 
 DOORS = (
     train_resume, train_initial_checkpoint, train_trunk_checkpoint, train_pretrained_path, train_from_a_folder,
-    train_teacher, train_teacher_in_a_file, validate, publish, prune, convert, export, visualize, benchmark, predict,
+    train_teacher, validate, publish, prune, convert, export, visualize, benchmark, predict,
     compare, slim, recalibrate, audit, monitor_fit, monitor_check, study, load_the_model, load_a_folder,
     architecture_from_a_folder, load_the_trunk, load_the_trunk_of_a_folder, load_an_export, register_weights,
     detect_train_resume, detect_validate, detect_predict, open_the_detector, begin_with_a_detector)
 
 
-@pytest.mark.parametrize('door', DOORS, ids=lambda door: door.__name__)
+# as `load_the_model`, with a run around it
+LONG = (train_teacher_in_a_file,)
+
+
+@pytest.mark.parametrize(
+    'door', [*DOORS, *(pytest.param(door, marks=pytest.mark.slow) for door in LONG)], ids=lambda door: door.__name__)
 def test_a_hostile_file_leaves_no_mark(door, data, place):
     left = {}
     for kind in KINDS:

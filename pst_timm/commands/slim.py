@@ -1,5 +1,6 @@
 """`pst-timm slim`: a model made small and fast in one command."""
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import List, Optional, Sequence
@@ -81,7 +82,8 @@ def _slim(args: argparse.Namespace) -> None:
     from pst_timm.deploy.slim import REPORT, Settings, slim
     from pst_timm.utils.tables import format_table
 
-    setup_default_logging()
+    setup_default_logging(logging.WARNING)
+    logging.getLogger('pst_timm').setLevel(logging.INFO)  # and not of what exporters do
     flags = {} if args.no_data else finetune_flags(args.train_flags, args.source)
     settings = Settings(
         tuple(args.ratio), args.max_drop, args.importance, args.scope, args.backend, args.cascade_cost, args.images,

@@ -15,8 +15,8 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
 
-from pst_timm.checkpoints import load_model
-from pst_timm.data.datasets import create_eval_dataset
+from pst_timm.checkpoints import label_names, load_model
+from pst_timm.data.datasets import check_class_names, check_classes, class_names, create_eval_dataset
 from pst_timm.engine import validate, validate_args
 from pst_timm.metrics.binomial import binomial_upper
 from pst_timm.utils.cost import count_gmacs
@@ -169,8 +169,8 @@ class _Slimming:
         """Top-1 in percent on a split, and how many images it has."""
         s = self.settings
         args = validate_args(
-            data_dir=data_dir, split=split, checkpoint=name, batch_size=s.batch_size, workers=s.workers,
-            device=s.device)
+            data_dir=data_dir, split=split, checkpoint=f'the model {name!r}',  # as messages call it; no file is opened
+            batch_size=s.batch_size, workers=s.workers, device=s.device)
         [result] = validate(args, lambda *named, **kwargs: model)
         return result['top1'], len(create_eval_dataset(args, split, None))
 
@@ -206,13 +206,14 @@ def slim(
     _check_folder(folder, overwrite)
     model = load_model(source)
     run = _Slimming(source, folder, settings, model)
-    folder.mkdir(parents=True, exist_ok=True)
-    run.work.mkdir(exist_ok=True)
+    if data_dir is not None:
+        _check_splits(model, source, data_dir, settings)  # after hours of training it would be late
+    run.work.mkdir(parents=True, exist_ok=True)
     data = None if data_dir is None else set_aside(
         data_dir, settings.train_split, run.work, settings.held_out, settings.seed)
     first = Step(ORIGINAL, True, bytes=_size_of(source))
     if data is not None:
-        first.held_out, held = run.accuracy(model, str(data), HELD, source)
+        first.held_out, held = run.accuracy(model, str(data), HELD, ORIGINAL)
     run.add(first, model)
     small = _prune(run, data, train_flags or {})
     _quantize(run, data, small)
@@ -229,7 +230,7 @@ def slim(
                 images['validation'] = count
     _time(run)
     report = Report(source, images, asdict(settings), run.steps)
-    write_json(folder / REPORT, {**asdict(report), 'settings': {**asdict(settings), 'ratios': list(settings.ratios)}})
+    write_json(folder / REPORT, asdict(report))
     shutil.rmtree(run.work)
     return report
 
@@ -242,6 +243,14 @@ def _check_packages(settings: Settings) -> None:
     if missing:
         raise PSTError(
             f"Making a model slim needs {', '.join(missing.values())}: pip install 'pst_timm[{','.join(missing)}]'.")
+
+
+def _check_splits(model: nn.Module, source: str, data_dir: str, settings: Settings) -> None:
+    """Make sure that the splits are there, and have the classes of the model."""
+    for split in filter(None, (settings.train_split, settings.val_split)):
+        dataset = create_eval_dataset(validate_args(data_dir=data_dir, split=split), split, None)
+        check_class_names(class_names(dataset), label_names(model), f'the {split!r} split', f'the model {source}')
+        check_classes(dataset, model.num_classes, True, split)
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
@@ -284,13 +293,14 @@ def _images(run: _Slimming, model: nn.Module, data: Optional[Path]) -> List[torc
 def _prune(run: _Slimming, data: Optional[Path], train_flags: Mapping[str, Any]) -> nn.Module:
     """The first pruned model that is accurate enough, or the original."""
     s = run.settings
-    data_args = None if data is None else dict(data_dir=str(data), train_split=REST, val_split='')
+    data_args = None if data is None else dict(data_dir=str(data), train_split=REST)
     for ratio in s.ratios:
         step, place = Step(f'pruned {ratio:.0%}', False), run.work / f'pruned-{ratio:g}'
         try:
             found = prune_to_folder(
                 run.source, place, ratio, data_args=data_args, images=s.images, seed=s.seed,
-                teacher=None if train_flags.get('kd_model_name') else run.source, train_flags=train_flags,
+                teacher=None if train_flags.get('kd_model_name') else run.source,
+                train_flags={**train_flags, 'val_split': ''},  # the validation images wait until the end
                 overwrite=True, importance=s.importance, scope=s.scope)
         except Interrupted:
             raise

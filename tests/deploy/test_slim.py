@@ -16,7 +16,7 @@ from pst_timm.deploy.latency import Latency
 from pst_timm.deploy.slim import REPORT, Settings, slim
 from pst_timm.engine import train
 from pst_timm.utils.errors import Interrupted, PSTError
-from tests.engine.helpers import tiny_train_args
+from tests.engine.helpers import tiny_train_args, write_images
 
 pytest.importorskip('torch_pruning')
 pytest.importorskip('onnxruntime')
@@ -65,7 +65,6 @@ class Parts:
             route=SimpleNamespace(reached=(100, 25)), measured=SimpleNamespace(accuracy=self.held['cascade']))
 
     def accuracy(self, run, model, data_dir, split, name):
-        name = 'original' if name == self.source else name
         self.note(f'accuracy on {split}', name, data_dir)
         return (self.held if split == 'held' else self.validation)[name], 200
 
@@ -94,8 +93,8 @@ def test_every_step_begins_with_what_the_one_before_gave(parts, images, source, 
     [asked] = [kwargs for name, _, kwargs in parts.asked if name == 'prune']
     data_args = asked['data_args']
     # it trains on what was not set aside, from the source, and looks at no validation images
-    assert data_args['train_split'] == 'train' and data_args['val_split'] == '' and data_args['data_dir'] != str(images)
-    assert asked['teacher'] == source and asked['train_flags'] == dict(epochs=2)
+    assert data_args['train_split'] == 'train' and data_args['data_dir'] != str(images)
+    assert asked['teacher'] == source and asked['train_flags'] == dict(epochs=2, val_split='')
     [(sources, data_dir, split)] = [args for name, args, kwargs in parts.asked if name == 'fit']
     assert sources == [str(folder / 'model.int8.onnx'), source] and split == 'held' and data_dir != str(images)
     # the validation images come after all decisions, and only of what is kept
@@ -148,6 +147,24 @@ def test_a_step_that_fails_is_told_and_the_others_go_on(parts, images, source, t
     found = steps(slim(source, tmp_path / 'out', str(images)))
     assert (found['pruned 50%'].note, found['cascade'].note) == ('prune failed', 'fit failed')
     assert found['int8'].kept and not (found['pruned 50%'].kept or found['cascade'].kept)
+
+
+@pytest.mark.parametrize('settings, said', [
+    (Settings(val_split='test'), "has no 'test' split"),
+    (Settings(train_split='rest'), "has no 'rest' split"),
+    (Settings(max_drop=float('nan')), 'max_drop and cascade_cost must be finite'),
+])
+def test_what_would_fail_at_the_end_fails_at_the_start(parts, images, source, tmp_path, settings, said):
+    with pytest.raises(PSTError, match=said):
+        slim(source, tmp_path / 'out', str(images), settings)
+    assert not parts.asked and not (tmp_path / 'out').exists()
+
+
+def test_data_of_other_classes_is_refused_at_the_start(parts, source, tmp_path):
+    other = write_images(tmp_path / 'data', {'train': 4, 'validation': 2}, classes=2)
+    with pytest.raises(PSTError, match='have different classes: the former lacks class2'):
+        slim(source, tmp_path / 'out', str(other))
+    assert not parts.asked and not (tmp_path / 'out').exists()
 
 
 def test_without_data_the_structure_is_timed(parts, source, tmp_path):
@@ -207,7 +224,7 @@ def test_a_reader_made_slim_in_one_command(images, tmp_path, capsys):
     assert main(words) == 0, capsys.readouterr().err
     report = json.loads((tmp_path / 'slim' / REPORT).read_text())
     small = {step['name']: step for step in report['steps']}
-    assert small['pruned 50%']['kept'] and small['int8']['kept']
+    assert small['pruned 50%']['kept'] and small['int8']['kept'], report['steps']
     assert small['pruned 50%']['gmacs'] < 0.55 * small['original']['gmacs']
     assert small['int8']['bytes'] < 0.6 * small['pruned 50%']['bytes']
     assert main(['validate', '--data-dir', str(images), '--checkpoint', str(tmp_path / 'slim' / 'model.int8.onnx'),

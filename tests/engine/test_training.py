@@ -324,7 +324,7 @@ def taught_by(start, images, tmp_path_factory):
     """The checkpoint of the common start as whatever may hold it: by kind, what --kd-model-name is given."""
     folder = tmp_path_factory.mktemp('teachers') / 'model'
     save_folder(load_model(start[0]), folder)
-    return {'file': str(start[0]), 'folder': str(folder), 'name': f'local-dir:{folder}'}
+    return {'file': str(start[0]), 'folder': str(folder)}
 
 
 def test_a_teacher_comes_from_whatever_holds_a_model(run, start, taught_by):
