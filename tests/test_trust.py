@@ -366,18 +366,29 @@ def load_an_export(source, data, place):
             load_exported(source, format)
 
 
+def open_a_cascade(source, data, place):
+    """The file as a stage: that of a cascade beside it, and that of one that is fitted."""
+    stage = {'source': source.name, 'img_size': [64, 64], 'temperature': 1., 'threshold': 0.5, 'cost': 1., 'reached': 9,
+             'passed': 3}
+    beside = place.source.parent / 'cascade.json' if source.is_dir() else source.parent / 'cascade.json'
+    beside.write_text(json.dumps({
+        'format': 'pst_timm cascade', 'version': 1, 'cost': 'macs', 'num_classes': 3, 'stages': [stage, stage]}))
+    main(['validate', '--checkpoint', str(beside), '--data-dir', str(data), '--device', 'cpu', '-j', '0'])
+    beside.unlink()
+    main(['cascade', 'fit', str(source), str(source), '--data-dir', str(data), '--device', 'cpu', '--max-cost', '9',
+          '-o', str(place.work / 'cascade.json')])
+
+
 def register_weights(source, data, place):
     return pst_timm.register_weights('test_resnet_pst.evil', file=source)
 
 
 DOORS = (
     train_resume, train_initial_checkpoint, train_trunk_checkpoint, train_pretrained_path, train_from_a_folder,
-    train_teacher, validate, publish, prune, convert, export, visualize, benchmark, predict,
-    compare, slim, recalibrate, audit, monitor_fit, monitor_check, study, load_the_model, load_a_folder,
-    architecture_from_a_folder, load_the_trunk, load_the_trunk_of_a_folder, load_an_export, register_weights,
-    detect_train_resume, detect_validate, detect_predict, open_the_detector, begin_with_a_detector)
-
-
+    train_teacher, validate, publish, prune, convert, export, visualize, benchmark, predict, compare, slim, recalibrate,
+    audit, monitor_fit, monitor_check, study, load_the_model, load_a_folder, architecture_from_a_folder, load_the_trunk,
+    load_the_trunk_of_a_folder, load_an_export, open_a_cascade, register_weights, detect_train_resume, detect_validate,
+    detect_predict, open_the_detector, begin_with_a_detector)
 # as `load_the_model`, with a run around it
 LONG = (train_teacher_in_a_file,)
 

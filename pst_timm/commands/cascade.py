@@ -156,8 +156,8 @@ def _shown(done: 'Fit') -> str:
             f'{done.goal.max_drop:g} points below that of its last stage alone (measured here: {drop:.2f}).']
     else:
         lines += [
-            f'Measured on the {done.images:,} images that chose the thresholds, which flatters the cascade a little; '
-            f'the accuracy on others is not guaranteed.']
+            f'{abs(drop):.2f} points {"below" if drop > 0 else "above"} the last stage alone, on the {done.images:,} '
+            f'images that chose the thresholds, which flatters the cascade a little; nothing is guaranteed for others.']
     better = [
         i + 1 for i, single in enumerate(done.singles)
         if single.accuracy >= done.measured.accuracy and single.cost <= done.measured.cost]

@@ -476,9 +476,8 @@ def fit(
         cascade.facts['guaranteed'] = {
             'max_drop': max_drop, 'level': LEVEL, 'below': 'the last stage alone', 'images': len(reported.labels)}
     if picture is not None:
-        draw_curve(
-            picture, curve, candidates, [(stage.name, stage.input_size, single) for stage, single in zip(stages, singles)],
-            measured, COSTS[cost])
+        alone = [(stage.name, stage.input_size, single) for stage, single in zip(stages, singles)]
+        draw_curve(picture, curve, candidates, alone, measured, COSTS[cost])
     for model, home in zip(whole, homes):
         home.write(model)
     write_text(output, write_cascade(cascade, [home.told for home in homes]))

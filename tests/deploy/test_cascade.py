@@ -214,6 +214,7 @@ def test_the_user_may_name_the_stages(place, tmp_path):
         Cascade.from_file(tmp_path / 'cascade.json', stages=[place / 'small'])
 
 
+@pytest.mark.slow
 def test_an_exported_file_is_a_stage_as_any_other(place, tmp_path):
     export(load_model(place / 'large'), tmp_path / 'large.pt2', 'exported-program', img_size=64, class_names=CLASSES)
     save_folder(load_model(place / 'small'), tmp_path / 'small')

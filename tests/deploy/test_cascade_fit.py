@@ -8,11 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from timm.data import resolve_data_config
 
 from pst_timm.checkpoints import load_model
 from pst_timm.cli import main
 from pst_timm.deploy import cascade_fit
-from pst_timm.deploy.cascade import Cascade, open_stage
+from pst_timm.deploy.cascade import Cascade, Stage, open_stage
 from pst_timm.deploy.cascade_fit import (
     HIGHEST,
     answered_right,
@@ -24,6 +25,7 @@ from pst_timm.deploy.cascade_fit import (
     stage_costs,
 )
 from pst_timm.deploy.export import export
+from pst_timm.deploy.runtime import Deployed
 from pst_timm.metrics.calibration import fit_temperature
 from pst_timm.utils.cost import count_gmacs
 from pst_timm.utils.errors import PSTError
@@ -212,18 +214,23 @@ def test_what_was_fitted_is_what_runs(place, fitted):
     assert [told['cascade'][key] for key in ('cost', 'accuracy')] in told['candidates']
 
 
-def test_three_stages_and_copies_of_those_that_are_elsewhere(place, tmp_path, capsys):
-    export(load_model(place / 'large'), place / 'large.pt2', 'exported-program', img_size=64, class_names=CLASSES)
+@pytest.mark.parametrize('last', ['large', pytest.param('large.pt2', marks=pytest.mark.slow)])
+def test_three_stages_and_copies_of_those_that_are_elsewhere(place, tmp_path, last, capsys):
+    exported = last.endswith('.pt2')
+    if exported:
+        export(load_model(place / 'large'), place / last, 'exported-program', img_size=64, class_names=CLASSES)
     command = words(
-        place, tmp_path / 'c.json', '--img-sizes', 32, 48, 64, '--max-cost', '1.5x', '--part', 1, '--cost', 'latency',
-        '--rounds', 3, '--no-plot', '--reparam', '--topk', 0, 2, 0, stages=('small', 'large', 'large.pt2'))
+        place, tmp_path / 'c.json', '--img-sizes', 32, 48, 64, '--max-cost', '3x', '--part', 1, '--cost', 'latency',
+        '--rounds', 3, '--no-plot', '--reparam', '--topk', 0, 2, 0, stages=('small', 'large', last))
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert 'stage 3 alone' in shown and 'cost (ms)' in shown and 'report no accuracy on them' in shown
+    for said in ('stage 3 alone', 'cost (ms)', 'report no accuracy on them', 'the last stage alone, on the 120 images'):
+        assert said in shown
     value = json.loads((tmp_path / 'c.json').read_text())
-    assert [s['source'] for s in value['stages']] == ['c/1-test_resnet_pst', 'c/2-test_resnet_pst', 'c/3-large.pt2']
-    assert [s.get('topk') for s in value['stages']] == [0, 2, None]
-    assert [s.get('reparam', False) for s in value['stages']] == [True, True, False]
+    assert [s['source'] for s in value['stages']] == [
+        'c/1-test_resnet_pst', 'c/2-test_resnet_pst', 'c/3-large.pt2' if exported else 'c/3-test_resnet_pst']
+    assert [s.get('topk') for s in value['stages']] == [0, 2, None if exported else 0]
+    assert [s.get('reparam', False) for s in value['stages']] == [True, True, not exported]
     assert not (tmp_path / 'c.png').exists()
     cascade = Cascade.from_file(tmp_path / 'c.json')
     assert len(cascade.stages) == 3 and cascade.stages[1].model.inference_settings()['topk'] == 2
@@ -305,11 +312,12 @@ def test_names_of_outputs_and_stages_are_checked_first(place, tmp_path, capsys, 
     assert 'two or three stages, got 1' in capsys.readouterr().err
 
 
-def test_multiply_adds_of_an_exported_file_are_not_known(place, tmp_path):
-    if not (place / 'large.pt2').exists():
-        export(load_model(place / 'large'), place / 'large.pt2', 'exported-program', img_size=64, class_names=CLASSES)
-    cascade = Cascade([open_stage(place / 'small', (64, 64)), open_stage(place / 'large.pt2')])
-    with pytest.raises(PSTError, match='multiply-adds are not known: take --cost latency'):
+def test_multiply_adds_of_an_exported_file_are_not_known(place):
+    info = {'architecture': 'x', 'num_classes': 3, 'input_size': [3, 64, 64], 'mean': [0.] * 3, 'std': [1.] * 3,
+            'interpolation': 'bilinear', 'crop_pct': 1., 'crop_mode': 'center'}
+    model = Deployed(lambda x: torch.zeros(len(x), 3), info)
+    cascade = Cascade([open_stage(place / 'small'), Stage(model, 'x.onnx', resolve_data_config({}, model=model))])
+    with pytest.raises(PSTError, match=r'x\.onnx is an exported model, .* take --cost latency'):
         stage_costs(cascade, 'macs')
 
 

@@ -12,6 +12,7 @@ from timm.data import create_dataset, create_loader
 
 from pst_timm.checkpoints import load_model
 from pst_timm.commands.validate import main as validate_main
+from pst_timm.deploy import runtime
 from pst_timm.engine import train, validate, validation
 from pst_timm.metrics.calibration import calibration_error, fit_temperature
 from pst_timm.metrics.classification import ClassReport, RealLabels
@@ -48,8 +49,8 @@ def expected(logits, target):
         top1=100 * (logits.argmax(-1) == target).float().mean().item(), loss=F.cross_entropy(logits, target).item())
 
 
-def run(images, folder, **values):
-    return validate(tiny_validate_args(images, **{'checkpoint': str(folder / 'last.pth.tar'), **values}))
+def run(images, folder, load=load_model, **values):
+    return validate(tiny_validate_args(images, **{'checkpoint': str(folder / 'last.pth.tar'), **values}), load)
 
 
 def test_accuracy_and_loss(images, folder, truth):
@@ -114,8 +115,8 @@ class Sharpened(torch.nn.Module):
 
 def test_any_adjustable_model_can_be_swept(images, folder, truth, monkeypatch, capsys):
     (logits, target), loaded = truth, load_model(folder / 'last.pth.tar')
-    monkeypatch.setattr(validation, 'load_model', lambda *args, **kwargs: Sharpened(loaded))
-    rows = run(images, folder, topk_sweep=[1, 3])
+    monkeypatch.setattr(runtime, 'open_source', lambda *args, **kwargs: Sharpened(loaded))
+    rows = run(images, folder, runtime.open_source, topk_sweep=[1, 3])
     assert [(r['sharpness'], r['size']) for r in rows] == [(1., '48x48'), (3., '48x48')]
     assert not {'topk', 'fine_fusion', 'selected'} & {*rows[0]}
     for row in rows:
@@ -175,10 +176,9 @@ def test_sweep_of_a_scripted_model_is_refused(images, folder):
         run(images, folder, topk_sweep=[0, 2], torchscript=True)
 
 
-def test_sweep_times_every_setting_and_leaves_no_trace(images, folder, monkeypatch):
+def test_sweep_times_every_setting_and_leaves_no_trace(images, folder):
     model = load_model(folder / 'last.pth.tar')
-    monkeypatch.setattr(validation, 'load_model', lambda *args, **kwargs: model)
-    rows = run(images, folder, topk_sweep=[2, 1])
+    rows = run(images, folder, lambda *args, **kwargs: model, topk_sweep=[2, 1])
     assert len({r['images_per_second'] for r in rows}) > 1
     assert model.inference_settings() == dict(topk=0, fine_fusion='gate')
 
