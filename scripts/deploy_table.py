@@ -11,6 +11,7 @@ import torch.nn as nn
 
 from pst_timm.deploy.cascade import CascadeClassifier
 from pst_timm.deploy.latency import NOT_MEASURABLE, energy, make_call, peak_memory_of, time_models
+from pst_timm.deploy.runtime import Deployed
 from pst_timm.utils.cost import count_gmacs
 from pst_timm.utils.devices import hardware_name
 from pst_timm.utils.errors import PSTError
@@ -87,9 +88,10 @@ def file_bytes(source: str, model: nn.Module) -> int:
     if isinstance(model, CascadeClassifier):
         stages = model.cascade.stages
         return Path(source).stat().st_size + sum(file_bytes(stage.source, stage.model) for stage in stages)
-    weights = sum(t.nbytes for t in model.state_dict().values())
     path = Path(source)
-    return weights or sum(p.stat().st_size for p in (path, path.with_suffix('.bin')) if p.is_file())
+    if isinstance(model, Deployed):
+        return path.stat().st_size + (path.with_suffix('.bin').stat().st_size if path.suffix == '.xml' else 0)
+    return sum(t.nbytes for t in model.state_dict().values())
 
 
 def counts_of(model: nn.Module, input_size: Sequence[int]) -> Row:
