@@ -1,5 +1,7 @@
 """The parts of the measurement write tables of what they were asked for, and keep the rows that are there."""
+import argparse
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,6 +163,15 @@ def words(trained, tmp_path):
             '--output', str(tmp_path / 'out'), '--work', str(tmp_path / 'work')]
 
 
+def parsed(words):
+    parser = argparse.ArgumentParser()
+    deploy_steps.add_flags(parser)
+    for flag in ('--output', '--work'):
+        parser.add_argument(flag, type=Path)
+    parser.add_argument('--rounds', type=int)
+    return parser.parse_args(words[1:])
+
+
 def test_steps_are_measured_once_each(words, tmp_path, monkeypatch, capsys):
     measured = []
     real = deploy_steps.accuracy_of
@@ -186,6 +197,15 @@ def test_what_was_made_elsewhere_is_taken(words, trained, tmp_path):
     rows = read_csv(tmp_path / 'out/steps.csv')
     assert [r['model'] for r in rows] == [EAGER, 'pruned 50%']
     assert rows[0]['GMACs'] == rows[1]['GMACs'] and not (tmp_path / 'work/pruned-50').exists()
+
+
+def test_files_of_checkpoints_of_one_name_are_kept_apart(words, monkeypatch):
+    places = []
+    monkeypatch.setattr(deploy_steps, 'make', lambda source, runtime, folder, *rest: places.append(folder))
+    shop = deploy_steps.Workshop(parsed(words))
+    for source in ('a/last.pth.tar', 'b/last.pth.tar', 'a/last.pth.tar'):
+        shop.in_runtime(ONNX, source)
+    assert places[0] == places[2] != places[1]
 
 
 @pytest.mark.parametrize('more', [['--rows', 'none such'], ['--artefact', 'none such=file']])
