@@ -1,5 +1,6 @@
 """Every step of deployment on a trained model: the part `weights` of `scripts/measure_deploy.py`."""
 import argparse
+import hashlib
 import json
 import sys
 from functools import partial
@@ -86,17 +87,19 @@ class Workshop:
     def in_runtime(self, runtime: str, source: str = '') -> Candidate:
         """A model in a form or runtime."""
         source = source or self.source
-        return make(
-            source, runtime, self.folder / f'{Path(source).name}-{self.img_size}px', lambda: self.calibration()[0],
-            self.args.img_size)
+        # several may be called last.pth.tar
+        name = f'{Path(source).name}-{hashlib.sha256(source.encode()).hexdigest()[:8]}-{self.img_size}px'
+        return make(source, runtime, self.folder / name, lambda: self.calibration()[0], self.args.img_size)
 
     def trained(self, name: str, source: str, **flags: Any) -> str:
         """A model trained further, as a folder."""
         folder = self.folder / name
         if not folder.is_dir():
-            last = finetune(
-                Path(source), dict(self.data, train_split=self.args.train_split, val_split=''),
-                work=self.folder / f'{name}.run', **{**finetune_flags(self.args.train_words, self.source), **flags})
+            data = dict(self.data, train_split=self.args.train_split, val_split='')
+            if self.args.img_size:
+                data['img_size'] = self.args.img_size
+            flags = {**finetune_flags(self.args.train_words, self.source), **flags}
+            last = finetune(Path(source), data, work=self.folder / f'{name}.run', **flags)
             save_folder(load_model(last), folder)
         return str(folder)
 

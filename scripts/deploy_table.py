@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 
 from pst_timm.deploy.cascade import CascadeClassifier
-from pst_timm.deploy.latency import NOT_MEASURABLE, energy, peak_memory_of, time_models
+from pst_timm.deploy.latency import NOT_MEASURABLE, energy, make_call, peak_memory_of, time_models
+from pst_timm.deploy.runtime import Deployed
 from pst_timm.utils.cost import count_gmacs
 from pst_timm.utils.devices import hardware_name
 from pst_timm.utils.errors import PSTError
@@ -87,9 +88,10 @@ def file_bytes(source: str, model: nn.Module) -> int:
     if isinstance(model, CascadeClassifier):
         stages = model.cascade.stages
         return Path(source).stat().st_size + sum(file_bytes(stage.source, stage.model) for stage in stages)
-    weights = sum(t.nbytes for t in model.state_dict().values())
     path = Path(source)
-    return weights or sum(p.stat().st_size for p in (path, path.with_suffix('.bin')) if p.is_file())
+    if isinstance(model, Deployed):
+        return path.stat().st_size + (path.with_suffix('.bin').stat().st_size if path.suffix == '.xml' else 0)
+    return sum(t.nbytes for t in model.state_dict().values())
 
 
 def counts_of(model: nn.Module, input_size: Sequence[int]) -> Row:
@@ -119,17 +121,19 @@ def cost_of(
     if candidate != baseline:
         models = {'baseline': baseline.open(), **models}
     size = (models['this'].pretrained_cfg['input_size'][0], img_size, img_size)
+    this = models['this']
+    call = make_call(this, size) if images is None else partial(run_over, this, images.split(1))
     row = dict(
-        bytes=file_bytes(candidate.source, models['this']), memory=memory_of(candidate, img_size),
-        joules=energy(models['this'], size))
+        bytes=file_bytes(candidate.source, this), memory=memory_of(candidate, img_size),
+        joules=energy(call, 1 if images is None else len(images)))
     for batch in BATCHES:
         if images is None:
             times = time_models(models, size, batch, rounds)
         else:
-            calls = {name: partial(run_over, model, images.split(batch)) for name, model in models.items()}
-            batches = len(images.split(batch))
+            batches = images.split(batch)
+            calls = {name: partial(run_over, model, batches) for name, model in models.items()}
             times = {
-                name: [seconds / batches for seconds in mine]
+                name: [seconds / len(batches) for seconds in mine]
                 for name, mine in time_in_turn(calls, max(1, rounds // 5), warmup=1).items()}
         first = next(iter(times.values()))
         row[f'seconds_{batch}'] = percentile(times['this'], 50)

@@ -20,7 +20,7 @@ from timm.data import ImageDataset, create_transform, resolve_data_config
 from pst_timm.benchmark.models import plain_twin
 from pst_timm.checkpoints import load_model
 from pst_timm.commands.common import fail
-from pst_timm.deploy.latency import energy, time_models
+from pst_timm.deploy.latency import energy, make_call, time_models
 from pst_timm.deploy.prune import SCOPES
 from pst_timm.metrics.calibration import calibration_error
 from pst_timm.metrics.intervals import image_interval
@@ -73,7 +73,7 @@ def measure_runtimes(args: argparse.Namespace) -> None:
             seconds = {f'seconds_{batch}': percentile(t[key], 50) for batch, t in times.items()}
             runtimes.add(dict(
                 **about, **counts, **ratios, **seconds, bytes=file_bytes(candidates[key].source, opened[key]),
-                memory=memory_of(candidates[key], SIZE[-1]), joules=energy(opened[key], SIZE)))
+                memory=memory_of(candidates[key], SIZE[-1]), joules=energy(make_call(opened[key], SIZE))))
             twins.add(dict(**about, twin=both[1], **{
                 f'ratio_{batch}': median_ratio(t[key], t[twin]) for batch, t in times.items()}))
 

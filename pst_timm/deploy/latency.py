@@ -260,9 +260,8 @@ def _powercap_counter() -> Optional[Callable[[], float]]:
 
 
 def energy(
-        model: Callable[[torch.Tensor], Any],
-        input_size: Sequence[int],
-        batch_size: int = 1,
+        call: Call,
+        images: int = 1,
         seconds: float = 2.,
         device: Optional[torch.device] = None,
 ) -> Optional[float]:
@@ -271,16 +270,14 @@ def energy(
     What the machine takes at rest is in it. Nothing is ever computed from a rated power.
 
     Args:
-        model: What takes a batch of images, in inference mode.
-        input_size: Channels, height and width of the images.
-        batch_size: Images of a batch.
+        call: What is measured, such as what `make_call` gives.
+        images: Images of a call.
         seconds: How long to run it at least; counters are read once in a millisecond.
         device: Where it runs, see `energy_counter`.
     """
     counter = energy_counter(device)
     if counter is None:
         return None
-    call = make_call(model, input_size, batch_size)
     call()
     before, start, calls = counter(), time.perf_counter(), 0
     while calls == 0 or time.perf_counter() - start < seconds:
@@ -288,4 +285,4 @@ def energy(
         calls += 1
     if device is not None and device.type == 'cuda':
         torch.cuda.synchronize(device)
-    return (counter() - before) / (calls * batch_size)
+    return (counter() - before) / (calls * images)

@@ -132,13 +132,13 @@ def test_energy_is_of_an_image(monkeypatch):
     joules = iter([10., 40.])
     monkeypatch.setattr(latency, 'energy_counter', lambda device: lambda: next(joules))
     calls = []
-    assert energy(calls.append, SIZE, batch_size=5, seconds=0.) == pytest.approx(30. / 5)
+    assert energy(lambda: calls.append(1), images=5, seconds=0.) == pytest.approx(30. / 5)
     assert len(calls) == 2  # one before the counter is read
 
 
 def test_energy_is_not_made_up(monkeypatch, tmp_path):
     monkeypatch.setattr(latency, 'POWERCAP', tmp_path)
-    assert energy(lambda x: 1 / 0, SIZE) is None
+    assert energy(lambda: 1 / 0) is None
     write_counter(tmp_path / 'intel-rapl:0', 'package-0', 'not for you')
     assert energy_counter() is None
 

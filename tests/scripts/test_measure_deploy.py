@@ -1,5 +1,7 @@
 """The parts of the measurement write tables of what they were asked for, and keep the rows that are there."""
+import argparse
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,12 +9,13 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 from pst_timm.checkpoints.folder import save_folder
+from pst_timm.deploy.runtime import Deployed
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import read_csv
 from scripts import deploy_artefacts, deploy_steps, deploy_table, measure_deploy
 from scripts.deploy_artefacts import ONNX, Candidate, make
 from scripts.deploy_steps import mean_counts
-from scripts.deploy_table import Table
+from scripts.deploy_table import Table, file_bytes
 from scripts.measure_deploy import main
 from tests.engine.helpers import write_images
 from tests.models.helpers import build
@@ -55,6 +58,17 @@ def test_files_are_made_once(tmp_path, monkeypatch):
         found = make('test_resnet_pst', ONNX, tmp_path / 'files', None, pretrained=False, num_classes=2)
         assert found == Candidate(str(tmp_path / 'files/model.onnx'))
     assert [model.num_classes for model in made] == [2]
+
+
+def test_sizes_are_those_of_the_files_of_a_model(tmp_path):
+    info = dict(architecture='a', num_classes=2, **dict.fromkeys(
+        ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')), input_size=(3, 8, 8))
+    deployed = Deployed(lambda x: x, info)
+    for name, size in (('model.onnx', 5), ('model.xml', 7), ('model.bin', 11)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert file_bytes(str(tmp_path / 'model.onnx'), deployed) == 5
+    assert file_bytes(str(tmp_path / 'model.xml'), deployed) == 7 + 11
+    assert file_bytes('resnet18', torch.nn.Linear(3, 2)) == 4 * (6 + 2)
 
 
 def test_runtimes_are_compared_with_eager_and_with_the_plain_twin(tmp_path, monkeypatch):
@@ -149,6 +163,15 @@ def words(trained, tmp_path):
             '--output', str(tmp_path / 'out'), '--work', str(tmp_path / 'work')]
 
 
+def parsed(words):
+    parser = argparse.ArgumentParser()
+    deploy_steps.add_flags(parser)
+    for flag in ('--output', '--work'):
+        parser.add_argument(flag, type=Path)
+    parser.add_argument('--rounds', type=int)
+    return parser.parse_args(words[1:])
+
+
 def test_steps_are_measured_once_each(words, tmp_path, monkeypatch, capsys):
     measured = []
     real = deploy_steps.accuracy_of
@@ -174,6 +197,15 @@ def test_what_was_made_elsewhere_is_taken(words, trained, tmp_path):
     rows = read_csv(tmp_path / 'out/steps.csv')
     assert [r['model'] for r in rows] == [EAGER, 'pruned 50%']
     assert rows[0]['GMACs'] == rows[1]['GMACs'] and not (tmp_path / 'work/pruned-50').exists()
+
+
+def test_files_of_checkpoints_of_one_name_are_kept_apart(words, monkeypatch):
+    places = []
+    monkeypatch.setattr(deploy_steps, 'make', lambda source, runtime, folder, *rest: places.append(folder))
+    shop = deploy_steps.Workshop(parsed(words))
+    for source in ('a/last.pth.tar', 'b/last.pth.tar', 'a/last.pth.tar'):
+        shop.in_runtime(ONNX, source)
+    assert places[0] == places[2] != places[1]
 
 
 @pytest.mark.parametrize('more', [['--rows', 'none such'], ['--artefact', 'none such=file']])
