@@ -139,7 +139,7 @@ def check_guarantee(world, images, draws, max_drop):
         naive += world.true_drop(cheapest.thresholds[0]) > max_drop
     assert broken <= 0.05 * draws
     assert naive > 0.2 * draws, 'this world tempts nobody'
-    assert len(passed) > 0.5 * draws and statistics.mean(passed) < 0.95  # and it is no empty promise
+    assert len(passed) > 0.5 * draws and statistics.mean(passed) < 0.98  # and it is no empty promise
 
 
 def test_the_search_ends_with_the_first_candidate_that_fails():
