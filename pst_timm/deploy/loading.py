@@ -17,18 +17,34 @@ from typing import Any, Callable, Dict, Iterator, List, NoReturn, Set, Tuple
 
 import torch
 
+from pst_timm.checkpoints import rules
 from pst_timm.checkpoints.reading import check_archive
+from pst_timm.checkpoints.schema import PRETRAINED_CFG, check_facts
 from pst_timm.checkpoints.trust import check_ordinary
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.onnx_file import METADATA, onnx_session
 
 from .openvino import open_ir
 
-__all__ = ['load_exported']
+__all__ = ['check_info', 'load_exported']
 
 MOST_BYTES = 2 ** 31  # of a file; the largest model here has a twentieth of it
 MOST_CODE = 2 ** 23  # of a TorchScript archive, unpacked: the one part that torch compresses
 MOST_TEXT = 10_000  # characters of an expression or a guard
+
+# what a file tells of itself that is used
+NEEDED = ('num_classes', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+INFO = {
+    **{key: PRETRAINED_CFG[key] for key in NEEDED},
+    'architecture': rules.text(200),
+    'class_names': rules.names,
+    'dtype': rules.choice('float32', 'float16', 'bfloat16'),
+    'memory_format': rules.choice('contiguous_format', 'channels_last'),
+    'batch_size': rules.whole(1, 4096),
+    'topk': rules.whole(0, rules.MOST_PIXELS ** 2),
+    'fine_fusion': rules.choice('gate', 'joint'),
+    'quantization': rules.mapping({}, rules.plain),
+}
 
 # records of an archive of torch.export.save, by whoever reads them
 PICKLES = ('data/weights/model.pt', 'data/constants/model.pt', 'data/sample_inputs/model.pt')  # two of torch 2.8 alone
@@ -119,6 +135,23 @@ def load_exported(path: os.PathLike, format: str) -> Tuple[Callable[[torch.Tenso
     if not isinstance(info, dict):
         raise PSTError(f'{path} cannot be read as {format}: its metadata {METADATA} is garbled.')
     return run, info
+
+
+def check_info(info: Dict[str, Any]) -> Dict[str, Any]:
+    """What an exported file tells of itself, as values that fit; what is not needed to run it is left out.
+
+    Args:
+        info: Its metadata, from `load_exported`.
+
+    Raises:
+        PSTError: If something is missing or does not fit.
+    """
+    told = check_facts('The exported model', info, INFO, 'itself')
+    missing = [key for key in NEEDED if key not in told]
+    if missing:
+        raise PSTError(f'The exported model does not tell its {missing[0]}: export it again.')
+    # None says that there is no name, and that any batch will do; those of old that say nothing take one image
+    return {'architecture': None, 'batch_size': info.get('batch_size', 1), **told}
 
 
 def _read(path: Path) -> bytes:

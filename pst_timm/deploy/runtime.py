@@ -9,7 +9,7 @@ import torch.nn as nn
 from pst_timm.checkpoints import load_model
 from pst_timm.utils.errors import PSTError
 
-from .loading import load_exported
+from .loading import check_info, load_exported
 
 __all__ = ['Deployed', 'is_exported', 'open_source']
 
@@ -28,8 +28,12 @@ class Deployed(nn.Module):
         Args:
             run: From `load_exported`.
             info: Its metadata.
+
+        Raises:
+            PSTError: See `check_info`.
         """
         super().__init__()
+        info = check_info(info)
         self.run = run.__call__  # a module would be registered, and one of torch.export cannot be set to inference
         self.info = info
         self.dtype = getattr(torch, info.get('dtype', 'float32'))

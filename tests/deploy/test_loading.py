@@ -363,6 +363,16 @@ def test_an_onnx_file_reads_no_other_file(good, mark):
         load_exported(path, 'onnx')
 
 
+def test_an_onnx_file_has_standard_operators_alone(good, tmp_path):
+    """Of those of ONNX Runtime some open what their attributes name."""
+    model = onnx.load_model_from_string(good['onnx'])
+    node = onnx.helper.make_node('EPContext', [], ['x'], domain='com.microsoft', embed_mode=0, ep_cache_context='../x')
+    model.graph.node.append(node)
+    (tmp_path / 'model.onnx').write_bytes(model.SerializeToString())
+    with pytest.raises(PSTError, match=r"it holds an operator 'EPContext' of 'com\.microsoft'"):
+        load_exported(tmp_path / 'model.onnx', 'onnx')
+
+
 @pytest.mark.parametrize('format', FORMATS)
 def test_damaged_and_foreign_files_are_named(format, good, tmp_path):
     path = tmp_path / 'model'
