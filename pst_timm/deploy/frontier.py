@@ -85,7 +85,8 @@ def _draw_kind(axes: 'Axes', rows: Sequence[Row], color: str, marker: str, label
     x, top1 = ([row[key] for row in rows] for key in ('ratio_1', 'top1'))
     beside = [[abs(row['interval'][end] - row['top1']) for row in rows] for end in (0, 1)]
     axes.errorbar(x, top1, beside, ls='none', color=color, elinewidth=0.6, alpha=0.35)
-    axes.plot(x, top1, ls='none', color=color, marker=marker, ms=SIZES.get(marker, 5), mec='white', mew=0.5, label=label)
+    axes.plot(
+        x, top1, ls='none', color=color, marker=marker, ms=SIZES.get(marker, 5), mec='white', mew=0.5, label=label)
 
 
 def _number(axes: 'Axes', rows: Sequence[Row]) -> None:
