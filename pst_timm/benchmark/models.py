@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from pst_timm.checkpoints import load_model
+from pst_timm.checkpoints.reading import is_file
 from pst_timm.models import reparameterize
 from pst_timm.utils.cost import count_activations, count_gmacs, peak_memory
 from pst_timm.utils.errors import PSTError
@@ -38,7 +39,7 @@ def open_source(source: Union[str, Source]) -> Source:
     """
     if isinstance(source, Source):
         return source
-    if timm.is_model(source):
+    if timm.is_model(source) and not is_file(source):
         return Source(source, source.split('.')[0], 224, None)
     model = load_model(source)
     cfg = model.pretrained_cfg

@@ -401,6 +401,8 @@ def _from_name(
     if not timm.is_model(name.split('.')[0]):
         raise PSTError(
             f'{name!r} is neither a model, a file nor a folder.{did_you_mean(name.split(".")[0], timm.list_models())}')
+    if name == 'pruned':
+        raise PSTError('There is no folder pruned here, and the architecture of that name is told by such a folder.')
     check_model_name(name)
     cfg = get_pretrained_cfg(name)
     published = cfg is not None and cfg.has_weights

@@ -82,8 +82,9 @@ def is_file(source: PathLike) -> bool:
         return isinstance(source, os.PathLike)
     if source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
         return False
-    # resnet50.pth is a file, although timm takes what follows the point for a tag
-    named = os.sep not in source and is_model(source)
+    # resnet50.pth is a file, although timm takes what follows the point for a tag; and pruned is a folder, as that
+    # architecture is made of another one, which no name tells
+    named = os.sep not in source and source != 'pruned' and is_model(source)
     return has_weights_ending(source) or (os.path.exists(source) and not named)
 
 
