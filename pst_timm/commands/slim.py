@@ -37,7 +37,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         '--importance', choices=IMPORTANCES, default='l2', help='what tells which channels matter (default: l2)')
     parser.add_argument(
         '--global', dest='scope', action='store_const', const='global', default='uniform',
-        help='compare the channels of all layers, after a training with --sparsity-weight (default: cut all alike)')
+        help='compare the channels of all layers (default: cut the same share of each)')
     parser.add_argument(
         '--backend', choices=BACKENDS, default=BACKENDS[0], help='what runs the int8 model (default: %(default)s)')
     parser.add_argument(
