@@ -83,7 +83,7 @@ def test_it_stays_as_it_was_exported(file, kwargs):
 
 def test_what_is_no_export_is_opened_as_ever(tmp_path):
     assert open_source('test_resnet_pst', pretrained=False).num_classes == 1000
-    with pytest.raises(PSTError, match='neither a model, a file nor a folder'):
+    with pytest.raises(PSTError, match='There is no checkpoint'):
         open_source(tmp_path / 'none.onnx')
 
 
