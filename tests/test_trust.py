@@ -26,8 +26,7 @@ from pst_timm.checkpoints.schema import check_facts, parse_json
 from pst_timm.checkpoints.trust import NEVER, check_model_args, check_origin, check_size
 from pst_timm.cli import main
 from pst_timm.commands.recalibrate import main as recalibrate_main
-from pst_timm.deploy.export import FORMATS
-from pst_timm.deploy.loading import load_exported
+from pst_timm.deploy.loading import OPENERS, load_exported
 from pst_timm.detection.checkpoint import load_initial, load_trunk_weights, open_detector
 from pst_timm.study.cell import run_cell
 from pst_timm.study.config import Cell
@@ -249,6 +248,10 @@ def export(source, data, place):
     return main(['export', str(source), '--format', 'torchscript', '--output', str(place.work / 'out.pt')])
 
 
+def quantize(source, data, place):
+    return main(['quantize', str(source), '--level', 'bfloat16', '--no-timing', '-o', str(place.work / 'out.pt2')])
+
+
 def visualize(source, data, place):
     image = place.work / 'image.png'
     tiny_image(0, 0).save(image)
@@ -361,7 +364,7 @@ def load_the_trunk_of_a_folder(source, data, place):
 
 
 def load_an_export(source, data, place):
-    for format in FORMATS:
+    for format in OPENERS:
         with contextlib.suppress(PSTError):
             load_exported(source, format)
 
@@ -385,10 +388,10 @@ def register_weights(source, data, place):
 
 DOORS = (
     train_resume, train_initial_checkpoint, train_trunk_checkpoint, train_pretrained_path, train_from_a_folder,
-    train_teacher, validate, publish, prune, convert, export, visualize, benchmark, predict, compare, slim, recalibrate,
-    audit, monitor_fit, monitor_check, study, load_the_model, load_a_folder, architecture_from_a_folder, load_the_trunk,
-    load_the_trunk_of_a_folder, load_an_export, open_a_cascade, register_weights, detect_train_resume, detect_validate,
-    detect_predict, open_the_detector, begin_with_a_detector)
+    train_teacher, validate, publish, prune, convert, export, quantize, visualize, benchmark, predict, compare, slim,
+    recalibrate, audit, monitor_fit, monitor_check, study, load_the_model, load_a_folder, architecture_from_a_folder,
+    load_the_trunk, load_the_trunk_of_a_folder, load_an_export, open_a_cascade, register_weights, detect_train_resume,
+    detect_validate, detect_predict, open_the_detector, begin_with_a_detector)
 # as `load_the_model`, with a run around it
 LONG = (train_teacher_in_a_file,)
 

@@ -26,7 +26,7 @@ from pst_timm.utils.onnx_file import METADATA, onnx_session
 
 from .openvino import open_ir
 
-__all__ = ['check_info', 'load_exported']
+__all__ = ['OPENERS', 'check_info', 'load_exported']
 
 MOST_BYTES = 2 ** 31  # of a file; the largest model here has a twentieth of it
 MOST_CODE = 2 ** 23  # of a TorchScript archive, unpacked: the one part that torch compresses

@@ -127,7 +127,7 @@ def test_the_whole_zoo(name, tmp_path):
     model = build(name, topk=2, num_classes=3)
     x = noise(4, 96)
     for level, suffix in (('int8', '.onnx'), ('bfloat16', '.pt2')):
-        done = quantize(model, tmp_path / f'm{suffix}', x, level, img_size=96, timing=False)
+        done = quantize(model, tmp_path / f'{level}{suffix}', x, level, img_size=96, timing=False)
         with torch.inference_mode():
             expected, got = model(x), open_source(done.path)(x)
         assert (got - expected).norm() / expected.norm() < 0.3, level
