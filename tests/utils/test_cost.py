@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from pst_timm.utils.cost import count_activations, count_gmacs, measure_activations, peak_memory
+from pst_timm.utils.cost import count_activations, count_gmacs, layer_gmacs, measure_activations, peak_memory
 
 CPU = torch.device('cpu')
 
@@ -39,3 +39,11 @@ def test_tokens_that_are_views_of_a_parameter_are_no_obstacle():
     net = timm.create_model('pit_ti_224', device='meta')
     assert 0.5 < count_gmacs(net, (3, 224, 224)) < 1
     assert all(p.requires_grad for p in net.parameters())
+
+
+def test_the_layers_of_a_network_add_up_to_all_of_it():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, groups=4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    found = layer_gmacs(model, (3, 10, 10))
+    assert found == {'0': 64 * 8 * 27 / 1e9, '1': 64 * 8 * 2 / 1e9, '4': 8 * 5 / 1e9}
+    assert abs(sum(found.values()) - count_gmacs(model, (3, 10, 10))) < 1e-12
