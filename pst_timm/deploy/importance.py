@@ -124,7 +124,8 @@ def _taylor(model: nn.Module, groups: Sequence[Group], images: Sequence[Batch]) 
     for batch, labels in images:
         model.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            F.cross_entropy(model(batch.to(next(model.parameters()))), labels).backward()
+            logits = model(batch.to(next(model.parameters())))
+            F.cross_entropy(logits, labels.to(logits.device)).backward()
         with torch.no_grad():
             for group, total in zip(groups, totals):
                 change = torch.zeros(group.units)
