@@ -267,8 +267,8 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     names = sorted(path.name for path in folder.iterdir())
     foreign = [name for name in names if name not in OWN and not any(name.startswith(f'.{own}.') for own in OWN)]
     if (folder / WORK).is_dir():
-        foreign += sorted(
-            f'{WORK}/{path.name}' for path in (folder / WORK).iterdir() if not path.name.startswith(('data-', 'pruned-')))
+        within = sorted(path.name for path in (folder / WORK).iterdir())
+        foreign += [f'{WORK}/{name}' for name in within if not name.startswith(('data-', 'pruned-'))]
     if foreign or (names and not {WORK, REPORT} & set(names)):
         raise PSTError(f'{folder} holds other files, such as {(foreign or names)[0]}: name a new or empty folder.')
     if REPORT in names and not overwrite:
