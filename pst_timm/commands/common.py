@@ -33,9 +33,11 @@ __all__ = [
     'at_least',
     'fail',
     'files_of',
+    'not_negative',
     'open_subject_of',
     'positive',
     'run',
+    'share',
 ]
 
 CHECKPOINT_HELP = 'training checkpoint, run folder, .safetensors file, or folder with config.json'
@@ -146,6 +148,25 @@ def positive(text: str) -> float:
         number = 0.
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f'expected a number above 0, got {text!r}')
+    return number
+
+
+def not_negative(text: str) -> float:
+    """The `type` of a flag that takes finite numbers from zero on."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f'expected a number from 0 on, got {text!r}')
+    return number
+
+
+def share(text: str) -> float:
+    """The `type` of a flag that takes numbers between zero and one, without these."""
+    number = positive(text)
+    if number >= 1:
+        raise argparse.ArgumentTypeError(f'expected a number between 0 and 1, got {text!r}')
     return number
 
 

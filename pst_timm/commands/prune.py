@@ -13,6 +13,7 @@ from .common import (
     at_least,
     positive,
     run,
+    share,
 )
 
 # also in a room that needs torch
@@ -34,7 +35,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add_output(parser, 'folder to write: config.json and model.safetensors', required=True, metavar='FOLDER')
     how_much = parser.add_mutually_exclusive_group()
     how_much.add_argument(
-        '--ratio', type=_share, default=0.5, help='share of the multiply-adds to remove (default: %(default)s)')
+        '--ratio', type=share, default=0.5, help='share of the multiply-adds to remove (default: %(default)s)')
     how_much.add_argument(
         '--target-latency', type=_latency, metavar='LATENCY', default={},
         help='milliseconds for an image, or as 0.6x a share of what the model takes now: prune until it is measured')
@@ -91,15 +92,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return run(parser.prog, _prune, args)
 
 
-def _share(text: str) -> float:
-    number = positive(text)
-    if number >= 1:
-        raise argparse.ArgumentTypeError(f'expected a number between 0 and 1, got {text!r}')
-    return number
-
-
 def _latency(text: str) -> Dict[str, float]:
-    return {'share': _share(text[:-1])} if text.endswith('x') else {'milliseconds': positive(text)}
+    return {'share': share(text[:-1])} if text.endswith('x') else {'milliseconds': positive(text)}
 
 
 def _prune(args: argparse.Namespace) -> None:

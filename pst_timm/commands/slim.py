@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import List, Optional, Sequence
 
-from .common import ArgumentParser, add_overwrite, add_source, at_least, positive, run
+from .common import ArgumentParser, add_overwrite, add_source, at_least, not_negative, run, share
 
 IMPORTANCES = ('l2', 'bn', 'taylor')  # also in a room that needs torch
 BACKENDS = ('onnxruntime', 'openvino')
@@ -28,10 +28,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         '--no-data', action='store_true', help='the structure and its latency alone: nothing is trained or measured')
     parser.add_argument('-o', '--output', type=Path, required=True, metavar='FOLDER', help='folder to write to')
     parser.add_argument(
-        '--max-drop', type=positive, default=1., metavar='POINTS',
+        '--max-drop', type=not_negative, default=1., metavar='POINTS',
         help='most points of top-1 that may be lost on the images set aside (default: %(default)g)')
     parser.add_argument(
-        '--ratio', type=_share, nargs='+', default=[0.5],
+        '--ratio', type=share, nargs='+', default=[0.5],
         help='share of the multiply-adds to remove; of several the first that is accurate enough (default: 0.5)')
     parser.add_argument(
         '--importance', choices=IMPORTANCES, default='l2', help='what tells which channels matter (default: l2)')
@@ -41,13 +41,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument(
         '--backend', choices=BACKENDS, default=BACKENDS[0], help='what runs the int8 model (default: %(default)s)')
     parser.add_argument(
-        '--cascade-cost', type=_cost, default=0.5, metavar='SHARE',
+        '--cascade-cost', type=not_negative, default=0.5, metavar='SHARE',
         help='most mean latency of the cascade, as a share of that of the original; 0 for no cascade (default: 0.5)')
     parser.add_argument('--train-split', default='train', help='split to fine-tune on (default: %(default)s)')
     parser.add_argument(
         '--val-split', default='validation', help='split of the final numbers, empty for none (default: %(default)s)')
     parser.add_argument(
-        '--held-out', type=_share, default=0.2, metavar='SHARE',
+        '--held-out', type=share, default=0.2, metavar='SHARE',
         help='share of the training images that is set aside to decide, at most 0.5 (default: 0.2)')
     parser.add_argument(
         '--images', type=at_least(8), default=256,
@@ -62,17 +62,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.no_data and args.train_flags:
         parser.error('flags after -- are for the fine-tuning, which needs --data-dir')
     return run(parser.prog, _slim, args)
-
-
-def _share(text: str) -> float:
-    number = positive(text)
-    if number >= 1:
-        raise argparse.ArgumentTypeError(f'expected a number between 0 and 1, got {text!r}')
-    return number
-
-
-def _cost(text: str) -> float:
-    return 0. if text in ('0', '0.0') else positive(text)
 
 
 def _slim(args: argparse.Namespace) -> None:

@@ -35,6 +35,7 @@ DECIDED = (
     'model', 'pretrained', 'pretrained_path', 'initial_checkpoint', 'trunk_checkpoint', 'use_ema', 'resume',
     'overwrite', 'no_resume_opt', 'start_epoch', 'output', 'experiment', 'num_classes', 'in_chans', 'model_kwargs',
     'data', 'data_dir')
+SPLITS = ('train_split', 'val_split')  # for which the commands have flags of their own
 AUGMENTATION = [
     flag.key for title, flags in TRAIN_FLAGS for flag in flags if title == 'augmentation and regularisation']
 
@@ -61,6 +62,9 @@ def finetune_flags(words: Sequence[str] = (), source: str = '') -> Dict[str, Any
         flags, unsaid = (
             vars(parse_train_args(['--config', str(path), *given], 'pst-timm train')) for given in (words, ()))
     decided = [f'--{key.replace("_", "-")}' for key in DECIDED if flags[key] != unsaid[key]]
+    splits = [f'--{key.replace("_", "-")}' for key in SPLITS if flags[key] != unsaid[key]]
+    if splits:
+        raise PSTError(f'{listed(splits)} is no flag for the training alone: give it before the --.')
     if decided:
         raise PSTError(
             f'{listed(decided)}: a fine-tuning begins with the model, the data and the folder that the command names. '

@@ -1,6 +1,5 @@
 """How much each channel of a model matters, for those that can be cut."""
 import copy
-from contextlib import contextmanager, nullcontext
 from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -9,8 +8,9 @@ import torch.nn.functional as F
 from timm.models import get_model_input_config
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pst_timm.engine.sparsity import cuttable_groups
 from pst_timm.models.pruned import tensors_of
-from pst_timm.utils.channels import Group, Member, channel_groups
+from pst_timm.utils.channels import Group, Member
 from pst_timm.utils.errors import PSTError
 
 __all__ = ['IMPORTANCES', 'Batch', 'Scored', 'score_channels']
@@ -41,32 +41,18 @@ def score_channels(model: nn.Module, importance: str, images: Optional[Sequence[
     Raises:
         PSTError: If its channels cannot be followed, none can be cut, or it has no batch norms to go by.
     """
-    twin = copy.deepcopy(model).eval()
-    if hasattr(twin, 'set_grad_checkpointing'):
-        twin.set_grad_checkpointing(False)  # it would hide the graph
-    size = get_model_input_config(model)['input_size']
-    with _plainest(twin):
-        groups = channel_groups(
-            twin, torch.empty(1, *size), twin.unprunable() if hasattr(twin, 'unprunable') else ())
+    groups = cuttable_groups(model, get_model_input_config(model)['input_size'])
     if not groups:
         raise PSTError(f'{type(model).__name__} has no channels that can be cut.')
     if importance == 'taylor':
-        scores = _taylor(twin, groups, images)
+        scores = _taylor(copy.deepcopy(model).eval(), groups, images)
     else:
-        scores = [_l2(twin, group) for group in groups]
+        scores = [_l2(model, group) for group in groups]
         if importance == 'bn':
-            scores = _with_norms(twin, groups, scores)
+            scores = _with_norms(model, groups, scores)
     return [
         Scored(group, score, max(member.indices.shape[1] for member in group.members))
         for group, score in zip(groups, scores)]
-
-
-@contextmanager
-def _plainest(model: nn.Module) -> Iterator[None]:
-    """A model with its attention as it can be followed."""
-    settings = model.sweep_settings([0]) if hasattr(model, 'sweep_settings') else []
-    with model.with_settings(**settings[0]) if settings else nullcontext():
-        yield
 
 
 def _weights(model: nn.Module, group: Group) -> Iterator[Tuple[Member, nn.Parameter, int]]:
@@ -124,7 +110,8 @@ def _taylor(model: nn.Module, groups: Sequence[Group], images: Sequence[Batch]) 
     for batch, labels in images:
         model.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            F.cross_entropy(model(batch.to(next(model.parameters()))), labels).backward()
+            logits = model(batch.to(next(model.parameters())))
+            F.cross_entropy(logits, labels.to(logits.device)).backward()
         with torch.no_grad():
             for group, total in zip(groups, totals):
                 change = torch.zeros(group.units)

@@ -327,7 +327,7 @@ def _check_alike(model: nn.Module, smaller: nn.Module, kept: Mapping[str, Kept])
     for name, (ins, _) in kept.items():
         if ins is not None:
             for _, tensor, dim in tensors_of(masked, name, 'in'):
-                stays = torch.zeros(tensor.shape[dim], dtype=tensor.dtype)
+                stays = torch.zeros(tensor.shape[dim], dtype=tensor.dtype, device=tensor.device)
                 stays[ins] = 1
                 tensor.mul_(stays.reshape(-1, *[1] * (tensor.ndim - 1 - dim)))
     for net in (masked, smaller):
@@ -362,7 +362,8 @@ def reestimate_norms(model: nn.Module, images: Sequence[torch.Tensor]) -> None:
             norm.reset_running_stats()
             norm.momentum = None  # the mean over all batches
             norm.train()
-        for batch in images:
+        # alone, what one image is pooled to has no variance
+        for batch in [batch for batch in images if len(batch) > 1] or images:
             model(batch.to(next(model.parameters())))
     finally:
         for norm, momentum in zip(norms, momenta):

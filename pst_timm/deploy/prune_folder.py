@@ -9,17 +9,21 @@ from torch.utils.data import default_collate
 
 from pst_timm.checkpoints import label_names, load_model, preprocessing
 from pst_timm.checkpoints.folder import check_target, save_folder
+from pst_timm.checkpoints.schema import parse_json
 from pst_timm.data.datasets import check_class_names, check_classes, class_names, create_eval_dataset
 from pst_timm.engine import validate_args
 from pst_timm.utils.cost import count_gmacs
 from pst_timm.utils.errors import PSTError
+from pst_timm.utils.files import write_json
 
+from .finetune import finetune, work_folder
 from .importance import Batch
 from .prune import prune, ratio_for_latency
 
 __all__ = ['Pruned', 'prune_to_folder', 'training_batches']
 
 BATCH = 64
+RATIO = 'latency.json'  # beside the trainings, what was found
 
 
 class Pruned(NamedTuple):
@@ -64,7 +68,7 @@ def prune_to_folder(
         images: How many of the training images the importance and the statistics of batch norms are taken from.
         seed: Seed of their draw.
         train: Whether to train after each step, where there are images.
-        teacher: What the training distils from, none if None.
+        teacher: What the training distils from, none if None; the source itself is opened with the same `load_args`.
         train_flags: Further flags of `pst-timm train`, by key.
         overwrite: Whether an earlier model in the folder, or an earlier training beside it, may be replaced.
         load_args: Further arguments of `load_model`.
@@ -75,7 +79,7 @@ def prune_to_folder(
         Interrupted: If the process was asked to stop.
     """
     folder = Path(folder)
-    check_target(folder, Path(source), overwrite)
+    check_target(folder, Path(source.removeprefix('local-dir:')), overwrite)
     model = load_model(source, **(load_args or {}))
     batches = training_batches(model, source, data_args, images, seed) if data_args else None
     done: List[Path] = []
@@ -85,8 +89,19 @@ def prune_to_folder(
         return load_model(done[-1])
 
     train = train and bool(data_args)
+    if train and teacher == source and any(value is not None for value in (load_args or {}).values()):
+        teacher = str(work_folder(folder) / 'teacher')  # the source alone would be opened otherwise
+        save_folder(model, Path(teacher))
     if latency:
-        ratio = ratio_for_latency(model, **latency, images=batches, **options)
+        target = {'latency': dict(latency), 'options': options}
+        ratio = _ratio_found(folder, target, overwrite) if train else None
+        if ratio is None:
+            # statistics cost no time
+            scored = batches if options.get('importance') == 'taylor' else None
+            ratio = ratio_for_latency(model, **latency, images=scored, **options)
+            if train:
+                work_folder(folder).mkdir(parents=True, exist_ok=True)
+                write_json(work_folder(folder) / RATIO, {'target': target, 'ratio': ratio})
     smaller = prune(model, ratio, images=batches, between=trained if train else None, **options)
     if train:
         smaller = trained(smaller, options.get('steps', 1))
@@ -96,6 +111,16 @@ def prune_to_folder(
     return Pruned(
         smaller, ratio, {key: count_gmacs(net, size) for key, net in both.items()},
         {key: sum(p.numel() for p in net.parameters()) for key, net in both.items()}, done[-1] if done else None)
+
+
+def _ratio_found(folder: Path, target: Mapping[str, Any], overwrite: bool) -> Optional[float]:
+    """The ratio that an earlier start found for a latency, as another measurement would end elsewhere; None if none."""
+    path = work_folder(folder) / RATIO
+    if overwrite or not path.is_file():
+        return None
+    told = parse_json(path.read_bytes(), path)
+    ratio = told.get('ratio') if isinstance(told, dict) and told.get('target') == target else None
+    return ratio if isinstance(ratio, float) and 0 < ratio < 1 else None
 
 
 def _finetuned(
@@ -108,8 +133,6 @@ def _finetuned(
         overwrite: bool,
 ) -> Path:
     """The checkpoint of a model that was trained further, beside a folder."""
-    from .finetune import finetune, work_folder
-
     work = work_folder(folder)
     place = work / f'pruned-{step}'
     save_folder(model, place)

@@ -28,7 +28,7 @@ from .cascade_fit import fit
 from .held_out import HELD, REST, set_aside
 from .latency import compare_latency
 from .prune_folder import prune_to_folder, training_batches
-from .quantize import SUFFIXES, quantize
+from .quantize import SUFFIXES, quantize, report_of
 from .runtime import open_source
 
 __all__ = ['REPORT', 'Report', 'Settings', 'Step', 'slim']
@@ -39,6 +39,11 @@ REPORT = 'slim.json'
 WORK = 'work'
 MOST_HELD = 1000  # images that the search for sensitive layers goes by
 ORIGINAL, PRUNED, MODEL, CASCADE = 'original', 'pruned', 'model', 'cascade.json'
+FILES = [Path(f'{MODEL}{SUFFIXES[backend]}') for backend in ('onnxruntime', 'openvino')]
+# all that a call makes in its folder; while it is written, a file has a point before its name and more behind it
+OWN = {
+    WORK, PRUNED, REPORT, CASCADE, 'cascade', 'cascade.png', *(path.with_suffix('.bin').name for path in FILES),
+    *(name for path in FILES for name in (path.name, report_of(path).name))}
 
 
 @dataclass(frozen=True)
@@ -260,9 +265,10 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     if not folder.is_dir():
         raise PSTError(f'Cannot write to {folder}: it is not a folder. Name a new one.')
     names = sorted(path.name for path in folder.iterdir())
-    foreign = [
-        name for name in names
-        if name not in (WORK, PRUNED, REPORT) and not name.startswith((f'{MODEL}.', Path(CASCADE).stem))]
+    foreign = [name for name in names if name not in OWN and not any(name.startswith(f'.{own}.') for own in OWN)]
+    if (folder / WORK).is_dir():
+        within = sorted(path.name for path in (folder / WORK).iterdir())
+        foreign += [f'{WORK}/{name}' for name in within if not name.startswith(('data-', 'pruned-'))]
     if foreign or (names and not {WORK, REPORT} & set(names)):
         raise PSTError(f'{folder} holds other files, such as {(foreign or names)[0]}: name a new or empty folder.')
     if REPORT in names and not overwrite:

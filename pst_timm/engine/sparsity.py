@@ -16,11 +16,12 @@ import torch.nn as nn
 from timm.optim import get_optimizer_info
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pst_timm.utils.channels import Group, channel_groups
 from pst_timm.utils.errors import PSTError
 
 from .protocols import Adjustable, Prunable
 
-__all__ = ['CoupledScales', 'Sparsity', 'check_sparsity', 'coupled_scales']
+__all__ = ['CoupledScales', 'Sparsity', 'check_sparsity', 'coupled_scales', 'cuttable_groups']
 
 MISSING = "--sparsity-weight needs Torch-Pruning, to know which channels hang together: pip install 'pst_timm[prune]'."
 
@@ -47,6 +48,22 @@ def check_sparsity(args: Namespace) -> None:
             f'another optimizer.')
 
 
+def cuttable_groups(model: nn.Module, input_size: Sequence[int]) -> List[Group]:
+    """The channels of a model that can be cut, followed with its attention at its plainest; see `channel_groups`.
+
+    Args:
+        model: The model; not changed.
+        input_size: Channels, height and width of an image.
+    """
+    twin = copy.deepcopy(model)
+    if hasattr(twin, 'set_grad_checkpointing'):
+        twin.set_grad_checkpointing(False)  # it would hide the graph
+    plainest = twin.with_settings(**twin.sweep_settings([0])[0]) if isinstance(twin, Adjustable) else nullcontext()
+    with plainest:
+        return channel_groups(
+            twin, torch.empty(1, *input_size), twin.unprunable() if isinstance(twin, Prunable) else ())
+
+
 def coupled_scales(model: nn.Module, input_size: Sequence[int], name: str) -> CoupledScales:
     """Find the batch norms whose channels can be cut, and which of their channels hang together.
 
@@ -58,15 +75,7 @@ def coupled_scales(model: nn.Module, input_size: Sequence[int], name: str) -> Co
     Raises:
         PSTError: If its channels cannot be followed, or none of those that can be cut has a batch norm that is trained.
     """
-    from pst_timm.utils.channels import channel_groups
-
-    twin = copy.deepcopy(model)
-    if hasattr(twin, 'set_grad_checkpointing'):
-        twin.set_grad_checkpointing(False)  # it would hide the graph
-    plainest = twin.with_settings(**twin.sweep_settings([0])[0]) if isinstance(twin, Adjustable) else nullcontext()
-    with plainest:
-        groups = channel_groups(
-            twin, torch.empty(1, *input_size), twin.unprunable() if isinstance(twin, Prunable) else ())
+    groups = cuttable_groups(model, input_size)
     norms = {
         n: m for n, m in model.named_modules()
         if isinstance(m, _BatchNorm) and m.weight is not None and m.weight.requires_grad}

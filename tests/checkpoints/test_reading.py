@@ -177,7 +177,8 @@ def test_names_files_and_folders_are_told_apart(tmp_path, monkeypatch):
     (tmp_path / 'pruned').mkdir()
     for source in ('resnet18', 'resnet18.a1_in1k', 'hf-hub:acme/weights.pt', 'local-dir:resnet18', 'resnt18'):
         assert not is_file(source), source
-    for source in ('./resnet18', 'pruned', 'notes', 'nowhere.pth', 'resnet50.pth', tmp_path / 'nowhere', Path('resnet18')):
+    for source in (
+            'pruned', './resnet18', 'notes', 'nowhere.pth', 'resnet50.pth', tmp_path / 'nowhere', Path('resnet18')):
         assert is_file(source), source
 
 

@@ -122,6 +122,7 @@ def test_the_flags_begin_with_how_the_source_augmented_its_images(images, tmp_pa
 @pytest.mark.parametrize('words, said', [
     (['--model', 'resnet18'], '--model'), (['--experiment', 'x', '--output', 'y'], '--output, --experiment'),
     (['images'], '--data'), (['--resume', 'auto'], '--resume'), (['--epoch', '3'], '--epochs'),
+    (['--val-split', 'test'], '--val-split is no flag for the training alone'),
 ])
 def test_what_the_command_decides_is_not_for_the_flags(words, said):
     with pytest.raises(PSTError, match=said):

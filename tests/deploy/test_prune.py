@@ -149,7 +149,7 @@ def test_images_give_a_pruned_model_statistics(pair):
 
 
 def test_channels_that_hang_together_unnoticed_are_noticed(pair, monkeypatch):
-    found = importance_module.channel_groups
+    found = importance_module.cuttable_groups
 
     def wrong(*args):
         """What enters is no longer what leaves."""
@@ -157,14 +157,14 @@ def test_channels_that_hang_together_unnoticed_are_noticed(pair, monkeypatch):
             Group([m._replace(indices=m.indices.flip(0)) if m.side == 'in' else m for m in group.members])
             for group in found(*args)]
 
-    monkeypatch.setattr(importance_module, 'channel_groups', wrong)
+    monkeypatch.setattr(importance_module, 'cuttable_groups', wrong)
     with pytest.raises(PSTError, match='ResNetPST cannot be pruned: channels of it hang together'):
         prune(pair[0], 0.5)
 
 
 def test_a_model_that_misses_a_layer_is_refused(pair, monkeypatch):
-    found = importance_module.channel_groups
-    monkeypatch.setattr(importance_module, 'channel_groups', lambda *args: [
+    found = importance_module.cuttable_groups
+    monkeypatch.setattr(importance_module, 'cuttable_groups', lambda *args: [
         Group([m for m in group.members if m.name != 'layer4.0.conv1']) for group in found(*args)])
     with pytest.raises(PSTError, match='cannot be pruned'):
         prune(pair[0], 0.5)
@@ -192,7 +192,7 @@ def test_more_than_there_is_cannot_be_cut(pair):
 
 
 def test_a_model_without_channels_to_cut_is_refused(pair, monkeypatch):
-    monkeypatch.setattr(importance_module, 'channel_groups', lambda *args: [])
+    monkeypatch.setattr(importance_module, 'cuttable_groups', lambda *args: [])
     with pytest.raises(PSTError, match='ResNetPST has no channels that can be cut'):
         prune(pair[0], 0.5)
 

@@ -199,11 +199,29 @@ def test_a_stopped_call_keeps_its_work_and_another_folder_is_left_alone(parts, i
     assert (other / 'pruned').is_dir() and (folder / 'thesis.tex').read_text() == 'mine'
 
 
+@pytest.mark.parametrize('name', ['model.pth', 'cascade-notes.md', 'work/thesis.tex'])
+def test_a_folder_of_work_is_not_taken_for_its_own(parts, source, tmp_path, name):
+    mine = tmp_path / 'out' / name
+    (tmp_path / 'out' / 'work').mkdir(parents=True)
+    mine.write_text('mine')
+    with pytest.raises(PSTError, match=f'holds other files, such as {name}'):
+        slim(source, tmp_path / 'out', None, overwrite=True)
+    assert mine.read_text() == 'mine' and not parts.asked
+
+
+def test_what_was_half_written_when_it_was_killed_is_no_hindrance(parts, source, tmp_path):
+    (tmp_path / 'out' / 'work' / 'pruned-0.5.finetune').mkdir(parents=True)
+    for name in ('model.int8.onnx', 'model.int8.onnx.json', '.slim.json.0a1b2c3d.json'):
+        (tmp_path / 'out' / name).write_text('half')
+    slim(source, tmp_path / 'out', None)
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['model.int8.onnx', 'pruned', REPORT]
+
+
 @pytest.mark.parametrize('words, said', [
     ([], 'one of the arguments --data-dir --no-data is required'),
     (['--no-data', '--', '--epochs', '3'], 'needs --data-dir'),
     (['--no-data', '--ratio', '1'], 'between 0 and 1'),
-    (['--no-data', '--max-drop', 'nan'], 'above 0'),
+    (['--no-data', '--max-drop', 'nan'], 'from 0 on'),
     (['--no-data', '--held-out', '0.9'], 'held_out must be above 0 and at most 0.5'),
     (['--data-dir', 'images', '--', '--model', 'resnet18'], '--model: a fine-tuning begins with the model'),
     (['--data-dir', 'images', '--', '--epoch', '3'], '--epochs'),
