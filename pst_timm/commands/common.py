@@ -34,6 +34,7 @@ __all__ = [
     'fail',
     'files_of',
     'open_subject_of',
+    'points',
     'positive',
     'run',
 ]
@@ -146,6 +147,14 @@ def positive(text: str) -> float:
         number = 0.
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f'expected a number above 0, got {text!r}')
+    return number
+
+
+def points(text: str) -> float:
+    """The `type` of a flag that takes percentage points, from 0 on."""
+    number = 0. if text.strip() in ('0', '0.0') else positive(text)
+    if number >= 100:
+        raise argparse.ArgumentTypeError(f'expected percentage points from 0 to 100, got {text!r}')
     return number
 
 
