@@ -1,6 +1,6 @@
 """Images that quantisation looks at: some to calibrate by and others to check with, from one split, never the same."""
 import logging
-from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -29,6 +29,7 @@ class ImageBatches:
     def __init__(self, samples: Samples, batch_size: int = 32, workers: int = 0):
         self.samples = samples
         self.loader = DataLoader(samples, batch_size, num_workers=workers, collate_fn=collate_samples)
+        self.told: Set[int] = set()
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -36,9 +37,11 @@ class ImageBatches:
     def __iter__(self) -> Iterator[Batch]:
         with plain_worker_errors():
             for batch, unread in self.loader:
-                if unread:
-                    names = [plain(self.samples.names[image.index], 300) for image in unread]
+                new = [image.index for image in unread if image.index not in self.told]
+                if new:  # told once, in however many passes
+                    names = [plain(self.samples.names[index], 300) for index in new]
                     _logger.warning(f'Skipped {len(names)} image(s) that cannot be read: {listed(names)}.')
+                    self.told.update(new)
                 if batch is not None:
                     yield batch.image, batch.label
 

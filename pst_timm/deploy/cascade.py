@@ -326,7 +326,7 @@ class Cascade(nn.Module):
             cost[rest] += stage.cost
             if i == len(self.stages) - 1:
                 break
-            unsure = (confidence_of(found) <= stage.threshold).to(device)
+            unsure = ~(confidence_of(found) > stage.threshold).to(device)  # of NaN nothing is sure
             counts.append((len(rest), int(unsure.sum())))
             rest = rest[unsure]
             if not len(rest):
@@ -399,6 +399,10 @@ class CascadeClassifier(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.routed = self.cascade.route(x)
         return self.routed[0].logits
+
+    def finished_as(self) -> str:
+        """See `engine.protocols.Finished`."""
+        return 'a cascade'
 
     def own_metrics(self) -> List[Metric]:
         """What an evaluation measures of it beside its accuracy."""

@@ -618,9 +618,16 @@ class Home:
         name = Path(source).name if self.exported else plain(stage.name, 60).replace(os.sep, '-')
         self.copy = output.with_suffix('') / f'{index + 1}-{name}'
         self.told = self.copy.relative_to(output.parent).as_posix()
+        folder = self.copy.parent
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise PSTError(
+                f'{plain(stage.source, 300)} is to be copied to a folder {folder}, which is a file: name another '
+                f'--output.')
         if self.exported:
-            if self.copy.parent.is_dir():
+            if folder.is_dir():
                 check_output(self.copy, overwrite, [source])
+                if self.copy.suffix == '.xml':
+                    check_output(self.copy.with_suffix('.bin'), overwrite)
         else:
             check_target(self.copy, Path(source), overwrite)
 

@@ -11,6 +11,7 @@ import io
 import os
 import tempfile
 from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
@@ -25,7 +26,10 @@ from pst_timm.utils.onnx_file import onnx_graph
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ['METHODS', 'Graph', 'Ranges', 'any_batch', 'calibrate', 'layers_like', 'quantized_graph', 'trace']
+__all__ = [
+    'METHODS', 'Graph', 'Ranges', 'any_batch', 'calibrate', 'layers_like', 'quantized_graph', 'quantized_nodes',
+    'trace',
+]
 
 METHODS = ('minmax', 'percentile', 'entropy')
 WEIGHTED = ('Conv', 'Gemm', 'MatMul')
@@ -182,6 +186,25 @@ def _drop_endless(graph: Graph, ranges: Ranges) -> None:
             graph.scopes.pop(node.name, None)
 
 
+def quantized_nodes(graph: Graph, float_layers: Iterable[str] = ()) -> List[str]:
+    """Names of the nodes that are quantised.
+
+    A node without weights, such as the addition of a residual, stays in float where all layers of the module around it
+    do.
+
+    Args:
+        graph: The graph.
+        float_layers: Layers that stay as they are.
+    """
+    kept = set(float_layers)
+
+    @lru_cache(maxsize=None)
+    def stays(scope: Tuple[str, ...]) -> bool:
+        around = ({layer for layer in graph.layers if f'{layer}.'.startswith(f'{name}.')} for name in reversed(scope))
+        return next(filter(None, around), set(graph.layers)) <= kept
+    return [name for name, scope in graph.scopes.items() if not stays(scope)]
+
+
 def quantized_graph(graph: Graph, ranges: Ranges, float_layers: Iterable[str] = ()) -> 'ModelProto':
     """The graph in int8.
 
@@ -192,8 +215,7 @@ def quantized_graph(graph: Graph, ranges: Ranges, float_layers: Iterable[str] = 
     """
     from onnxruntime.quantization import QDQQuantizer, QuantType
 
-    kept = set(float_layers)
-    nodes = [name for name, scope in graph.scopes.items() if not kept.intersection(scope)]
+    nodes = quantized_nodes(graph, float_layers)
     quantizer = QDQQuantizer(
         deepcopy(graph.proto), True, False, QuantType.QInt8, QuantType.QUInt8, ranges, nodes, [], KINDS,
         {'MatMulConstBOnly': True})

@@ -8,8 +8,9 @@ import torch.nn as nn
 
 from pst_timm.checkpoints import load_model
 from pst_timm.utils.errors import PSTError
+from pst_timm.utils.markdown import plain
 
-from .loading import check_info, load_exported
+from .loading import load_exported
 
 __all__ = ['Deployed', 'is_exported', 'open_source']
 
@@ -28,12 +29,8 @@ class Deployed(nn.Module):
         Args:
             run: From `load_exported`.
             info: Its metadata.
-
-        Raises:
-            PSTError: See `check_info`.
         """
         super().__init__()
-        info = check_info(info)
         self.run = run.__call__  # a module would be registered, and one of torch.export cannot be set to inference
         self.info = info
         self.dtype = getattr(torch, info.get('dtype', 'float32'))
@@ -46,19 +43,39 @@ class Deployed(nn.Module):
         self.default_cfg = self.pretrained_cfg
         self.checkpoint_cfg = {key: info[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
 
+    def finished_as(self) -> str:
+        """See `engine.protocols.Finished`."""
+        return 'an exported model'
+
     def inference_settings(self) -> Dict[str, Any]:
         """The attention as it was when the model was exported, empty for a model without."""
         return {key: self.info[key] for key in ('topk', 'fine_fusion')} if self.info.get('fine_fusion') else {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         images = x.detach().cpu().to(self.dtype).contiguous(memory_format=self.memory_format)
-        size = self.info.get('batch_size', 1)
+        size = self.info['batch_size']
         if size is None:  # any number
-            return self.run(images).float().to(x.device)
-        # a model of a fixed batch takes it in portions, the last of them filled up
-        filled = torch.cat([images, images.new_zeros(-len(images) % size, *images.shape[1:])])
-        parts = [part.contiguous(memory_format=self.memory_format) for part in filled.split(size)]
-        return torch.cat([self.run(part) for part in parts])[:len(x)].float().to(x.device)
+            logits = self._run(images)
+        else:
+            # a model of a fixed batch takes it in portions, the last of them filled up
+            filled = torch.cat([images, images.new_zeros(-len(images) % size, *images.shape[1:])])
+            parts = [part.contiguous(memory_format=self.memory_format) for part in filled.split(size)]
+            logits = torch.cat([self._run(part) for part in parts])[:len(x)]
+        if logits.shape != (len(x), self.num_classes):
+            raise PSTError(
+                f'The exported model says that it knows {self.num_classes} classes, and gives '
+                f'{tuple(logits.shape)} for {len(x)} image(s): export it again.')
+        return logits.float().to(x.device)
+
+    def _run(self, images: torch.Tensor) -> torch.Tensor:
+        try:
+            return self.run(images)
+        except Exception as e:  # of whatever runtime there is
+            size = 'x'.join(map(str, self.pretrained_cfg['input_size']))
+            reason = plain((str(e).strip().splitlines() or [type(e).__name__])[0], 300).rstrip('.')
+            raise PSTError(
+                f'The exported model does not take images of {"x".join(map(str, images.shape[1:]))} ({reason}): it '
+                f'says that it takes {size}, in {self.info.get("dtype", "float32")}.') from e
 
 
 def is_exported(source: os.PathLike) -> bool:
@@ -77,18 +94,18 @@ def open_source(source: os.PathLike, **kwargs: Any) -> nn.Module:
         PSTError: If it cannot be opened, or not be had as asked for.
     """
     if is_exported(source):
-        kind, make = 'an exported model', 'export'
-        model = Deployed(*load_exported(source, SUFFIXES[Path(source).suffix]))
+        make, model = 'export', Deployed(*load_exported(source, SUFFIXES[Path(source).suffix]))
     elif Path(source).suffix == '.json' and os.path.lexists(source):
         from .cascade import Cascade, CascadeClassifier  # whose stages are opened here
 
-        kind, make = 'a cascade', 'fit'
-        model = CascadeClassifier(Cascade.from_file(source))
+        make, model = 'fit', CascadeClassifier(Cascade.from_file(source))
     else:
         return load_model(source, **kwargs)
-    same = {'arch': model.pretrained_cfg['architecture'], 'num_classes': model.num_classes, 'pretrained': True}
+    same = {
+        'arch': model.pretrained_cfg['architecture'], 'num_classes': model.num_classes, 'in_chans': model.in_chans,
+        'pretrained': True}
     for key, value in kwargs.items():
         if value not in (None, False, same.get(key)):
             raise PSTError(
-                f'{source} is {kind}, which stays as it is: leave out {key}={value!r}, or {make} it so.')
+                f'{source} is {model.finished_as()}, which stays as it is: leave out {key}={value!r}, or {make} it so.')
     return model.eval()

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Protocol, Sequence, Tuple, runtime_checkable
 
 from pst_timm.metrics.base import Metric
 
-__all__ = ['Adjustable', 'Measured', 'Prunable', 'TrainStepAware']
+__all__ = ['Adjustable', 'Finished', 'Measured', 'Prunable', 'TrainStepAware']
 
 
 class TrainStepAware(Protocol):
@@ -58,3 +58,11 @@ class Measured(Protocol):
 
     def own_metrics(self) -> List[Metric]:
         """New metrics, which take in each batch right after the model has answered it."""
+
+
+@runtime_checkable
+class Finished(Protocol):
+    """A model in its last form, such as an exported file: it is not compiled, pooled in another way or copied."""
+
+    def finished_as(self) -> str:
+        """What it is, for messages."""

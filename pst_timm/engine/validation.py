@@ -38,7 +38,7 @@ from .batches import LabelledImages
 from .dry_run import check_channels, check_input
 from .inference import evaluate
 from .progress import format_metrics
-from .protocols import Adjustable, Measured
+from .protocols import Adjustable, Finished, Measured
 
 __all__ = ['open_model', 'validate', 'write_results']
 
@@ -213,6 +213,7 @@ def _validate_one(args: Namespace, load: Load) -> List[Results]:
     known_classes, ema = known_names(model), getattr(model, 'checkpoint_ema', None)
     data_config = preprocessing(
         model, args.checkpoint, vars(args), use_test_size=not args.use_train_size)
+    check_form(args, model)
     if args.test_pool:
         check_test_pool(model)
         model, changed = apply_test_time_pool(model, data_config)
@@ -267,6 +268,20 @@ def check_border(args: Namespace, dataset: Any) -> None:
         raise PSTError(
             f'--crop-border-pixels {args.crop_border_pixels} leaves nothing of an image of {size[0]}x{size[1]} pixels, '
             f'the first of the data: choose fewer.')
+
+
+def check_form(args: Namespace, model: nn.Module) -> None:
+    """Make sure that a model in its last form, see `protocols.Finished`, is to run in no other one.
+
+    Raises:
+        PSTError: If it is.
+    """
+    flags = ('test_pool', 'torchscript', 'torchcompile', 'aot_autograd')
+    asked = [flag for flag in flags if getattr(args, flag)] + ['num_gpu'] * (args.num_gpu > 1)
+    if asked and isinstance(model, Finished):
+        raise PSTError(
+            f'{args.checkpoint or args.model} is {model.finished_as()}, which runs as it is: leave out '
+            f'--{asked[0].replace("_", "-")}.')
 
 
 def check_test_pool(model: nn.Module) -> None:

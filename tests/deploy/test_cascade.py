@@ -109,6 +109,15 @@ def test_thresholds_at_the_ends_pass_on_none_and_all(threshold, stage):
     assert bool(stages[1].model.seen) == bool(stage)  # a stage that nothing reaches does not run
 
 
+@pytest.mark.parametrize('threshold', [0., 0.5])
+def test_what_is_no_number_is_passed_on(threshold):
+    stages = table_stages(2)
+    stages[0].threshold = threshold
+    stages[0].model.logits[3] = math.nan
+    output = Cascade(stages)(as_images(torch.arange(5)))
+    assert output.stage[3] == 1 and torch.isfinite(output.logits).all()
+
+
 def test_images_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r'\(B, 1, 4, 4\), got \(2, 1, 8, 8\)'):
         Cascade(table_stages(2))(torch.zeros(2, 1, 8, 8))

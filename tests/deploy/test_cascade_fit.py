@@ -307,6 +307,10 @@ def test_names_of_outputs_and_stages_are_checked_first(place, tmp_path, capsys, 
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     assert main(words(place, tmp_path / 'c.json', '--max-cost', '1')) == 1
     assert "pip install 'pst_timm[train]'" in capsys.readouterr().err
+    (tmp_path / 'c').write_text('in the way')
+    monkeypatch.undo()
+    assert main(words(place, tmp_path / 'c.json', '--max-cost', '1', '--no-plot')) == 1
+    assert 'is to be copied to a folder' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(words(place, tmp_path / 'c.json', '--max-cost', '1', stages=('small',)))
     assert 'two or three stages, got 1' in capsys.readouterr().err

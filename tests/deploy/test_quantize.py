@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from torchvision import transforms
 
 import pst_timm
 from pst_timm.cli import main
+from pst_timm.data.samples import Samples
 from pst_timm.deploy import qdq
+from pst_timm.deploy.calibration import ImageBatches
 from pst_timm.deploy.latency import Latency
 from pst_timm.deploy.quantize import Agreement, Int8Job, Reference, quantize, report_of, slowness
 from pst_timm.deploy.runtime import open_source
@@ -155,6 +158,35 @@ def test_layers_stay_in_float_by_name(files, tmp_path):
     assert done.float_layers[0].startswith('layer1.0') and done.float_layers[-1] == 'fc'
     assert json.loads(report_of(done.path).read_text())['float_layers'] == done.float_layers
     assert done.bytes > (files / 'm.onnx').stat().st_size
+
+
+def test_what_has_no_weights_goes_with_the_layers_around_it():
+    scopes = {
+        'relu': ('layer1', 'layer1.act'), 'add': ('layer1',), 'a': ('layer1', 'layer1.a'), 'b': ('layer1', 'layer1.b'),
+        'layer10': ('layer10',), 'cat': (), 'fc': ('fc',)}
+    graph = qdq.Graph(None, scopes, ['layer1.a', 'layer1.b', 'layer10', 'fc'])
+    assert qdq.quantized_nodes(graph) == [*scopes]
+    assert qdq.quantized_nodes(graph, ['layer1.a']) == [name for name in scopes if name != 'a']
+    assert qdq.quantized_nodes(graph, ['layer1.a', 'layer1.b']) == ['layer10', 'cat', 'fc']
+    assert qdq.quantized_nodes(graph, graph.layers) == []
+
+
+def test_with_all_layers_in_float_the_model_is_what_it_was(files, tmp_path):
+    model = build(topk=2, num_classes=3)
+    done = quantize(model, tmp_path / 'm.onnx', noise(), img_size=64, timing=False, float_layers=['*'])
+    assert nodes(files / 'm.onnx', 'QuantizeLinear') and not nodes(done.path, 'QuantizeLinear')
+    with torch.inference_mode():
+        torch.testing.assert_close(open_source(done.path)(noise(2)), model(noise(2)), rtol=1e-3, atol=1e-4)
+
+
+def test_images_that_cannot_be_read_are_told_once(tmp_path, caplog):
+    folder = write_images(tmp_path / 'data', {'train': 2})
+    (folder / 'train' / 'class0' / 'broken.png').write_bytes(b'')
+    samples = Samples.loose([folder], transforms.Compose([transforms.Resize((32, 32)), transforms.ToTensor()]))
+    batches = ImageBatches(samples)
+    counts = [sum(len(x) for x, _ in batches) for _ in range(3)]
+    assert counts == [len(samples) - 1] * 3
+    assert caplog.text.count('cannot be read') == 1
 
 
 def test_a_layer_that_there_is_not_is_named():

@@ -81,20 +81,19 @@ def test_it_stays_as_it_was_exported(file, kwargs):
         open_source(file, **kwargs)
 
 
+@pytest.mark.parametrize('words', [['--torchcompile'], ['--aot-autograd'], ['--test-pool']])
+def test_validate_runs_it_in_no_other_form(file, words, tmp_path, capsys):
+    data = write_images(tmp_path / 'data', {'validation': 1}, classes=2)
+    words = ['--data-dir', str(data), '--checkpoint', str(file), '--device', 'cpu', '-j', '0', *words]
+    assert validate_main(words) == 1
+    assert f'is an exported model, which runs as it is: leave out {words[-1]}.' in capsys.readouterr().err
+
+
+def test_what_it_is_anyway_may_be_said(file):
+    assert open_source(file, arch='test_resnet_pst', num_classes=2, in_chans=3, pretrained=True).in_chans == 3
+
+
 def test_what_is_no_export_is_opened_as_ever(tmp_path):
     assert open_source('test_resnet_pst', pretrained=False).num_classes == 1000
     with pytest.raises(PSTError, match='There is no checkpoint'):
         open_source(tmp_path / 'none.onnx')
-
-
-@pytest.mark.parametrize('change, said', [
-    (dict(dtype='load'), 'at dtype'), (dict(memory_format='save'), 'at memory_format'),
-    (dict(num_classes='many'), 'at num_classes'), (dict(input_size=[3, 10 ** 7, 64]), 'at input_size'),
-    (dict(batch_size=10 ** 9), 'at batch_size'), (dict(class_names='cat'), 'at class_names'),
-    (dict(std=[0.]), 'at std'), (dict(crop_pct=None), 'does not tell its crop_pct'),
-])
-def test_what_a_file_tells_of_itself_is_checked(file, change, said):
-    info = dict(open_source(file).info)
-    assert Deployed(lambda x: x, info).num_classes == 2
-    with pytest.raises(PSTError, match=said):
-        Deployed(lambda x: x, {**info, **change})
