@@ -18,7 +18,7 @@ import torch
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import write_whole
 
-from .qdq import Graph
+from .qdq import Graph, chosen_nodes
 
 if TYPE_CHECKING:
     import openvino
@@ -78,9 +78,8 @@ def quantized_ir(graph: Graph, images: Sequence[torch.Tensor], float_layers: Ite
     """
     import nncf
 
-    kept = set(float_layers)
     model = float_ir(graph)
-    chosen = {name for name, scope in graph.scopes.items() if not kept.intersection(scope)}
+    chosen = set(chosen_nodes(graph, float_layers))
     known = {node.name for node in graph.proto.graph.node}
     # OpenVINO makes several operations of a node, and names them after it
     ignored = [name for name in (operation.get_friendly_name() for operation in model.get_ops())

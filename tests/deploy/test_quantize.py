@@ -146,6 +146,8 @@ def test_nothing_but_convolutions_of_the_attention_is_quantised():
     inside = {kinds[name] for name, scope in graph.scopes.items() if 'pst.blocks.0.attn' in scope}
     assert inside == {'Conv'}
     assert {'Conv', 'Gemm', 'Add', 'Relu', 'MaxPool', 'Concat'} <= {kinds[name] for name in graph.scopes}
+    assert set(qdq.chosen_nodes(graph)) == set(graph.scopes)
+    assert qdq.chosen_nodes(graph, graph.layers) == []  # what follows float layers is float too
 
 
 def test_layers_stay_in_float_by_name(files, tmp_path):
