@@ -18,7 +18,7 @@ import torch
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import write_whole
 
-from .qdq import Graph, quantized_nodes
+from .qdq import Graph, chosen_nodes
 
 if TYPE_CHECKING:
     import openvino
@@ -79,7 +79,7 @@ def quantized_ir(graph: Graph, images: Sequence[torch.Tensor], float_layers: Ite
     import nncf
 
     model = float_ir(graph)
-    chosen = set(quantized_nodes(graph, float_layers))
+    chosen = set(chosen_nodes(graph, float_layers))
     if not chosen:
         return model
     known = {node.name for node in graph.proto.graph.node}
