@@ -18,9 +18,11 @@ from pst_timm.checkpoints.schema import parse_json
 from pst_timm.data.datasets import check_class_names, check_mapped_names, class_names, open_dataset
 from pst_timm.data.images import listed
 from pst_timm.engine import parse_train_args, train, train_args
+from pst_timm.engine.args import read_yaml
 from pst_timm.engine.flags import TRAIN_FLAGS, keys_with_role
 from pst_timm.utils.errors import Interrupted, PSTError
 from pst_timm.utils.files import write_json, write_text
+from pst_timm.utils.parsing import ArgumentParser
 
 __all__ = ['DEFAULTS', 'finetune', 'finetune_flags', 'work_folder']
 
@@ -56,11 +58,16 @@ def finetune_flags(words: Sequence[str] = (), source: str = '') -> Dict[str, Any
     """
     told = read_checkpoint(source).recipe if source and is_file(source) else {}
     base = {**DEFAULTS, **{key: value for key, value in told.items() if key in AUGMENTATION}}
+    parser = ArgumentParser('pst-timm train', add_help=False)
+    parser.add_argument('-c', '--config')
+    named, words = parser.parse_known_args(words)
+    if named.config:
+        base.update(as_plain(read_yaml(named.config)))  # of what it does not say, the rest holds
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, 'recipe.yaml')
         write_text(path, yaml.safe_dump(base))
-        flags, unsaid = (
-            vars(parse_train_args(['--config', str(path), *given], 'pst-timm train')) for given in (words, ()))
+        flags = vars(parse_train_args(['--config', str(path), *words], 'pst-timm train'))
+    unsaid = vars(parse_train_args([], 'pst-timm train'))
     decided = [f'--{key.replace("_", "-")}' for key in DECIDED if flags[key] != unsaid[key]]
     splits = [f'--{key.replace("_", "-")}' for key in SPLITS if flags[key] != unsaid[key]]
     if splits:

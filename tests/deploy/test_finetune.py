@@ -119,6 +119,20 @@ def test_the_flags_begin_with_how_the_source_augmented_its_images(images, tmp_pa
     assert not {'model', 'data_dir', 'output'} & set(plain)
 
 
+def test_a_config_says_what_it_says_and_no_more(tmp_path):
+    path = tmp_path / 'recipe.yaml'
+    path.write_text('opt: adamw\nlr: 0.001\nepochs: 5\nopt_betas: [0.9, 0.99]\n')
+    flags = finetune_flags(['--config', str(path), '--epochs', '7'])
+    assert (flags['opt'], flags['lr'], flags['epochs'], flags['opt_betas']) == ('adamw', 0.001, 7, [0.9, 0.99])
+    assert flags['warmup_epochs'] == 0 and flags['sched_on_updates']
+    path.write_text('epoch: 5\n')
+    with pytest.raises(PSTError, match=r"recipe\.yaml: unknown key 'epoch'"):
+        finetune_flags(['-c', str(path)])
+    path.write_text('model: resnet18\n')
+    with pytest.raises(PSTError, match='--model: a fine-tuning begins with the model'):
+        finetune_flags(['-c', str(path)])
+
+
 @pytest.mark.parametrize('words, said', [
     (['--model', 'resnet18'], '--model'), (['--experiment', 'x', '--output', 'y'], '--output, --experiment'),
     (['images'], '--data'), (['--resume', 'auto'], '--resume'), (['--epoch', '3'], '--epochs'),
