@@ -71,6 +71,13 @@ def test_the_source_is_not_written_over(source, capsys):
     assert 'is where the checkpoint is read from' in capsys.readouterr().err
 
 
+def test_data_of_other_classes_is_told_with_what_can_be_done(tmp_path, images, capsys):
+    words = ['prune', 'test_resnet_pst', '--no-pretrained', '-o', str(tmp_path / 'out'), '--data-dir', str(images)]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert 'has 3 classes' in said and 'name a model of these classes' in said and '--num-classes' not in said
+
+
 def test_one_image_too_many_does_not_stop_what_is_pooled():
     net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     parts = torch.randn(5, 3, 8, 8).split(4)
