@@ -64,6 +64,11 @@ def test_the_teacher_is_the_model_as_it_was_opened(source, calls, images, tmp_pa
     assert torch.equal(load_model(fine).fc.weight, load_model(source).fc.weight)
 
 
+def test_a_command_that_was_asked_to_stop_ends_with_the_code_of_that(source, calls, images, tmp_path, capsys):
+    assert main(['prune', source, '-o', str(tmp_path / 'out'), '--data-dir', str(images), '--round-to', '8']) == 75
+    assert capsys.readouterr().err.endswith('pst-timm prune: error: Stopped.\n') and len(calls) == 1
+
+
 def test_the_source_is_not_written_over(source, capsys):
     with pytest.raises(PSTError, match='is where the checkpoint is read from'):
         prune_to_folder(f'local-dir:{source}', source, overwrite=True)
