@@ -121,6 +121,8 @@ def _prune(args: argparse.Namespace) -> None:
             dict(arch=args.model, pretrained=args.pretrained, use_ema=args.use_ema, topk=args.topk,
                  fine_fusion=args.fine_fusion),
             importance=args.importance, scope=args.scope, round_to=args.round_to, by=args.by, steps=args.steps)
+    except PSTError:  # a ValueError too, with an exit code of its own
+        raise
     except ValueError as e:
         raise PSTError(str(e)) from e
     print(format_table([

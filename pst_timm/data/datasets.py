@@ -333,7 +333,13 @@ def class_names(dataset: Dataset) -> Optional[List[str]]:
     return [str(name).encode('utf-8', 'backslashreplace').decode() for name in sorted(found, key=found.get)]
 
 
-def check_classes(dataset: Dataset, num_classes: int, explicit: bool, split: str) -> None:
+def check_classes(
+        dataset: Dataset,
+        num_classes: int,
+        explicit: bool,
+        split: str,
+        choice: bool = True,
+) -> None:
     """Compare the classes of the data with the outputs of the model.
 
     Args:
@@ -341,6 +347,7 @@ def check_classes(dataset: Dataset, num_classes: int, explicit: bool, split: str
         num_classes: Outputs of the model.
         explicit: Whether the user asked for this number.
         split: Name of the data in the message.
+        choice: Whether the user can ask for a number.
 
     Raises:
         PSTError: If a label has no output, or if the user asked for another number than there is.
@@ -360,7 +367,7 @@ def check_classes(dataset: Dataset, num_classes: int, explicit: bool, split: str
         return
     message = (
         f'The {split!r} split has {count} classes ({listed(names)}) and the model has '
-        f'{num_classes} outputs: use --num-classes {count}')
+        f'{num_classes} outputs: {f"use --num-classes {count}" if choice else "name a model of these classes"}')
     if count > num_classes or explicit:
         raise PSTError(f'{message}, or check that the data is complete.')
     _logger.warning(f'{message} unless this is meant.')

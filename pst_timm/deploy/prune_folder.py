@@ -1,6 +1,6 @@
 """A model pruned, trained further if there are images to do it with, and written as a folder that timm reads."""
 from pathlib import Path
-from typing import Any, List, Mapping, NamedTuple, Optional
+from typing import Any, List, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -93,15 +93,10 @@ def prune_to_folder(
         teacher = str(work_folder(folder) / 'teacher')  # the source alone would be opened otherwise
         save_folder(model, Path(teacher))
     if latency:
-        target = {'latency': dict(latency), 'options': options}
-        ratio = _ratio_found(folder, target, overwrite) if train else None
-        if ratio is None:
-            # statistics cost no time
-            scored = batches if options.get('importance') == 'taylor' else None
-            ratio = ratio_for_latency(model, **latency, images=scored, **options)
-            if train:
-                work_folder(folder).mkdir(parents=True, exist_ok=True)
-                write_json(work_folder(folder) / RATIO, {'target': target, 'ratio': ratio})
+        # statistics cost no time
+        scored = batches if options.get('importance') == 'taylor' else None
+        note = work_folder(folder) / RATIO if train else None
+        ratio = _ratio_for(model, latency, scored, options, note, overwrite)
     smaller = prune(model, ratio, images=batches, between=trained if train else None, **options)
     if train:
         smaller = trained(smaller, options.get('steps', 1))
@@ -113,14 +108,26 @@ def prune_to_folder(
         {key: sum(p.numel() for p in net.parameters()) for key, net in both.items()}, done[-1] if done else None)
 
 
-def _ratio_found(folder: Path, target: Mapping[str, Any], overwrite: bool) -> Optional[float]:
-    """The ratio that an earlier start found for a latency, as another measurement would end elsewhere; None if none."""
-    path = work_folder(folder) / RATIO
-    if overwrite or not path.is_file():
-        return None
-    told = parse_json(path.read_bytes(), path)
-    ratio = told.get('ratio') if isinstance(told, dict) and told.get('target') == target else None
-    return ratio if isinstance(ratio, float) and 0 < ratio < 1 else None
+def _ratio_for(
+        model: nn.Module,
+        latency: Mapping[str, float],
+        images: Optional[Sequence[Batch]],
+        options: Mapping[str, Any],
+        note: Optional[Path],
+        overwrite: bool,
+) -> float:
+    """The ratio for a latency; if a note of it is kept, that of an earlier start: no two measurements are alike."""
+    target = {'latency': dict(latency), 'options': dict(options)}
+    if note is not None and note.is_file() and not overwrite:
+        told = parse_json(note.read_bytes(), note)
+        ratio = told.get('ratio') if isinstance(told, dict) and told.get('target') == target else None
+        if isinstance(ratio, float) and 0 < ratio < 1:
+            return ratio
+    ratio = ratio_for_latency(model, **latency, images=images, **options)
+    if note is not None:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, {'target': target, 'ratio': ratio})
+    return ratio
 
 
 def _finetuned(
@@ -165,7 +172,7 @@ def training_batches(
     dataset = create_eval_dataset(args, split, None)
     if not isinstance(dataset, ImageDataset):
         raise PSTError('Images are drawn at random, which a stream does not allow: unpack it to a folder of folders.')
-    check_classes(dataset, model.num_classes, True, split)
+    check_classes(dataset, model.num_classes, True, split, choice=False)
     names, known = class_names(dataset), label_names(model)
     if names and known:
         check_class_names(names, known, f'the {split!r} split', f'the model {source}')

@@ -255,7 +255,7 @@ def _check_splits(model: nn.Module, source: str, data_dir: str, settings: Settin
     for split in filter(None, (settings.train_split, settings.val_split)):
         dataset = create_eval_dataset(validate_args(data_dir=data_dir, split=split), split, None)
         check_class_names(class_names(dataset), label_names(model), f'the {split!r} split', f'the model {source}')
-        check_classes(dataset, model.num_classes, True, split)
+        check_classes(dataset, model.num_classes, True, split, choice=False)
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:

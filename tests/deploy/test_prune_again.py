@@ -64,11 +64,23 @@ def test_the_teacher_is_the_model_as_it_was_opened(source, calls, images, tmp_pa
     assert torch.equal(load_model(fine).fc.weight, load_model(source).fc.weight)
 
 
+def test_a_command_that_was_asked_to_stop_ends_with_the_code_of_that(source, calls, images, tmp_path, capsys):
+    assert main(['prune', source, '-o', str(tmp_path / 'out'), '--data-dir', str(images), '--round-to', '8']) == 75
+    assert capsys.readouterr().err.endswith('pst-timm prune: error: Stopped.\n') and len(calls) == 1
+
+
 def test_the_source_is_not_written_over(source, capsys):
     with pytest.raises(PSTError, match='is where the checkpoint is read from'):
         prune_to_folder(f'local-dir:{source}', source, overwrite=True)
     assert main(['prune', f'local-dir:{source}', '-o', source, '--overwrite']) == 1
     assert 'is where the checkpoint is read from' in capsys.readouterr().err
+
+
+def test_data_of_other_classes_is_told_with_what_can_be_done(tmp_path, images, capsys):
+    words = ['prune', 'test_resnet_pst', '--no-pretrained', '-o', str(tmp_path / 'out'), '--data-dir', str(images)]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert 'has 3 classes' in said and 'name a model of these classes' in said and '--num-classes' not in said
 
 
 def test_one_image_too_many_does_not_stop_what_is_pooled():
