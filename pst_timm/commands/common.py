@@ -33,10 +33,11 @@ __all__ = [
     'at_least',
     'fail',
     'files_of',
+    'not_negative',
     'open_subject_of',
-    'points',
     'positive',
     'run',
+    'share',
 ]
 
 CHECKPOINT_HELP = 'training checkpoint, run folder, .safetensors file, or folder with config.json'
@@ -150,11 +151,22 @@ def positive(text: str) -> float:
     return number
 
 
-def points(text: str) -> float:
-    """The `type` of a flag that takes percentage points, from 0 on."""
-    number = 0. if text.strip() in ('0', '0.0') else positive(text)
-    if number >= 100:
-        raise argparse.ArgumentTypeError(f'expected percentage points from 0 to 100, got {text!r}')
+def not_negative(text: str) -> float:
+    """The `type` of a flag that takes finite numbers from zero on."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f'expected a number from 0 on, got {text!r}')
+    return number
+
+
+def share(text: str) -> float:
+    """The `type` of a flag that takes numbers between zero and one, without these."""
+    number = positive(text)
+    if number >= 1:
+        raise argparse.ArgumentTypeError(f'expected a number between 0 and 1, got {text!r}')
     return number
 
 

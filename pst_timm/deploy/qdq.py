@@ -11,9 +11,8 @@ import io
 import os
 import tempfile
 from copy import deepcopy
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -27,9 +26,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 __all__ = [
-    'METHODS', 'Graph', 'Ranges', 'any_batch', 'calibrate', 'layers_like', 'quantized_graph', 'quantized_nodes',
-    'trace',
-]
+    'METHODS', 'Graph', 'Ranges', 'any_batch', 'calibrate', 'chosen_nodes', 'layers_like', 'quantized_graph', 'trace']
 
 METHODS = ('minmax', 'percentile', 'entropy')
 WEIGHTED = ('Conv', 'Gemm', 'MatMul')
@@ -76,21 +73,23 @@ def trace(model: nn.Module, input_size: Sequence[int]) -> Graph:
         if node.op_type not in KINDS or (node.op_type == 'MatMul' and node.input[1] not in constant):
             continue
         scope = _scope(node)
-        # products by head have weights in three dimensions, and the mask of `joint` holds -inf
-        if node.op_type != 'Conv' and attention.intersection(scope):
+        # products by head have weights in three dimensions, and the mask of `joint` holds -inf; what does not tell
+        # where it comes from may be of these
+        if node.op_type != 'Conv' and (scope is None or attention.intersection(scope)):
             continue
+        scope = scope or ()
         scopes[node.name] = scope
         if node.op_type in WEIGHTED and scope:
             layers[scope[-1]] = None
     return Graph(proto, scopes, list(layers))
 
 
-def _scope(node: Any) -> Tuple[str, ...]:
-    """Names of the modules around a node, without the model itself and the operation."""
+def _scope(node: Any) -> Optional[Tuple[str, ...]]:
+    """Names of the modules around a node, without the model itself and the operation; None if it does not tell."""
     for entry in node.metadata_props:
         if entry.key == SCOPES:
             return tuple(ast.literal_eval(entry.value)[1:-1])
-    return ()
+    return None
 
 
 def layers_like(graph: Graph, patterns: Iterable[str]) -> List[str]:
@@ -186,23 +185,23 @@ def _drop_endless(graph: Graph, ranges: Ranges) -> None:
             graph.scopes.pop(node.name, None)
 
 
-def quantized_nodes(graph: Graph, float_layers: Iterable[str] = ()) -> List[str]:
-    """Names of the nodes that are quantised.
-
-    A node without weights, such as the addition of a residual, stays in float where all layers of the module around it
-    do.
+def chosen_nodes(graph: Graph, float_layers: Iterable[str] = ()) -> List[str]:
+    """Names of the nodes to quantise: those of the other layers, and what works on their results.
 
     Args:
         graph: The graph.
         float_layers: Layers that stay as they are.
     """
     kept = set(float_layers)
-
-    @lru_cache(maxsize=None)
-    def stays(scope: Tuple[str, ...]) -> bool:
-        around = ({layer for layer in graph.layers if f'{layer}.'.startswith(f'{name}.')} for name in reversed(scope))
-        return next(filter(None, around), set(graph.layers)) <= kept
-    return [name for name, scope in graph.scopes.items() if not stays(scope)]
+    chosen, made = [], set()
+    for node in graph.proto.graph.node:  # each after those whose results it takes
+        scope = graph.scopes.get(node.name)
+        if scope is None or kept.intersection(scope):
+            continue
+        if node.op_type in WEIGHTED or made.intersection(node.input):
+            chosen.append(node.name)
+            made.update(node.output)
+    return chosen
 
 
 def quantized_graph(graph: Graph, ranges: Ranges, float_layers: Iterable[str] = ()) -> 'ModelProto':
@@ -215,7 +214,7 @@ def quantized_graph(graph: Graph, ranges: Ranges, float_layers: Iterable[str] = 
     """
     from onnxruntime.quantization import QDQQuantizer, QuantType
 
-    nodes = quantized_nodes(graph, float_layers)
+    nodes = chosen_nodes(graph, float_layers)
     quantizer = QDQQuantizer(
         deepcopy(graph.proto), True, False, QuantType.QInt8, QuantType.QUInt8, ranges, nodes, [], KINDS,
         {'MatMulConstBOnly': True})

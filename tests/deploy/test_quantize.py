@@ -130,7 +130,7 @@ def test_the_whole_zoo(name, tmp_path):
     model = build(name, topk=2, num_classes=3)
     x = noise(4, 96)
     for level, suffix in (('int8', '.onnx'), ('bfloat16', '.pt2')):
-        done = quantize(model, tmp_path / f'm{suffix}', x, level, img_size=96, timing=False)
+        done = quantize(model, tmp_path / f'{level}{suffix}', x, level, img_size=96, timing=False)
         with torch.inference_mode():
             expected, got = model(x), open_source(done.path)(x)
         assert (got - expected).norm() / expected.norm() < 0.3, level
@@ -149,6 +149,8 @@ def test_nothing_but_convolutions_of_the_attention_is_quantised():
     inside = {kinds[name] for name, scope in graph.scopes.items() if 'pst.blocks.0.attn' in scope}
     assert inside == {'Conv'}
     assert {'Conv', 'Gemm', 'Add', 'Relu', 'MaxPool', 'Concat'} <= {kinds[name] for name in graph.scopes}
+    assert set(qdq.chosen_nodes(graph)) == set(graph.scopes)
+    assert qdq.chosen_nodes(graph, graph.layers) == []  # what follows float layers is float too
 
 
 def test_layers_stay_in_float_by_name(files, tmp_path):
@@ -158,17 +160,6 @@ def test_layers_stay_in_float_by_name(files, tmp_path):
     assert done.float_layers[0].startswith('layer1.0') and done.float_layers[-1] == 'fc'
     assert json.loads(report_of(done.path).read_text())['float_layers'] == done.float_layers
     assert done.bytes > (files / 'm.onnx').stat().st_size
-
-
-def test_what_has_no_weights_goes_with_the_layers_around_it():
-    scopes = {
-        'relu': ('layer1', 'layer1.act'), 'add': ('layer1',), 'a': ('layer1', 'layer1.a'), 'b': ('layer1', 'layer1.b'),
-        'layer10': ('layer10',), 'cat': (), 'fc': ('fc',)}
-    graph = qdq.Graph(None, scopes, ['layer1.a', 'layer1.b', 'layer10', 'fc'])
-    assert qdq.quantized_nodes(graph) == [*scopes]
-    assert qdq.quantized_nodes(graph, ['layer1.a']) == [name for name in scopes if name != 'a']
-    assert qdq.quantized_nodes(graph, ['layer1.a', 'layer1.b']) == ['layer10', 'cat', 'fc']
-    assert qdq.quantized_nodes(graph, graph.layers) == []
 
 
 def test_with_all_layers_in_float_the_model_is_what_it_was(files, tmp_path):
@@ -298,7 +289,7 @@ def test_the_command_measures_on_splits_it_does_not_calibrate_by(data, tmp_path,
              '--img-size', '64', '--topk', '2', '--no-labels']
     assert main(words) == 0
     out = capsys.readouterr().out
-    report = json.loads((tmp_path / 'test_resnet_pst.int8.json').read_text())
+    report = json.loads(report_of('test_resnet_pst.int8.onnx').read_text())
     assert report['images'] == 10 and report['held_out']['images'] == 26 and report['validation']['images'] == 12
     assert report['topk'] == 2 and report['validation']['top1'] is None and set(report['latency']) == {
         'eager float32', 'onnxruntime float32', 'int8'}
