@@ -35,7 +35,6 @@ __all__ = [
     'files_of',
     'not_negative',
     'open_subject_of',
-    'points',
     'positive',
     'run',
     'share',

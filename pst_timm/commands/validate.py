@@ -18,11 +18,11 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'pst-timm validate') 
 def _validate(args: Namespace) -> None:
     from timm.utils import setup_default_logging
 
-    from pst_timm.deploy.runtime import open_source
+    from pst_timm.deploy.runtime import is_model_file, open_source
     from pst_timm.engine import validate
 
     setup_default_logging()
-    results = validate(args, open_source)
+    results = validate(args, open_source, is_model_file)
     if len(results) > 1:
         print(format_table(differing_columns([_readable(row) for row in results], first=('topk', 'fine_fusion'))))
     # the marker that timm's own tools look for

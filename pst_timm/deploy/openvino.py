@@ -11,7 +11,7 @@ import re
 import tempfile
 import xml.parsers.expat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, NoReturn, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, NoReturn, Optional, Sequence, Tuple
 
 import torch
 
@@ -160,6 +160,8 @@ def _check_graph(graph: bytes, room: int) -> None:
     """Make sure that a graph is made of standard operations, within the weights, and that its XML defines nothing."""
     if len(graph) > MOST_XML:
         _refuse(f'a graph of more than {MOST_XML >> 20} MiB')
+    if b'\0' in graph:
+        _refuse('text in UTF-16')  # what looks through it and what reads it are to see the same
     parser = xml.parsers.expat.ParserCreate()
     above: List[str] = []
     constants: List[bool] = []
@@ -189,6 +191,11 @@ def _check_graph(graph: bytes, room: int) -> None:
     def refuse(*args: Any) -> None:
         _refuse('definitions of its own (DTD)')
 
+    def declare(version: str, encoding: Optional[str], standalone: int) -> None:
+        if encoding is not None and encoding.lower() != 'utf-8':
+            _refuse(f'text in {encoding[:80]!r}')
+
+    parser.XmlDeclHandler = declare
     parser.StartElementHandler = start
     parser.EndElementHandler = lambda name: above.pop()
     for event in ('StartDoctypeDecl', 'EntityDecl', 'UnparsedEntityDecl', 'ExternalEntityRef', 'NotationDecl',

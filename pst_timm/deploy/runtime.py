@@ -7,12 +7,13 @@ import torch
 import torch.nn as nn
 
 from pst_timm.checkpoints import load_model
+from pst_timm.checkpoints.reading import has_weights_ending
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.markdown import plain
 
-from .loading import load_exported
+from .loading import check_info, load_exported
 
-__all__ = ['Deployed', 'is_exported', 'open_source']
+__all__ = ['Deployed', 'is_exported', 'is_model_file', 'open_source']
 
 SUFFIXES = {'.onnx': 'onnx', '.pt2': 'exported-program', '.xml': 'openvino'}  # .pt is what checkpoints end with, too
 CONFIG_KEYS = ('architecture', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'num_classes')
@@ -29,8 +30,12 @@ class Deployed(nn.Module):
         Args:
             run: From `load_exported`.
             info: Its metadata.
+
+        Raises:
+            PSTError: See `check_info`.
         """
         super().__init__()
+        info = check_info(info)
         self.run = run.__call__  # a module would be registered, and one of torch.export cannot be set to inference
         self.info = info
         self.dtype = getattr(torch, info.get('dtype', 'float32'))
@@ -81,6 +86,11 @@ class Deployed(nn.Module):
 def is_exported(source: os.PathLike) -> bool:
     """Whether a source is an exported file, by its ending."""
     return Path(source).suffix in SUFFIXES and os.path.lexists(source)
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether a file in a folder is one that `open_source` is to open: by its ending, no weights of OpenVINO."""
+    return is_exported(path) or (has_weights_ending(path) and not path.with_suffix('.xml').exists())
 
 
 def open_source(source: os.PathLike, **kwargs: Any) -> nn.Module:

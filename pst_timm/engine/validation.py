@@ -48,12 +48,17 @@ Results = Dict[str, Any]
 Load = Callable[..., nn.Module]
 
 
-def validate(args: Namespace, load: Load = load_model) -> List[Results]:
+def validate(
+        args: Namespace,
+        load: Load = load_model,
+        is_model: Callable[[Path], bool] = has_weights_ending,
+) -> List[Results]:
     """Evaluate one or several models.
 
     Args:
         args: From `parse_validate_args` or `validate_args`; not changed.
         load: What opens a model, called as `load_model` is.
+        is_model: Which files of a folder it opens.
 
     Returns:
         One mapping per model, best first: model, top1, top5, loss, images_per_second and what else was asked for; of
@@ -67,7 +72,7 @@ def validate(args: Namespace, load: Load = load_model) -> List[Results]:
         check_results_file(Path(args.results_file))
     jobs = [
         Namespace(**dict(vars(copy.deepcopy(args)), model=model, checkpoint=checkpoint))
-        for model, checkpoint in _models_and_checkpoints(args)
+        for model, checkpoint in _models_and_checkpoints(args, is_model)
     ]
     results = []
     for job in jobs:
@@ -86,11 +91,14 @@ def validate(args: Namespace, load: Load = load_model) -> List[Results]:
     return results
 
 
-def _models_and_checkpoints(args: Namespace) -> List[Tuple[Optional[str], str]]:
+def _models_and_checkpoints(
+        args: Namespace,
+        is_model: Callable[[Path], bool],
+) -> List[Tuple[Optional[str], str]]:
     models = args.model.split(',') if args.model else [None]
     if not args.checkpoint or not Path(args.checkpoint).is_dir():
         return [(model, args.checkpoint) for model in models]
-    files = sorted(p for p in Path(args.checkpoint).iterdir() if p.is_file() and has_weights_ending(p))
+    files = sorted(p for p in Path(args.checkpoint).iterdir() if p.is_file() and is_model(p))
     if not files:
         raise PSTError(f'The folder {args.checkpoint} has no checkpoints (*.pth.tar, *.safetensors, ...).')
     return [(model, str(f)) for model in models for f in files]
@@ -234,7 +242,8 @@ def _validate_one(args: Namespace, load: Load) -> List[Results]:
     autocast = factories.autocast_for(args, device)
     run = partial(_evaluate, args, runnable, loader, device, autocast, partial(_metrics, args, dataset, model))
     facts = dict(
-        param_count=round(params / 1e6, 2),
+        # what is exported does not tell its parameters
+        **({} if isinstance(model, Finished) else dict(param_count=round(params / 1e6, 2))),
         img_size=data_config['input_size'][-1],
         crop_pct=data_config['crop_pct'],
         interpolation=data_config['interpolation'],

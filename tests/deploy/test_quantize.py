@@ -289,7 +289,7 @@ def test_the_command_measures_on_splits_it_does_not_calibrate_by(data, tmp_path,
              '--img-size', '64', '--topk', '2', '--no-labels']
     assert main(words) == 0
     out = capsys.readouterr().out
-    report = json.loads((tmp_path / 'test_resnet_pst.int8.json').read_text())
+    report = json.loads(report_of('test_resnet_pst.int8.onnx').read_text())
     assert report['images'] == 10 and report['held_out']['images'] == 26 and report['validation']['images'] == 12
     assert report['topk'] == 2 and report['validation']['top1'] is None and set(report['latency']) == {
         'eager float32', 'onnxruntime float32', 'int8'}

@@ -1,5 +1,7 @@
 """Exported files as models: any batch, preprocessing, validation, and what they refuse."""
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from timm.data import resolve_data_config
 from pst_timm.checkpoints import label_names
 from pst_timm.commands.validate import main as validate_main
 from pst_timm.deploy.export import export
-from pst_timm.deploy.runtime import Deployed, open_source
+from pst_timm.deploy.runtime import Deployed, is_model_file, open_source
 from pst_timm.utils.errors import PSTError
 from tests.engine.helpers import write_images
 from tests.models.helpers import build
@@ -72,6 +74,7 @@ def test_validate_measures_it_as_it_does_the_model(model, file, tmp_path, capsys
         assert validate_main(['--data-dir', str(data), '-b', '4', '-j', '0', '--device', 'cpu', *words]) == 0
         found.append(json.loads(capsys.readouterr().out.partition('--result\n')[2]))
     assert found[0]['top1'] == found[1]['top1']
+    assert 'param_count' not in found[0] and found[1]['param_count'] > 0
     assert found[0]['loss'] == pytest.approx(found[1]['loss'], rel=1e-3)
 
 
@@ -89,6 +92,24 @@ def test_validate_runs_it_in_no_other_form(file, words, tmp_path, capsys):
     assert f'is an exported model, which runs as it is: leave out {words[-1]}.' in capsys.readouterr().err
 
 
+def test_the_models_of_a_folder_are_those_that_open(tmp_path):
+    for name in ('a.onnx', 'b.xml', 'b.bin', 'c.safetensors', 'd.bin', 'cascade.json', 'a.onnx.json', 'notes.txt'):
+        (tmp_path / name).touch()
+    assert sorted(path.name for path in tmp_path.iterdir() if is_model_file(path)) == [
+        'a.onnx', 'b.xml', 'c.safetensors', 'd.bin']
+
+
+def test_validate_measures_a_folder_of_exports(file, tmp_path, capsys):
+    data = write_images(tmp_path / 'data', {'validation': 1}, classes=2)
+    (tmp_path / 'exports').mkdir()
+    for name in ('a.onnx', 'b.onnx'):
+        shutil.copyfile(file, tmp_path / 'exports' / name)
+    words = ['--data-dir', str(data), '--checkpoint', str(tmp_path / 'exports'), '--device', 'cpu', '-j', '0']
+    assert validate_main(words) == 0
+    rows = json.loads(capsys.readouterr().out.partition('--result\n')[2])
+    assert sorted(Path(row['checkpoint']).name for row in rows) == ['a.onnx', 'b.onnx']
+
+
 def test_what_it_is_anyway_may_be_said(file):
     assert open_source(file, arch='test_resnet_pst', num_classes=2, in_chans=3, pretrained=True).in_chans == 3
 
@@ -97,3 +118,17 @@ def test_what_is_no_export_is_opened_as_ever(tmp_path):
     assert open_source('test_resnet_pst', pretrained=False).num_classes == 1000
     with pytest.raises(PSTError, match='There is no checkpoint'):
         open_source(tmp_path / 'none.onnx')
+
+
+@pytest.mark.parametrize('change, said', [
+    (dict(dtype='load'), 'at dtype'), (dict(memory_format='save'), 'at memory_format'),
+    (dict(num_classes='many'), 'at num_classes'), (dict(input_size=[3, 10 ** 7, 64]), 'at input_size'),
+    (dict(batch_size=10 ** 9), 'at batch_size'), (dict(class_names='cat'), 'at class_names'),
+    (dict(std=[0.]), 'at std'), (dict(crop_pct=None), 'does not tell its crop_pct'),
+    (dict(class_names=['a']), '1 names for 2 classes'),
+])
+def test_what_a_file_tells_of_itself_is_checked(file, change, said):
+    info = dict(open_source(file).info)
+    assert Deployed(lambda x: x, info).num_classes == 2
+    with pytest.raises(PSTError, match=said):
+        Deployed(lambda x: x, {**info, **change})
