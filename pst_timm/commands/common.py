@@ -35,6 +35,7 @@ __all__ = [
     'files_of',
     'not_negative',
     'open_subject_of',
+    'points',
     'positive',
     'run',
     'share',
@@ -167,6 +168,14 @@ def share(text: str) -> float:
     number = positive(text)
     if number >= 1:
         raise argparse.ArgumentTypeError(f'expected a number between 0 and 1, got {text!r}')
+    return number
+
+
+def points(text: str) -> float:
+    """The `type` of a flag that takes percentage points, from 0 on."""
+    number = 0. if text.strip() in ('0', '0.0') else positive(text)
+    if number >= 100:
+        raise argparse.ArgumentTypeError(f'expected percentage points from 0 to 100, got {text!r}')
     return number
 
 

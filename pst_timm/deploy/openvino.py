@@ -80,6 +80,8 @@ def quantized_ir(graph: Graph, images: Sequence[torch.Tensor], float_layers: Ite
 
     model = float_ir(graph)
     chosen = set(chosen_nodes(graph, float_layers))
+    if not chosen:
+        return model
     known = {node.name for node in graph.proto.graph.node}
     # OpenVINO makes several operations of a node, and names them after it
     ignored = [name for name in (operation.get_friendly_name() for operation in model.get_ops())
