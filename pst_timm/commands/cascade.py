@@ -13,7 +13,7 @@ from .common import (
     add_output,
     add_overwrite,
     at_least,
-    not_negative,
+    points,
     positive,
     run,
 )
@@ -53,7 +53,7 @@ def _main_fit(words: Sequence[str]) -> int:
         '--max-cost', type=_budget, metavar='X',
         help='most mean cost of an image, in the measure of --cost; 0.5x for half of what the last stage costs')
     goal.add_argument(
-        '--max-drop', type=_points, metavar='POINTS',
+        '--max-drop', type=points, metavar='POINTS',
         help='most points of accuracy below the last stage alone, guaranteed at 95%% by an exact test on held-out '
              'images')
     parser.add_argument(
@@ -101,13 +101,6 @@ def _main_fit(words: Sequence[str]) -> int:
 def _budget(text: str) -> Tuple[float, bool]:
     """A cost, and whether it is a multiple of that of the last stage."""
     return positive(text.removesuffix('x')), text.endswith('x')
-
-
-def _points(text: str) -> float:
-    number = not_negative(text)
-    if number >= 100:
-        raise argparse.ArgumentTypeError(f'expected percentage points from 0 to 100, got {text!r}')
-    return number
 
 
 def _share(text: str) -> float:

@@ -35,6 +35,7 @@ __all__ = [
     'files_of',
     'not_negative',
     'open_subject_of',
+    'points',
     'positive',
     'run',
     'share',

@@ -17,7 +17,7 @@ from .common import (
     add_source,
     at_least,
     files_of,
-    not_negative,
+    points,
     run,
 )
 
@@ -49,7 +49,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         '--float', nargs='+', default=[], metavar='LAYER', dest='float_layers',
         help='layers, or modules around them, that stay in float; * stands for anything')
     parser.add_argument(
-        '--max-drop', type=not_negative, metavar='POINTS',
+        '--max-drop', type=points, metavar='POINTS',
         help='leave the most sensitive layers in float until no more accuracy is lost, on training images held out')
     parser.add_argument(
         '--held-out', type=at_least(1), default=1000, metavar='N',

@@ -19,7 +19,7 @@ import torch
 
 from pst_timm.checkpoints import rules
 from pst_timm.checkpoints.reading import check_archive
-from pst_timm.checkpoints.schema import PRETRAINED_CFG, check_facts
+from pst_timm.checkpoints.schema import PRETRAINED_CFG, check_facts, parse_json
 from pst_timm.checkpoints.trust import check_ordinary
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.markdown import plain
@@ -27,21 +27,25 @@ from pst_timm.utils.onnx_file import METADATA, onnx_session
 
 from .openvino import open_ir
 
-__all__ = ['OPENERS', 'check_info', 'load_exported']
+__all__ = ['OPENERS', 'load_exported']
 
 MOST_BYTES = 2 ** 31  # of a file; the largest model here has a twentieth of it
 MOST_CODE = 2 ** 23  # of a TorchScript archive, unpacked: the one part that torch compresses
 MOST_TEXT = 10_000  # characters of an expression or a guard
+MOST_BATCH = 1024  # images that a file may fix its batch at
 
-# what a file tells of itself that is used
+# what a file carries beside the model, and what of that has to be there
 NEEDED = ('num_classes', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 INFO = {
-    **{key: PRETRAINED_CFG[key] for key in NEEDED},
-    'architecture': rules.text(200),
+    **{key: PRETRAINED_CFG[key] for key in ('input_size', 'interpolation', 'crop_pct', 'crop_mode')},
+    'mean': rules.MEANS,
+    'std': rules.STDS,
+    'num_classes': rules.whole(1, rules.MOST_CLASSES),
+    'architecture': rules.text(4096),
     'class_names': rules.names,
     'dtype': rules.choice('float32', 'float16', 'bfloat16'),
     'memory_format': rules.choice('contiguous_format', 'channels_last'),
-    'batch_size': rules.whole(1, 4096),
+    'batch_size': rules.whole(1, MOST_BATCH),
     'topk': rules.whole(0, rules.MOST_PIXELS ** 2),
     'fine_fusion': rules.choice('gate', 'joint'),
     'quantization': rules.mapping({}, rules.plain),
@@ -124,7 +128,6 @@ def load_exported(path: os.PathLike, format: str) -> Tuple[Callable[[torch.Tenso
     data = [_read(Path(path).with_suffix(ending) if ending else Path(path)) for ending in endings]
     try:
         run, info = opener(*data)
-        info = json.loads(info)
     except PSTError as e:
         raise PSTError(f'{path} is refused: {e} Nothing in it was run. Export the model again.') from None
     except ImportError as e:
@@ -135,30 +138,23 @@ def load_exported(path: os.PathLike, format: str) -> Tuple[Callable[[torch.Tenso
         raise PSTError(
             f'{path} cannot be read as {format}: it is damaged, or pst-timm did not write it '
             f'({plain((lines or [type(e).__name__])[0], 300)}).') from e
-    if not isinstance(info, dict):
-        raise PSTError(f'{path} cannot be read as {format}: its metadata {METADATA} is garbled.')
-    return run, info
+    return run, _facts(path, info)
 
 
-def check_info(info: Dict[str, Any]) -> Dict[str, Any]:
-    """What an exported file tells of itself, as values that fit; what is not needed to run it is left out.
-
-    Args:
-        info: Its metadata, from `load_exported`.
-
-    Raises:
-        PSTError: If something is missing or does not fit.
-    """
-    told = check_facts('The exported model', info, INFO, 'itself')
-    missing = [key for key in NEEDED if key not in told]
+def _facts(path: os.PathLike, text: str) -> Dict[str, Any]:
+    """The metadata, held to its rules."""
+    told = parse_json(text, path)
+    facts = check_facts(path, told, INFO, 'its model')
+    missing = next((key for key in NEEDED if key not in facts), None)
     if missing:
-        raise PSTError(f'The exported model does not tell its {missing[0]}: export it again.')
-    names = told.get('class_names')
-    if names and len(names) != told['num_classes']:
+        raise PSTError(f'{path}: its metadata does not tell {missing}. Export the model again.')
+    if facts.get('class_names') and len(facts['class_names']) != facts['num_classes']:
         raise PSTError(
-            f'The exported model tells {len(names)} names for {told["num_classes"]} classes: export it again.')
-    # None says that there is no name, and that any batch will do; those of old that say nothing take one image
-    return {'architecture': None, 'batch_size': info.get('batch_size', 1), **told}
+            f'{path}: its metadata has {len(facts["class_names"])} names for {facts["num_classes"]} classes. Export '
+            f'the model again.')
+    # a batch size that is not told is 1, as older files have it; one that is null is any
+    unset = {'architecture': None, 'topk': 0, 'fine_fusion': None, 'batch_size': told.get('batch_size', 1)}
+    return {**unset, **facts}
 
 
 def _read(path: Path) -> bytes:
@@ -188,8 +184,8 @@ def _open_onnx(data: bytes) -> Tuple[Callable[[torch.Tensor], torch.Tensor], str
     for part in _parts(model):
         if isinstance(part, onnx.TensorProto) and (part.external_data or part.data_location):
             _refuse('weights that are to be read from another file')
-        standard = not isinstance(part, onnx.NodeProto) or part.domain in ('', 'ai.onnx')
-        if not standard and (part.domain, part.op_type) not in own:
+        if isinstance(part, onnx.NodeProto) and part.domain not in ('', 'ai.onnx') and (
+                part.domain, part.op_type) not in own:
             _refuse(f'an operator {part.op_type[:80]!r} of {part.domain[:80]!r}')
     run, found = onnx_session(data)
     return run, found[METADATA]

@@ -11,7 +11,7 @@ from pst_timm.checkpoints.reading import has_weights_ending
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.markdown import plain
 
-from .loading import check_info, load_exported
+from .loading import load_exported
 
 __all__ = ['Deployed', 'is_exported', 'is_model_file', 'open_source']
 
@@ -30,12 +30,8 @@ class Deployed(nn.Module):
         Args:
             run: From `load_exported`.
             info: Its metadata.
-
-        Raises:
-            PSTError: See `check_info`.
         """
         super().__init__()
-        info = check_info(info)
         self.run = run.__call__  # a module would be registered, and one of torch.export cannot be set to inference
         self.info = info
         self.dtype = getattr(torch, info.get('dtype', 'float32'))

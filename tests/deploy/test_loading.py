@@ -203,9 +203,15 @@ class Same(nn.Module):
         return x
 
 
+# all that has to be told
+LEAST = dict(
+    num_classes=3, input_size=[3, 64, 64], mean=[0.5] * 3, std=[0.5] * 3, interpolation='bilinear', crop_pct=1.,
+    crop_mode='center')
+
+
 def scripted(module):
     file = io.BytesIO()
-    torch.jit.save(torch.jit.script(module), file, _extra_files={'pst_timm.json': '{}'})
+    torch.jit.save(torch.jit.script(module), file, _extra_files={METADATA: json.dumps(LEAST)})
     return file.getvalue()
 
 
@@ -384,8 +390,33 @@ def with_info(good, change):
     return model.SerializeToString()
 
 
+@pytest.mark.parametrize('change, said', [
+    ([1], 'expected a mapping'),
+    (dict(num_classes=None), 'does not tell num_classes'),
+    (dict(num_classes='x'), 'num_classes: expected a whole number'),
+    (dict(num_classes=-3), 'num_classes: expected a whole number'),
+    (dict(mean='abc'), 'mean: expected a list'),
+    (dict(mean=[float('nan')] * 3), 'NaN is no number'),
+    (dict(std=[0, 0, 0]), r'std\[0\]: expected a number'),
+    (dict(input_size=[3, 10 ** 7, 10 ** 7]), 'input_size: expected channels, height and width'),
+    (dict(dtype='load'), "dtype: expected one of .*'load'"),
+    (dict(memory_format='save'), "memory_format: expected one of .*'save'"),
+    (dict(batch_size=0), 'batch_size: expected a whole number'),
+    (dict(batch_size=10 ** 9), 'batch_size: expected a whole number'),
+    (dict(crop_pct=-1), 'crop_pct: expected a number'),
+    (dict(interpolation='evil'), 'an interpolation such as'),
+    (dict(class_names=['a']), '1 names for 3 classes'),
+    (dict(topk={}), 'topk: expected a whole number'),
+])
+def test_metadata_is_held_to_rules(change, said, good, tmp_path):
+    path = tmp_path / 'model.onnx'
+    path.write_bytes(with_info(good, change))
+    with pytest.raises(PSTError, match=said):
+        load_exported(path, 'onnx')
+
+
 @pytest.mark.parametrize('change, size, said', [
-    (dict(num_classes=7, class_names=[]), 64, r'knows 7 classes, and gives \(2, 3\) for 2'),
+    (dict(num_classes=7), 64, r'knows 7 classes, and gives \(2, 3\) for 2'),
     (dict(dtype='float16'), 64, 'does not take images of 3x64x64 .*in float16'),
     ({}, 96, 'does not take images of 3x96x96 .*it says that it takes 3x64x64, in float32'),
 ])

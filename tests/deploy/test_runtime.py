@@ -118,17 +118,3 @@ def test_what_is_no_export_is_opened_as_ever(tmp_path):
     assert open_source('test_resnet_pst', pretrained=False).num_classes == 1000
     with pytest.raises(PSTError, match='There is no checkpoint'):
         open_source(tmp_path / 'none.onnx')
-
-
-@pytest.mark.parametrize('change, said', [
-    (dict(dtype='load'), 'at dtype'), (dict(memory_format='save'), 'at memory_format'),
-    (dict(num_classes='many'), 'at num_classes'), (dict(input_size=[3, 10 ** 7, 64]), 'at input_size'),
-    (dict(batch_size=10 ** 9), 'at batch_size'), (dict(class_names='cat'), 'at class_names'),
-    (dict(std=[0.]), 'at std'), (dict(crop_pct=None), 'does not tell its crop_pct'),
-    (dict(class_names=['a']), '1 names for 2 classes'),
-])
-def test_what_a_file_tells_of_itself_is_checked(file, change, said):
-    info = dict(open_source(file).info)
-    assert Deployed(lambda x: x, info).num_classes == 2
-    with pytest.raises(PSTError, match=said):
-        Deployed(lambda x: x, {**info, **change})
