@@ -33,7 +33,6 @@ __all__ = [
     'at_least',
     'fail',
     'files_of',
-    'not_negative',
     'open_subject_of',
     'points',
     'positive',
@@ -152,17 +151,6 @@ def positive(text: str) -> float:
     return number
 
 
-def not_negative(text: str) -> float:
-    """The `type` of a flag that takes finite numbers from zero on."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f'expected a number from 0 on, got {text!r}')
-    return number
-
-
 def share(text: str) -> float:
     """The `type` of a flag that takes numbers between zero and one, without these."""
     number = positive(text)
@@ -172,9 +160,12 @@ def share(text: str) -> float:
 
 
 def points(text: str) -> float:
-    """The `type` of a flag that takes percentage points, from 0 on."""
-    number = 0. if text.strip() in ('0', '0.0') else positive(text)
-    if number >= 100:
+    """The `type` of a flag that takes percentage points, from 0 to 100."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.
+    if not 0 <= number <= 100:
         raise argparse.ArgumentTypeError(f'expected percentage points from 0 to 100, got {text!r}')
     return number
 

@@ -12,6 +12,7 @@ from .common import (
     at_least,
     files_of,
     open_subject_of,
+    points,
     positive,
     run,
 )
@@ -34,7 +35,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--data-dir', required=True, metavar='DIR', help='labelled images: a folder of class folders')
     parser.add_argument('--split', default='validation', help='split of the data (default: %(default)s)')
     parser.add_argument(
-        '--tolerance', type=_points, metavar='POINTS',
+        '--tolerance', type=points, metavar='POINTS',
         help='loss of accuracy that is accepted, in percentage points (default: what chance may bring)')
     parser.add_argument(
         '--per-class', action=argparse.BooleanOptionalAction, default=True,
@@ -52,13 +53,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.max_latency_ratio is not None and not args.repeats:
         parser.error('--max-latency-ratio needs times: leave out --repeats 0')
     return run(parser.prog, _compare, args)
-
-
-def _points(text: str) -> float:
-    number = 0. if text.strip() in ('0', '0.0') else positive(text)
-    if number > 100:
-        raise argparse.ArgumentTypeError(f'expected percentage points from 0 to 100, got {text!r}')
-    return number
 
 
 def _compare(args: argparse.Namespace) -> int:

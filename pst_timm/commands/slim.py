@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import List, Optional, Sequence
 
-from .common import ArgumentParser, add_overwrite, add_source, at_least, not_negative, run, share
+from .common import ArgumentParser, add_overwrite, add_source, at_least, points, run, share
 
 IMPORTANCES = ('l2', 'bn', 'taylor')  # also in a room that needs torch
 BACKENDS = ('onnxruntime', 'openvino')
@@ -28,7 +28,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         '--no-data', action='store_true', help='the structure and its latency alone: nothing is trained or measured')
     parser.add_argument('-o', '--output', type=Path, required=True, metavar='FOLDER', help='folder to write to')
     parser.add_argument(
-        '--max-drop', type=not_negative, default=1., metavar='POINTS',
+        '--max-drop', type=points, default=1., metavar='POINTS',
         help='most points of top-1 that may be lost on the images set aside (default: %(default)g)')
     parser.add_argument(
         '--ratio', type=share, nargs='+', default=[0.5],
@@ -41,7 +41,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument(
         '--backend', choices=BACKENDS, default=BACKENDS[0], help='what runs the int8 model (default: %(default)s)')
     parser.add_argument(
-        '--cascade-cost', type=not_negative, default=0.5, metavar='SHARE',
+        '--cascade-cost', type=points, default=0.5, metavar='SHARE',
         help='most mean latency of the cascade, as a share of that of the original; 0 for no cascade (default: 0.5)')
     parser.add_argument('--train-split', default='train', help='split to fine-tune on (default: %(default)s)')
     parser.add_argument(
