@@ -36,6 +36,7 @@ def _unlog() -> None:
     for handler in [h for h in root.handlers if not type(h).__module__.startswith('_pytest')]:
         root.removeHandler(handler)
     root.setLevel(logging.WARNING)
+    logging.getLogger('pst_timm').setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)
