@@ -33,6 +33,7 @@ __all__ = [
     'at_least',
     'fail',
     'files_of',
+    'not_negative',
     'open_subject_of',
     'points',
     'positive',
@@ -159,13 +160,24 @@ def share(text: str) -> float:
     return number
 
 
-def points(text: str) -> float:
-    """The `type` of a flag that takes percentage points, from 0 to 100."""
+def not_negative(text: str) -> float:
+    """The `type` of a flag that takes finite numbers from zero on."""
     try:
         number = float(text)
     except ValueError:
         number = -1.
-    if not 0 <= number <= 100:
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f'expected a number from 0 on, got {text!r}')
+    return number
+
+
+def points(text: str) -> float:
+    """The `type` of a flag that takes percentage points, from 0 to 100."""
+    try:
+        number = not_negative(text)
+    except argparse.ArgumentTypeError:
+        number = math.inf
+    if number > 100:
         raise argparse.ArgumentTypeError(f'expected percentage points from 0 to 100, got {text!r}')
     return number
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import List, Optional, Sequence
 
-from .common import ArgumentParser, add_overwrite, add_source, at_least, points, run, share
+from .common import ArgumentParser, add_overwrite, add_source, at_least, not_negative, points, run, share
 
 IMPORTANCES = ('l2', 'bn', 'taylor')  # also in a room that needs torch
 BACKENDS = ('onnxruntime', 'openvino')
@@ -41,7 +41,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument(
         '--backend', choices=BACKENDS, default=BACKENDS[0], help='what runs the int8 model (default: %(default)s)')
     parser.add_argument(
-        '--cascade-cost', type=points, default=0.5, metavar='SHARE',
+        '--cascade-cost', type=not_negative, default=0.5, metavar='SHARE',
         help='most mean latency of the cascade, as a share of that of the original; 0 for no cascade (default: 0.5)')
     parser.add_argument('--train-split', default='train', help='split to fine-tune on (default: %(default)s)')
     parser.add_argument(
