@@ -73,8 +73,9 @@ class Table:
 
 def where(rounds: Optional[int] = None) -> str:
     """The machine, the versions and the rounds, for the setting of a table."""
-    found = [hardware_name(torch.device('cpu')), f'{torch.get_num_threads()} threads', f'torch {torch.__version__}',
-             f'timm {timm.__version__}']
+    threads = torch.get_num_threads()
+    found = [hardware_name(torch.device('cpu')), f'{threads} thread{"s" * (threads > 1)}',
+             f'torch {torch.__version__}', f'timm {timm.__version__}']
     for package in ('onnxruntime', 'openvino', 'nncf', 'torch-pruning'):
         try:
             found.append(f'{package} {version(package)}')

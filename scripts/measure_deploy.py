@@ -19,7 +19,7 @@ from timm.data import ImageDataset, create_transform, resolve_data_config
 
 from pst_timm.benchmark.models import plain_twin
 from pst_timm.checkpoints import load_model
-from pst_timm.commands.common import fail
+from pst_timm.commands.common import fail, split_words
 from pst_timm.deploy.latency import energy, make_call, time_models
 from pst_timm.deploy.prune import SCOPES
 from pst_timm.metrics.calibration import calibration_error
@@ -230,10 +230,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     one.add_argument('--scopes', nargs='+', choices=SCOPES, default=SCOPES)
     one.add_argument('--runtimes', **every, default=[EAGER, 'folded, channels_last', ONNX, *INT8])
     add_flags(part('weights', measure_weights, epilog='Flags of pst-timm train for the fine-tuning follow after --.'))
-    words = list(sys.argv[1:] if argv is None else argv)
-    at = words.index('--') if '--' in words else len(words)
-    args = parser.parse_args(words[:at])
-    args.train_words = words[at + 1:]
+    words, train_words = split_words(argv)
+    args = parser.parse_args(words)
+    args.train_words = train_words
     if getattr(args, 'runtimes', [EAGER])[0] != EAGER:
         parser.error(f'--runtimes begins with {EAGER!r}, which the others are compared with')
     logging.basicConfig(level=logging.WARNING)

@@ -32,12 +32,29 @@ def attention_settings(model: nn.Module) -> Dict[str, Any]:
     return {'topk': 0, 'fine_fusion': None, **inference_settings(model)}
 
 
-def set_attention(model: nn.Module, topk: Optional[int] = None, fine_fusion: Optional[str] = None) -> None:
-    """Set what is given of the attention of a model that has some.
+def set_attention(
+        model: nn.Module,
+        topk: Optional[int] = None,
+        fine_fusion: Optional[str] = None,
+        source: str = 'The model',
+) -> None:
+    """Set what is given of the attention of a model.
+
+    Args:
+        model: The model.
+        topk: Coarse tokens that each head selects, 0 for none.
+        fine_fusion: How fine attention is added: 'gate' or 'joint'.
+        source: What the model is called, for messages.
 
     Raises:
-        PSTError: If a value does not fit.
+        PSTError: If the model has no attention to set, or a value does not fit.
     """
+    if topk is None and fine_fusion is None:
+        return
+    if not hasattr(model, 'set_topk'):
+        if topk or fine_fusion is not None:
+            raise PSTError(f'{source} has no fine attention to set: leave out topk and fine_fusion, or give topk 0.')
+        return
     try:
         model.set_topk(attention_settings(model)['topk'] if topk is None else topk, fine_fusion)
     except ValueError as e:

@@ -1,8 +1,7 @@
 """`pst-timm audit`: what is wrong with a folder of images."""
 import argparse
-import sys
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import Optional, Sequence
 
 from pst_timm.utils.errors import PSTError
 
@@ -15,6 +14,7 @@ from .common import (
     files_of,
     open_subject_of,
     run,
+    split_words,
 )
 
 RANKINGS = ('self-confidence', 'confident-learning')  # also in a room that needs torch
@@ -22,8 +22,7 @@ RANKINGS = ('self-confidence', 'confident-learning')  # also in a room that need
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """`pst-timm audit`; returns the exit code."""
-    words: List[str] = list(sys.argv[1:] if argv is None else argv)
-    at = words.index('--') if '--' in words else len(words)
+    words, train_flags = split_words(argv)
     parser = ArgumentParser(
         prog='pst-timm audit', usage='%(prog)s SOURCE --data-dir DATA -o FOLDER [flags] [-- flags of pst-timm train]',
         description='Look for leakage between splits, wrong labels, duplicates, outliers, odd sizes and broken files. '
@@ -54,8 +53,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--sheet-images', type=at_least(0), default=48, help='most of a kind on it (default: 48)')
     add_overwrite(parser, 'an audit')
     add_reading_flags(parser)
-    args = parser.parse_args(words[:at])
-    args.train_flags = words[at + 1:]
+    args = parser.parse_args(words)
+    args.train_flags = train_flags
     if args.cross is None and (args.config or args.train_flags or args.resume or args.repeats > 1):
         parser.error('--config, --repeats, --resume and flags after -- are for --cross K: add it, or leave them out')
     if args.source is None and not args.config:

@@ -7,10 +7,12 @@ import signal
 import sys
 import tempfile
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, List, Optional, Sequence, Tuple
 
 from pst_timm.utils.errors import PSTError
+from pst_timm.utils.markdown import plain
 from pst_timm.utils.parsing import ArgumentParser
 from pst_timm.utils.streams import flush_output, forgive_letters
 
@@ -21,11 +23,13 @@ __all__ = [
     'CHECKPOINT_HELP',
     'DTYPES',
     'FINE_FUSIONS',
+    'IMPORTANCES',
     'INTERRUPTED',
     'SOURCE_HELP',
     'ArgumentParser',
     'add_attention_flags',
     'add_ema_flag',
+    'add_load_flags',
     'add_output',
     'add_overwrite',
     'add_reading_flags',
@@ -35,10 +39,12 @@ __all__ = [
     'files_of',
     'not_negative',
     'open_subject_of',
+    'plain_export_errors',
     'points',
     'positive',
     'run',
     'share',
+    'split_words',
 ]
 
 CHECKPOINT_HELP = 'training checkpoint, run folder, .safetensors file, or folder with config.json'
@@ -48,6 +54,7 @@ PIPE_CLOSED = 141  # and of one whose reader has gone, as in `| head`
 # also in rooms that need torch, which a parser does not wait for
 DTYPES = ('float32', 'float16', 'bfloat16')
 FINE_FUSIONS = ('gate', 'joint')
+IMPORTANCES = ('l2', 'bn', 'taylor')
 
 
 def run(prog: str, work: Callable[..., Optional[int]], *args: Any) -> int:
@@ -128,6 +135,28 @@ def run_parsed(
     return run(prog, work, args)
 
 
+@contextmanager
+def plain_export_errors() -> Iterator[None]:
+    """Turn what the exporters of torch, ONNX Runtime and OpenVINO raise into one sentence.
+
+    Raises:
+        PSTError: If the work within raises any of it.
+    """
+    try:
+        yield
+    except PSTError:  # a ValueError too, with an exit code of its own
+        raise
+    except (ValueError, RuntimeError, AssertionError, OSError, ImportError) as e:
+        raise PSTError(plain(e, 500)) from e
+
+
+def split_words(argv: Optional[Sequence[str]]) -> Tuple[List[str], List[str]]:
+    """The words of a command (`sys.argv` if None) before the first `--`, and those of another command after it."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    at = words.index('--') if '--' in words else len(words)
+    return words[:at], words[at + 1:]
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """The `type` of a flag that takes whole numbers from `least` on."""
     def convert(text: str) -> int:
@@ -200,6 +229,14 @@ def add_ema_flag(parser: argparse.ArgumentParser) -> None:
         '--use-ema', action=argparse.BooleanOptionalAction, default=None,
         help='the moving average (EMA) of the weights, or those as trained (default: the average if there is one)')
     parser.add_argument('--no-ema', dest='use_ema', action='store_false', default=None, help=argparse.SUPPRESS)
+
+
+def add_load_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --pretrained and --model: what a name or a bare file of weights leaves open."""
+    parser.add_argument(
+        '--pretrained', action=argparse.BooleanOptionalAction,
+        help='published weights of a model name, or random ones (default: published where there are any)')
+    parser.add_argument('--model', help='architecture of a file that does not tell it')
 
 
 def add_attention_flags(

@@ -4,20 +4,20 @@ import logging
 from pathlib import Path
 from typing import Optional, Sequence
 
-from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import check_output, read_class_names
-from pst_timm.utils.markdown import plain
 
 from .common import (
     DTYPES,
     ArgumentParser,
     add_attention_flags,
     add_ema_flag,
+    add_load_flags,
     add_output,
     add_overwrite,
     add_source,
     at_least,
     files_of,
+    plain_export_errors,
     run,
 )
 
@@ -28,10 +28,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add_source(parser)
     parser.add_argument('--format', choices=('onnx', 'torchscript', 'exported-program'), default='onnx')
     add_output(parser, 'file to write (default: the source\'s name)')
-    parser.add_argument(
-        '--pretrained', action=argparse.BooleanOptionalAction,
-        help='published weights of a model name, or random ones (default: published where there are any)')
-    parser.add_argument('--model', help='architecture of a file that does not tell it')
+    add_load_flags(parser)
     parser.add_argument(
         '--num-classes', type=at_least(1), help='classes of a model name (default: those of the weights)')
     parser.add_argument('--dynamic', action='store_true', help='any batch size, height and width')
@@ -54,12 +51,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    try:
+    with plain_export_errors():
         return _export_and_check(args)
-    except PSTError:
-        raise
-    except (ValueError, RuntimeError, AssertionError, OSError, ImportError) as e:  # all that exporters raise
-        raise PSTError(plain(e, 500)) from e
 
 
 def _export_and_check(args: argparse.Namespace) -> int:
@@ -80,10 +73,7 @@ def _export_and_check(args: argparse.Namespace) -> int:
     model = load_model(
         args.source, arch=args.model, pretrained=args.pretrained, num_classes=args.num_classes, use_ema=args.use_ema)
     preprocessing(model, args.source, {'img_size': args.img_size})  # says where they differ
-    if args.topk is not None or args.fine_fusion is not None:
-        if not hasattr(model, 'set_topk'):
-            raise PSTError(f'{args.source} has no sparse attention to set --topk or --fine-fusion on.')
-        set_attention(model, args.topk, args.fine_fusion)
+    set_attention(model, args.topk, args.fine_fusion, args.source)
     exported = export(
         model, path, args.format, args.dynamic, dtype, args.img_size, args.reparam, names, args.overwrite)
     print(f'Written: {path} ({path.stat().st_size / 2 ** 20:.1f} MiB)')

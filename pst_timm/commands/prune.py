@@ -1,12 +1,13 @@
 """`pst-timm prune`: a model with fewer channels."""
 import argparse
-import sys
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, Optional, Sequence
 
 from .common import (
+    IMPORTANCES,
     ArgumentParser,
     add_attention_flags,
     add_ema_flag,
+    add_load_flags,
     add_output,
     add_overwrite,
     add_source,
@@ -14,17 +15,15 @@ from .common import (
     positive,
     run,
     share,
+    split_words,
 )
 
-# also in a room that needs torch
-IMPORTANCES = ('l2', 'bn', 'taylor')
-BY = ('macs', 'channels')
+BY = ('macs', 'channels')  # also in a room that needs torch
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """`pst-timm prune`; returns the exit code."""
-    words: List[str] = list(sys.argv[1:] if argv is None else argv)
-    at = words.index('--') if '--' in words else len(words)
+    words, train_words = split_words(argv)
     parser = ArgumentParser(
         prog='pst-timm prune',
         usage='%(prog)s SOURCE -o FOLDER [--data-dir DATA] [flags] [-- flags of pst-timm train]',
@@ -71,15 +70,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument(
         '--distill', action=argparse.BooleanOptionalAction, default=True,
         help='let the training imitate the model as it was, unless -- --kd-model-name names another (default: yes)')
-    parser.add_argument(
-        '--pretrained', action=argparse.BooleanOptionalAction,
-        help='published weights of a model name, or random ones (default: published where there are any)')
-    parser.add_argument('--model', help='architecture of a file that does not tell it')
+    add_load_flags(parser)
     add_attention_flags(parser, default='as the source has it')
     add_ema_flag(parser)
     add_overwrite(parser, 'what an earlier call made')
-    args = parser.parse_args(words[:at])
-    args.train_words = words[at + 1:]
+    args = parser.parse_args(words)
+    args.train_words = train_words
     if args.data_dir is None:
         if args.importance == 'taylor':
             parser.error('--importance taylor needs images: name them with --data-dir')

@@ -6,17 +6,18 @@ from typing import Any, Dict, Optional, Sequence
 
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import check_output, read_class_names
-from pst_timm.utils.markdown import plain
 
 from .common import (
     ArgumentParser,
     add_attention_flags,
     add_ema_flag,
+    add_load_flags,
     add_output,
     add_overwrite,
     add_source,
     at_least,
     files_of,
+    plain_export_errors,
     points,
     run,
 )
@@ -60,10 +61,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--seed', type=at_least(0), default=0, help='of the images drawn (default: %(default)s)')
     add_attention_flags(parser, default='as the source has it')
     parser.add_argument('--img-size', type=at_least(1), help="height and width (default: the source's)")
-    parser.add_argument(
-        '--pretrained', action=argparse.BooleanOptionalAction,
-        help='published weights of a model name, or random ones (default: published where there are any)')
-    parser.add_argument('--model', help='architecture of a file that does not tell it')
+    add_load_flags(parser)
     parser.add_argument('--class-names', type=Path, help="text file, one name a line (default: the source's)")
     add_ema_flag(parser)
     parser.add_argument('--no-timing', action='store_true', help='do not time the forms of the model')
@@ -80,12 +78,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    try:
+    with plain_export_errors():
         _quantize_and_print(args)
-    except PSTError:
-        raise
-    except (ValueError, RuntimeError, AssertionError, OSError, ImportError) as e:  # all that exporters raise
-        raise PSTError(plain(e, 500)) from e
 
 
 def _quantize_and_print(args: argparse.Namespace) -> None:
@@ -110,10 +104,7 @@ def _quantize_and_print(args: argparse.Namespace) -> None:
     if model.num_classes == 0:
         raise PSTError(f'{args.source} has no classifier: name one that has.')
     config = preprocessing(model, args.source, {'img_size': args.img_size})
-    if args.topk is not None or args.fine_fusion is not None:
-        if not hasattr(model, 'set_topk'):
-            raise PSTError(f'{args.source} has no sparse attention to set --topk or --fine-fusion on.')
-        set_attention(model, args.topk, args.fine_fusion)
+    set_attention(model, args.topk, args.fine_fusion, args.source)
     done = quantize(
         model, path, level=args.level, backend=args.backend, method=args.method, float_layers=args.float_layers,
         max_drop=args.max_drop, img_size=args.img_size, class_names=names, timing=not args.no_timing,

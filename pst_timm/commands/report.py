@@ -146,7 +146,7 @@ def _report(root: Path) -> None:
 
 
 def _draw(studies: Mapping[str, 'StudyData'], root: Path) -> None:
-    from pst_timm.deploy.frontier import draw_frontier
+    from pst_timm.deploy.frontier import draw_frontier, draw_pruned
     from pst_timm.review.power import draw_power
     from pst_timm.study.plots import draw_plots
 
@@ -158,8 +158,9 @@ def _draw(studies: Mapping[str, 'StudyData'], root: Path) -> None:
         if power.with_suffix('.csv').is_file():
             draw_power(power.with_suffix('.csv'), power.with_suffix('.png'))
             print(f'{power}.png: drawn')
-        for path in sorted((root / 'results' / 'deploy').glob('steps*.json')):
-            draw_frontier(path, path.with_suffix('.png'))
-            print(f'{path.with_suffix(".png")}: drawn')
+        for pattern, draw in (('steps*.json', draw_frontier), ('pruned*.json', draw_pruned)):
+            for path in sorted((root / 'results' / 'deploy').glob(pattern)):
+                draw(path, path.with_suffix('.png'))
+                print(f'{path.with_suffix(".png")}: drawn')
     except ImportError as e:
         print(f"No plots, {e}: pip install 'pst_timm[train]' brings what draws them.", file=sys.stderr)

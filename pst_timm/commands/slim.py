@@ -1,20 +1,28 @@
 """`pst-timm slim`: a model made small and fast in one command."""
 import argparse
 import logging
-import sys
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import Optional, Sequence
 
-from .common import ArgumentParser, add_overwrite, add_source, at_least, not_negative, points, run, share
+from .common import (
+    IMPORTANCES,
+    ArgumentParser,
+    add_overwrite,
+    add_source,
+    at_least,
+    not_negative,
+    points,
+    run,
+    share,
+    split_words,
+)
 
-IMPORTANCES = ('l2', 'bn', 'taylor')  # also in a room that needs torch
-BACKENDS = ('onnxruntime', 'openvino')
+BACKENDS = ('onnxruntime', 'openvino')  # also in a room that needs torch
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """`pst-timm slim`; returns the exit code."""
-    words: List[str] = list(sys.argv[1:] if argv is None else argv)
-    at = words.index('--') if '--' in words else len(words)
+    words, train_flags = split_words(argv)
     parser = ArgumentParser(
         prog='pst-timm slim',
         usage='%(prog)s SOURCE (--data-dir DATA | --no-data) -o FOLDER [flags] [-- flags of pst-timm train]',
@@ -57,8 +65,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--seed', type=at_least(0), default=0, help='seed of all draws (default: 0)')
     parser.add_argument('--rounds', type=at_least(1), default=30, help='rounds of the timing (default: 30)')
     add_overwrite(parser, 'what an earlier call made')
-    args = parser.parse_args(words[:at])
-    args.train_flags = words[at + 1:]
+    args = parser.parse_args(words)
+    args.train_flags = train_flags
     if args.no_data and args.train_flags:
         parser.error('flags after -- are for the fine-tuning, which needs --data-dir')
     return run(parser.prog, _slim, args)

@@ -167,15 +167,9 @@ def open_stage(
     if model.num_classes == 0:
         raise PSTError(f'{told} has no classifier: name one that has.')
     settings = {key: value for key, value in (('topk', topk), ('fine_fusion', fine_fusion)) if value is not None}
-    if settings:
-        if not hasattr(model, 'set_topk'):
-            if topk or fine_fusion is not None:
-                raise PSTError(
-                    f'{told} has no fine attention that could be set: leave out topk and fine_fusion (0 on the '
-                    f'command line).')
-            settings = {}
-        else:
-            set_attention(model, topk, fine_fusion)
+    set_attention(model, topk, fine_fusion, told)
+    if not hasattr(model, 'set_topk'):
+        settings = {}
     size = {}
     if img_size is not None:
         check_image_memory(max(img_size))

@@ -1,16 +1,18 @@
-"""The plot of what each step of deployment gives: accuracy against time, and the models that no other one beats."""
+"""Plots of deployment: accuracy against time, with the models that no other one beats; and what pruning saves."""
 import json
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, List, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, List, Mapping, Sequence
 
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ['draw_frontier', 'frontier']
+__all__ = ['draw_frontier', 'draw_pruned', 'frontier']
 
 Row = Mapping[str, Any]
 SIZES = {'P': 7, '*': 10}  # of markers that look small; in points
@@ -23,6 +25,9 @@ KINDS = {
     'cascade': ('#009E73', 'P', 'cascade'),
     'slim': ('#CC79A7', '*', 'slim'),
 }
+RUNTIME_COLORS = ('#000000', '#56B4E9', '#E69F00', '#0072B2', '#D55E00', '#009E73', '#CC79A7')
+SCOPE_LINES = {'uniform': '-', 'global': '--'}
+SLIM = (0.5, 'uniform', 'ONNX Runtime int8')  # what `pst-timm slim` makes unless told otherwise
 
 
 def frontier(rows: Sequence[Row]) -> List[Row]:
@@ -49,12 +54,10 @@ def draw_frontier(table: Path, path: Path) -> None:
     Raises:
         PSTError: If the table is not such a one.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    try:
-        rows = json.loads(table.read_text(encoding='utf-8'))['rows']
+    with _rows_of(table) as rows:
         figure = Figure(figsize=(8., 4.2), layout='constrained', dpi=200)
         axes = figure.subplots()
         kept = frontier(rows)
@@ -66,19 +69,81 @@ def draw_frontier(table: Path, path: Path) -> None:
             if own:
                 _draw_kind(axes, own, color, marker, label)
         _number(axes, kept)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise PSTError(f'{table} is no table of `scripts/measure_deploy.py` ({e!r}).') from None
     axes.set(xlabel='times faster than eager float32, one image', ylabel='top-1 (%)')
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter('{x:g}')
-    axes.grid(alpha=0.3, lw=0.5)
-    axes.spines[['top', 'right']].set_visible(False)
+    _plain_axes(axes)
     figure.legend(loc='outside lower left', frameon=False, fontsize=7, ncols=3)
     names = [f'{i}  {row["row"]}' for i, row in enumerate(kept, 1)]
     figure.legend(
         [Line2D([], [], ls='none')] * len(names), names, loc='outside right upper', frameon=False, fontsize=7,
         handlelength=0, handletextpad=0, title='the frontier', title_fontsize=8, alignment='left')
+    _write(figure, path)
+
+
+def draw_pruned(table: Path, path: Path) -> None:
+    """Draw how many times faster pruned models are, by the share of multiply-adds removed: a panel a batch size.
+
+    Args:
+        table: A JSON file that the part `pruned` of `scripts/measure_deploy.py` wrote.
+        path: The PNG file. Its lines are the runtimes of the first model in the table.
+
+    Raises:
+        PSTError: If the table is not such a one.
+    """
+    from matplotlib.figure import Figure
+
+    with _rows_of(table) as rows:
+        rows = [row for row in rows if row['model'] == rows[0]['model']]
+        figure = Figure(figsize=(8., 3.8), layout='constrained', dpi=200)
+        for axes, batch in zip(figure.subplots(1, 2), (1, 8)):
+            _draw_runtimes(axes, rows, f'ratio_{batch}')
+            axes.set(xlabel='multiply-adds removed (%)', title=f'batch {batch}')
+            _plain_axes(axes)
+    figure.axes[0].set_ylabel('times faster than eager float32, whole')
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside lower left', frameon=False, fontsize=7,
+                  ncols=4)
+    _write(figure, path)
+
+
+@contextmanager
+def _rows_of(table: Path) -> Iterator[List[Row]]:
+    """The rows of a table; what goes wrong with them is told as a wrong table."""
+    try:
+        yield json.loads(table.read_text(encoding='utf-8'))['rows']
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+        raise PSTError(f'{table} is no table of `scripts/measure_deploy.py` ({e!r}).') from None
+
+
+def _plain_axes(axes: 'Axes') -> None:
+    axes.grid(alpha=0.3, lw=0.5)
+    axes.spines[['top', 'right']].set_visible(False)
+
+
+def _write(figure: 'Figure', path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     write_whole(path, partial(FigureCanvasAgg(figure).print_png, metadata={'Software': None}))
+
+
+def _draw_runtimes(axes: 'Axes', rows: Sequence[Row], key: str) -> None:
+    for color, runtime in zip(RUNTIME_COLORS, dict.fromkeys(row['runtime'] for row in rows)):
+        for scope, line in SCOPE_LINES.items():
+            own = [row for row in rows if row['runtime'] == runtime and row['scope'] in ('-', scope)]
+            own.sort(key=lambda row: row['ratio'])
+            if len(own) > 1:
+                axes.plot(
+                    [100 * row['ratio'] for row in own], [row[key] for row in own], line, color=color, lw=1.2,
+                    marker='o', ms=3.5, label=runtime if scope == 'uniform' else None)
+    axes.plot([], [], '--', color='0.5', lw=1.2, label='cut globally instead of uniformly')
+    for row in rows:
+        if (row['ratio'], row['scope'], row['runtime']) == SLIM:
+            color, marker, label = KINDS['slim']
+            at = 100 * row['ratio'], row[key]
+            axes.plot(*at, marker, ls='none', color=color, ms=11, mec='white', mew=0.5, zorder=5, label=label)
+            axes.annotate(
+                f'{row[key]:.1f}', at, xytext=(-6, 6), textcoords='offset points', ha='right', fontsize=8,
+                weight='bold')
 
 
 def _draw_kind(axes: 'Axes', rows: Sequence[Row], color: str, marker: str, label: str) -> None:

@@ -2,20 +2,15 @@
 from pathlib import Path
 from typing import Any, List, Mapping, NamedTuple, Optional, Sequence
 
-import torch
 import torch.nn as nn
-from timm.data import ImageDataset, create_transform
-from torch.utils.data import default_collate
 
-from pst_timm.checkpoints import label_names, load_model, preprocessing
+from pst_timm.checkpoints import load_model, preprocessing
 from pst_timm.checkpoints.folder import check_target, save_folder
 from pst_timm.checkpoints.schema import parse_json
-from pst_timm.data.datasets import check_class_names, check_classes, class_names, create_eval_dataset
-from pst_timm.engine import validate_args
 from pst_timm.utils.cost import count_gmacs
-from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import write_json
 
+from .calibration import ImageBatches, drawn_subset, open_images
 from .finetune import finetune, work_folder
 from .importance import Batch
 from .prune import prune, ratio_for_latency
@@ -165,19 +160,6 @@ def training_batches(
     Raises:
         PSTError: If there are no such images, or they have other classes than the model.
     """
-    split = data_args.get('train_split') or 'train'
-    rest = {key: value for key, value in data_args.items() if not key.endswith('_split')}
     config = preprocessing(model, source, {})
-    args = validate_args(**{'in_chans': config['input_size'][0], 'split': split, **rest})
-    dataset = create_eval_dataset(args, split, None)
-    if not isinstance(dataset, ImageDataset):
-        raise PSTError('Images are drawn at random, which a stream does not allow: unpack it to a folder of folders.')
-    check_classes(dataset, model.num_classes, True, split, choice=False)
-    names, known = class_names(dataset), label_names(model)
-    if names and known:
-        check_class_names(names, known, f'the {split!r} split', f'the model {source}')
-    dataset.transform = create_transform(**config)
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:images].sort().values
-    parts = [default_collate([dataset[i] for i in part]) for part in chosen.split(BATCH)]
-    dataset.bad_images.report(dataset)
-    return [(batch, labels) for batch, labels in parts]
+    samples = open_images(model, config, data_args['data_dir'], data_args.get('train_split') or 'train')
+    return list(ImageBatches(drawn_subset(samples, images, seed), BATCH))

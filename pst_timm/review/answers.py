@@ -114,10 +114,7 @@ def open_subject(
     model = load_model(source, use_ema=use_ema, pretrained=True)
     if model.num_classes == 0:
         raise PSTError(f'{source} has no classifier: name one that has.')
-    if topk is not None or fine_fusion is not None:
-        if not hasattr(model, 'set_topk'):
-            raise PSTError(f'{source} has no fine attention: leave out --topk and --fine-fusion.')
-        set_attention(model, topk, fine_fusion)
+    set_attention(model, topk, fine_fusion, source)
     config = preprocessing(model, source, {'img_size': img_size})
     channels = config['input_size'][0]
     if channels not in (1, 3):

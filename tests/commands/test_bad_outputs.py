@@ -47,7 +47,7 @@ TABLE = [
     BadInput('export: missing source', ['export', 'gone.pth.tar'], 'gone.pth.tar'),
     BadInput('export: unknown model', ['export', 'resnet18_ptt'], 'Did you mean resnet18_pst'),
     BadInput('export: fusion of a plain model', ['export', 'test_resnet', '--no-pretrained', '--topk', '2'],
-             'no sparse attention'),
+             'test_resnet has no fine attention'),
     BadInput('export: output in no folder', [*EXPORT[:3], 'gone/out.onnx'], 'there is no folder gone'),
     BadInput('export: output is a folder', [*EXPORT[:3], 'run'], 'run: it is a folder'),
     BadInput('export: output is a device', [*EXPORT[:3], '/dev/null', '--overwrite'], 'not an ordinary file'),

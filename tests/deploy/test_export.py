@@ -80,7 +80,7 @@ def test_command(tmp_path, capsys):
     _, info = load_exported(path, 'torchscript')
     assert (info['topk'], info['fine_fusion']) == (4, 'joint')
     assert main(['resnet18', '--no-pretrained', '--topk', '4', '--output', str(tmp_path / 'other.onnx')]) == 1
-    assert 'no sparse attention' in capsys.readouterr().err
+    assert 'resnet18 has no fine attention' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(['test_resnet_pst', '--topk', '-1', '--output', str(path)])
     assert 'whole number of at least 0' in capsys.readouterr().err

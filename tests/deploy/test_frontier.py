@@ -1,10 +1,12 @@
 """The plot marks the models that no other one beats, and is drawn from what was measured."""
+import io
 import json
 
 import pytest
+from PIL import Image
 
 from pst_timm.commands.report import main as report
-from pst_timm.deploy.frontier import KINDS, draw_frontier, frontier
+from pst_timm.deploy.frontier import KINDS, SLIM, draw_frontier, draw_pruned, frontier
 from pst_timm.utils.errors import PSTError
 
 
@@ -42,9 +44,28 @@ def test_report_draws_it_and_draws_it_alike(table, tmp_path, capsys):
     assert drawn.read_bytes() == first
 
 
-@pytest.mark.parametrize('text', ['', '[]', '{"rows": [{"kind": "float"}]}', '{"rows": 3}'])
-def test_what_is_no_such_table_is_told(table, text):
+@pytest.mark.parametrize('draw', [draw_frontier, draw_pruned])
+@pytest.mark.parametrize('text', ['', '[]', '{"rows": [{"kind": "float", "model": "it"}]}', '{"rows": 3}'])
+def test_what_is_no_such_table_is_told(table, text, draw):
     table.write_text(text)
     with pytest.raises(PSTError, match=r'is no table of `scripts/measure_deploy\.py`'):
-        draw_frontier(table, table.with_suffix('.png'))
+        draw(table, table.with_suffix('.png'))
     assert not table.with_suffix('.png').exists()
+
+
+def test_the_plot_of_pruning_marks_what_slim_makes(tmp_path):
+    """With the row it is there, with another row it is not: the pictures differ in its star."""
+    def drawn(name, runtime):
+        rows = [dict(model='it', ratio=ratio, scope=scope, runtime=runtime, ratio_1=1. + ratio, ratio_8=2. + ratio)
+                for ratio, scope in ((0., '-'), (0.5, 'uniform'), (0.5, 'global'))]
+        rows.append(dict(rows[0], model='another', ratio_1=99.))
+        table = tmp_path / f'results/deploy/pruned-{name}.json'
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_text(json.dumps(dict(rows=rows)))
+        assert report(['--root', str(tmp_path)]) == 0
+        return table.with_suffix('.png').read_bytes()
+
+    star = bytes.fromhex(KINDS['slim'][0][1:])
+    for runtime, there in ((SLIM[2], True), ('eager float32', False)):
+        picture = Image.open(io.BytesIO(drawn(str(there), runtime))).convert('RGB')
+        assert (tuple(star) in {color for _, color in picture.getcolors(picture.width * picture.height)}) == there
