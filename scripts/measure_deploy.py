@@ -11,6 +11,7 @@ import argparse
 import logging
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence, Tuple
 
@@ -28,7 +29,7 @@ from pst_timm.utils.errors import PSTError
 from pst_timm.utils.timing import median_ratio, percentile
 
 from .demo import write_digits
-from .deploy_artefacts import EAGER, INT8, INT8_OF, ONNX, RUNTIMES, make, pruned
+from .deploy_artefacts import EAGER, INT8, INT8_OF, RUNTIMES, make, pruned
 from .deploy_steps import add_flags, measure_weights
 from .deploy_table import BATCHES, Row, Table, counts_of, file_bytes, memory_of, shown_cost, where
 
@@ -165,11 +166,11 @@ def measure_pruned(args: argparse.Namespace) -> None:
         f'Random weights, {SIZE[-1]} px, {where(args.rounds)}; times faster than the whole model in eager float32, and '
         f'than the whole model in the same runtime'), shown_pruned)
     for name in args.models:
-        sources = {(0., '-'): name}
-        for ratio in args.ratios:
-            for scope in args.scopes:
-                sources[ratio, scope] = pruned(
-                    name, ratio, args.work / f'{name}-{100 * ratio:.0f}-{scope}', dict(scope=scope), pretrained=False)
+        sources = {(0., '-', 0): name}
+        for ratio, scope, to in product(args.ratios, args.scopes, args.round_to):
+            sources[ratio, scope, to] = pruned(
+                name, ratio, args.work / f'{name}-{100 * ratio:.0f}-{scope}-{to}', dict(scope=scope, round_to=to),
+                pretrained=False)
         candidates = {
             (cut, runtime): make(
                 source, runtime, args.work / f'{Path(source).name}-files', noise, SIZE[-1],
@@ -180,8 +181,9 @@ def measure_pruned(args: argparse.Namespace) -> None:
         times = {batch: time_models(opened, SIZE, batch, args.rounds) for batch in BATCHES}
         for cut, runtime in candidates:
             key = cut, runtime
+            ratio, scope, to = cut
             row = dict(
-                row=f'{name}, {cut[0]:.0%}, {cut[1]}, {runtime}', model=name, ratio=cut[0], scope=cut[1],
+                row=f'{name}, {ratio:.0%}, {scope}, {to}, {runtime}', model=name, ratio=ratio, scope=scope, round_to=to,
                 runtime=runtime, bytes=file_bytes(candidates[key].source, opened[key]),
                 **counts_of(candidates[cut, EAGER].open(), SIZE))
             for batch, t in times.items():
@@ -192,7 +194,8 @@ def measure_pruned(args: argparse.Namespace) -> None:
 
 def shown_pruned(row: Row) -> Row:
     return {
-        'model': row['model'], 'removed': f'{row["ratio"]:.0%}', 'scope': row['scope'], 'GMACs': f'{row["gmacs"]:.3f}',
+        'model': row['model'], 'removed': f'{row["ratio"]:.0%}', 'scope': row['scope'],
+        'widths': f'multiples of {row["round_to"]}' if row['round_to'] else 'whole', 'GMACs': f'{row["gmacs"]:.3f}',
         'M parameters': f'{row["params"] / 1e6:.2f}', 'runtime': row['runtime'],
         'file (MB)': f'{row["bytes"] / 1e6:.1f}',
         **{f'times faster, batch {batch}': f'{row[f"ratio_{batch}"]:.2f}' for batch in BATCHES},
@@ -228,7 +231,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     one = part('pruned', measure_pruned, MODELS[:1])
     one.add_argument('--ratios', nargs='+', type=float, default=[0.3, 0.5, 0.7])
     one.add_argument('--scopes', nargs='+', choices=SCOPES, default=SCOPES)
-    one.add_argument('--runtimes', **every, default=[EAGER, 'folded, channels_last', ONNX, *INT8])
+    one.add_argument('--round-to', nargs='+', type=int, default=[16, 32], help='widths are multiples of these')
+    one.add_argument('--runtimes', **every, default=[EAGER, *INT8])
     add_flags(part('weights', measure_weights, epilog='Flags of pst-timm train for the fine-tuning follow after --.'))
     words, train_words = split_words(argv)
     args = parser.parse_args(words)

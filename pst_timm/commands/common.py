@@ -33,6 +33,7 @@ __all__ = [
     'add_output',
     'add_overwrite',
     'add_reading_flags',
+    'add_round_to',
     'add_source',
     'at_least',
     'fail',
@@ -271,6 +272,13 @@ def add_overwrite(parser: argparse.ArgumentParser, what: str = 'a file') -> None
     """Add --overwrite."""
     parser.add_argument(
         '--overwrite', action='store_true', help=f'replace {what} that is there already (default: refuse to)')
+
+
+def add_round_to(parser: argparse.ArgumentParser) -> None:
+    """Add --round-to, of the widths of a pruned model."""
+    parser.add_argument(
+        '--round-to', type=at_least(1), default=16, metavar='N',
+        help='widths become multiples of this (default: %(default)s)')
 
 
 def add_reading_flags(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from .common import (
     add_load_flags,
     add_output,
     add_overwrite,
+    add_round_to,
     add_source,
     at_least,
     positive,
@@ -52,8 +53,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         '--global', dest='scope', action='store_const', const='global', help='compare the channels of all layers')
     parser.add_argument(
         '--steps', type=at_least(1), default=1, help='cut in so many steps, with training after each (default: 1)')
-    parser.add_argument(
-        '--round-to', type=at_least(1), default=16, help='widths become multiples of this (default: %(default)s)')
+    add_round_to(parser)
     parser.add_argument('--data-dir', help='folder with the images the model was trained on; without it nothing is '
                                            'trained')
     parser.add_argument('--train-split', default='train', help='split to train on (default: %(default)s)')

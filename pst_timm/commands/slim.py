@@ -1,6 +1,7 @@
 """`pst-timm slim`: a model made small and fast in one command."""
 import argparse
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -8,6 +9,7 @@ from .common import (
     IMPORTANCES,
     ArgumentParser,
     add_overwrite,
+    add_round_to,
     add_source,
     at_least,
     not_negative,
@@ -46,6 +48,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument(
         '--global', dest='scope', action='store_const', const='global', default='uniform',
         help='compare the channels of all layers (default: cut the same share of each)')
+    add_round_to(parser)
     parser.add_argument(
         '--backend', choices=BACKENDS, default=BACKENDS[0], help='what runs the int8 model (default: %(default)s)')
     parser.add_argument(
@@ -82,9 +85,8 @@ def _slim(args: argparse.Namespace) -> None:
     setup_default_logging(logging.WARNING)
     logging.getLogger('pst_timm').setLevel(logging.INFO)  # and not of what exporters do
     flags = {} if args.no_data else finetune_flags(args.train_flags, args.source)
-    settings = Settings(
-        tuple(args.ratio), args.max_drop, args.importance, args.scope, args.backend, args.cascade_cost, args.images,
-        args.held_out, args.train_split, args.val_split, args.batch_size, args.workers, 'cpu', args.seed, args.rounds)
+    settings = Settings(tuple(args.ratio), **{
+        field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)})
     report = slim(args.source, args.output, args.data_dir, settings, flags, args.overwrite)
     print(format_table(report.rows(), 3))
     for step in report.steps:

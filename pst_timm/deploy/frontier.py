@@ -2,6 +2,7 @@
 import json
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, List, Mapping, Sequence
 
@@ -27,7 +28,8 @@ KINDS = {
 }
 RUNTIME_COLORS = ('#000000', '#56B4E9', '#E69F00', '#0072B2', '#D55E00', '#009E73', '#CC79A7')
 SCOPE_LINES = {'uniform': '-', 'global': '--'}
-SLIM = (0.5, 'uniform', 'ONNX Runtime int8')  # what `pst-timm slim` makes unless told otherwise
+WIDTH_MARKS = {16: 'o', 32: 's'}
+SLIM = (0.5, 'uniform', 16, 'ONNX Runtime int8')  # what `pst-timm slim` makes unless told otherwise
 
 
 def frontier(rows: Sequence[Row]) -> List[Row]:
@@ -127,23 +129,27 @@ def _write(figure: 'Figure', path: Path) -> None:
 
 
 def _draw_runtimes(axes: 'Axes', rows: Sequence[Row], key: str) -> None:
-    for color, runtime in zip(RUNTIME_COLORS, dict.fromkeys(row['runtime'] for row in rows)):
-        for scope, line in SCOPE_LINES.items():
-            own = [row for row in rows if row['runtime'] == runtime and row['scope'] in ('-', scope)]
-            own.sort(key=lambda row: row['ratio'])
-            if len(own) > 1:
-                axes.plot(
-                    [100 * row['ratio'] for row in own], [row[key] for row in own], line, color=color, lw=1.2,
-                    marker='o', ms=3.5, label=runtime if scope == 'uniform' else None)
-    axes.plot([], [], '--', color='0.5', lw=1.2, label='cut globally instead of uniformly')
+    colors = dict(zip(dict.fromkeys(row['runtime'] for row in rows), RUNTIME_COLORS))
+    for (runtime, color), (scope, line), (to, mark) in product(
+            colors.items(), SCOPE_LINES.items(), WIDTH_MARKS.items()):
+        own = [row for row in rows if row['runtime'] == runtime and (row['scope'], row['round_to']) in (
+            ('-', 0), (scope, to))]
+        own.sort(key=lambda row: row['ratio'])
+        axes.plot([100 * row['ratio'] for row in own], [row[key] for row in own], line, color=color, lw=0.9,
+                  marker=mark, ms=3)
+    for runtime, color in colors.items():
+        axes.plot([], [], color=color, lw=2, label=runtime)
+    for scope, line in SCOPE_LINES.items():
+        axes.plot([], [], line, color='0.5', lw=0.9, label=scope)
+    for to, mark in WIDTH_MARKS.items():
+        axes.plot([], [], ls='none', color='0.5', marker=mark, ms=3, label=f'widths in multiples of {to}')
+    color, marker, label = KINDS['slim']
     for row in rows:
-        if (row['ratio'], row['scope'], row['runtime']) == SLIM:
-            color, marker, label = KINDS['slim']
+        if (row['ratio'], row['scope'], row['round_to'], row['runtime']) == SLIM:
             at = 100 * row['ratio'], row[key]
             axes.plot(*at, marker, ls='none', color=color, ms=11, mec='white', mew=0.5, zorder=5, label=label)
             axes.annotate(
-                f'{row[key]:.1f}', at, xytext=(-6, 6), textcoords='offset points', ha='right', fontsize=8,
-                weight='bold')
+                f'{row[key]:.1f}', at, xytext=(6, -10), textcoords='offset points', fontsize=8, weight='bold')
 
 
 def _draw_kind(axes: 'Axes', rows: Sequence[Row], color: str, marker: str, label: str) -> None:

@@ -57,6 +57,8 @@ class Settings:
     """See `deploy.prune.prune`."""
     scope: str = 'uniform'
     """Likewise."""
+    round_to: int = 16
+    """Likewise."""
     backend: str = 'onnxruntime'
     """See `deploy.quantize.quantize`."""
     cascade_cost: float = 0.5
@@ -307,7 +309,7 @@ def _prune(run: _Slimming, data: Optional[Path], train_flags: Mapping[str, Any])
                 run.source, place, ratio, data_args=data_args, images=s.images, seed=s.seed,
                 teacher=None if train_flags.get('kd_model_name') else run.source,
                 train_flags={**train_flags, 'val_split': ''},  # the validation images wait until the end
-                overwrite=True, importance=s.importance, scope=s.scope)
+                overwrite=True, importance=s.importance, scope=s.scope, round_to=s.round_to)
         except Interrupted:
             raise
         except PSTError as e:

@@ -56,8 +56,9 @@ def test_what_is_no_such_table_is_told(table, text, draw):
 def test_the_plot_of_pruning_marks_what_slim_makes(tmp_path):
     """With the row it is there, with another row it is not: the pictures differ in its star."""
     def drawn(name, runtime):
-        rows = [dict(model='it', ratio=ratio, scope=scope, runtime=runtime, ratio_1=1. + ratio, ratio_8=2. + ratio)
-                for ratio, scope in ((0., '-'), (0.5, 'uniform'), (0.5, 'global'))]
+        rows = [dict(model='it', ratio=ratio, scope=scope, round_to=to, runtime=runtime, ratio_1=1. + ratio,
+                     ratio_8=2. + ratio)
+                for ratio, scope, to in ((0., '-', 0), (0.5, 'uniform', 16), (0.5, 'global', 32))]
         rows.append(dict(rows[0], model='another', ratio_1=99.))
         table = tmp_path / f'results/deploy/pruned-{name}.json'
         table.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +67,6 @@ def test_the_plot_of_pruning_marks_what_slim_makes(tmp_path):
         return table.with_suffix('.png').read_bytes()
 
     star = bytes.fromhex(KINDS['slim'][0][1:])
-    for runtime, there in ((SLIM[2], True), ('eager float32', False)):
+    for runtime, there in ((SLIM[-1], True), ('eager float32', False)):
         picture = Image.open(io.BytesIO(drawn(str(there), runtime))).convert('RGB')
         assert (tuple(star) in {color for _, color in picture.getcolors(picture.width * picture.height)}) == there
