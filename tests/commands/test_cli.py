@@ -140,7 +140,9 @@ def test_the_command_registers_the_models_for_its_work(installed):
     assert loaded == 'True' and any(line.startswith('resnet50_pst ') for line in shown)
 
 
-@pytest.mark.parametrize('way', ['-c', 'script', 'package', 'pytest', 'spawned', 'spawned by train.py'])
+@pytest.mark.parametrize('way', [
+    '-c', 'spawned', *(pytest.param(w, marks=pytest.mark.slow) for w in (
+        'script', 'package', 'pytest', 'spawned by train.py'))])
 def test_everyone_else_gets_the_models_on_import(way, tmp_path):
     code = f'import pst_timm\n{REPORT}\n'
     path = [str(ROOT), str(tmp_path)]

@@ -72,7 +72,7 @@ def crash(moment, args, folder):
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize('workers,recovery', [(0, 2), (1, 0)])
+@pytest.mark.parametrize('workers,recovery', [pytest.param(0, 2, marks=pytest.mark.slow), (1, 0)])
 def test_sigkill_in_an_epoch(images, undisturbed, tmp_path, caplog, workers, recovery):
     args = tiny(images, tmp_path, workers=workers, recovery_interval=recovery)
     code, said = crash('step:10:SIGKILL', args, tmp_path)

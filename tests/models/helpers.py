@@ -14,7 +14,8 @@ BACKBONES = timm.list_models('*_pst', module='backbone_pst', exclude_filters='ba
 RESNETS = [name for name in MODELS if name not in BACKBONES]
 # what takes seconds runs for these with -m slow alone
 LARGE = (
-    'efficientnet_b0_pst', 'regnety_008_pst', 'resnet26_pst', 'resnet34_pst', 'resnet101_pst', 'resnext50_32x4d_pst')
+    'efficientnet_b0_pst', 'regnety_008_pst', 'resnet26_pst', 'resnet34_pst', 'resnet50_pst', 'resnet101_pst',
+    'resnext50_32x4d_pst')
 SOME = [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in MODELS]
 TINY = 'test_resnet_pst'
 # odd levels on the way: C4 is 7x5 over a C5 of 4x3
