@@ -309,7 +309,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--workers', type=int, default=0)
     parser.add_argument('--img-size', type=int, help="the model's own if not given")
     parser.add_argument('--table', default='steps', help='name of the table (default: %(default)s)')
-    parser.add_argument('--rows', nargs='+', metavar='ROW', help=f'of {"; ".join(steps())} (default: all)')
+    known = '; '.join(steps()).replace('%', '%%')
+    parser.add_argument('--rows', nargs='+', metavar='ROW', help=f'of {known} (default: all)')
     parser.add_argument('--again', action='store_true', help='measure rows that are there once more')
     parser.add_argument('--images', type=int, default=128, help='for calibration (default: %(default)s)')
     parser.add_argument(

@@ -13,7 +13,7 @@ import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 from timm.data import ImageDataset, create_transform, resolve_data_config
@@ -202,6 +202,10 @@ def shown_pruned(row: Row) -> Row:
         **{f'than whole in it, batch {batch}': f'{row[f"same_{batch}"]:.2f}' for batch in BATCHES}}
 
 
+ACTIONS: Dict[str, Callable[[argparse.Namespace], None]] = {
+    'runtimes': measure_runtimes, 'digits': measure_digits, 'pruned': measure_pruned, 'weights': measure_weights}
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Measure a part, and write its tables; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -214,26 +218,25 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     common.add_argument('--rounds', type=int, default=20, help='timed rounds (default: %(default)s)')
     common.add_argument('--threads', type=int, help='of torch and the runtimes (default: the idle cores)')
 
-    def part(name: str, run: Callable[[argparse.Namespace], None], models: Sequence[str] = (), **kwargs: Any) -> Any:
-        one = parts.add_parser(name, parents=[common], help=run.__doc__.splitlines()[0], **kwargs)
-        one.set_defaults(run=run)
+    def part(name: str, models: Sequence[str] = (), **kwargs: Any) -> Any:
+        one = parts.add_parser(name, parents=[common], help=ACTIONS[name].__doc__.splitlines()[0], **kwargs)
         if models:
             one.add_argument('--models', nargs='+', default=models, metavar='NAME')
         return one
 
     every = dict(nargs='+', choices=RUNTIMES, metavar='RUNTIME')
-    one = part('runtimes', measure_runtimes, MODELS)
+    one = part('runtimes', MODELS)
     one.add_argument('--runtimes', **every, default=RUNTIMES, help=f'of {", ".join(RUNTIMES)}; the first is needed')
-    one = part('digits', measure_digits)
+    one = part('digits')
     one.add_argument('--runtimes', **every, default=[r for r in RUNTIMES if r != 'compiled'])
     one.add_argument('--images', type=int, default=128, help='for calibration (default: %(default)s)')
     one.add_argument('--draws', type=int, default=10, help='of the noise (default: %(default)s)')
-    one = part('pruned', measure_pruned, MODELS[:1])
+    one = part('pruned', MODELS[:1])
     one.add_argument('--ratios', nargs='+', type=float, default=[0.3, 0.5, 0.7])
     one.add_argument('--scopes', nargs='+', choices=SCOPES, default=SCOPES)
     one.add_argument('--round-to', nargs='+', type=int, default=[16, 32], help='widths are multiples of these')
     one.add_argument('--runtimes', **every, default=[EAGER, *INT8])
-    add_flags(part('weights', measure_weights, epilog='Flags of pst-timm train for the fine-tuning follow after --.'))
+    add_flags(part('weights', epilog='Flags of pst-timm train for the fine-tuning follow after --.'))
     words, train_words = split_words(argv)
     args = parser.parse_args(words)
     args.train_words = train_words
@@ -244,7 +247,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         torch.set_num_threads(args.threads)
     try:
         args.work.mkdir(parents=True, exist_ok=True)
-        args.run(args)
+        ACTIONS[args.part](args)
     except PSTError as e:
         return fail(parser.prog, e)
     return 0

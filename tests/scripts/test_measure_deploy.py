@@ -93,11 +93,11 @@ def test_runtimes_are_compared_with_eager_and_with_the_plain_twin(tmp_path, monk
 
 def test_pruned_models_are_compared_with_the_whole_one(tmp_path, monkeypatch):
     monkeypatch.setattr(measure_deploy, 'SIZE', (3, 64, 64))
-    cuts = [(0., '-'), (0.4, 'uniform')]
+    cuts = [(0., '-', 0), (0.4, 'uniform', 32)]
 
     def smaller(source, ratio, folder, options, **kwargs):
         assert (source, ratio) == ('test_resnet_pst', 0.4)
-        assert options == dict(scope='uniform') and kwargs == dict(pretrained=False)
+        assert options == dict(scope='uniform', round_to=32) and kwargs == dict(pretrained=False)
         save_folder(build('test_resnet_pst', pst_depth=0), folder)
         return str(folder)
     monkeypatch.setattr(measure_deploy, 'pruned', smaller)
@@ -107,8 +107,8 @@ def test_pruned_models_are_compared_with_the_whole_one(tmp_path, monkeypatch):
         return dict(zip(models, ([8.] * 2, [6.] * 2, [4.] * 2, [2.] * 2)))
     monkeypatch.setattr(measure_deploy, 'time_models', times)
     assert main([
-        'pruned', '--models', 'test_resnet_pst', '--ratios', '0.4', '--scopes', 'uniform', '--runtimes', EAGER, FOLDED,
-        '--output', str(tmp_path / 'out'), '--work', str(tmp_path / 'work')]) == 0
+        'pruned', '--models', 'test_resnet_pst', '--ratios', '0.4', '--scopes', 'uniform', '--round-to', '32',
+        '--runtimes', EAGER, FOLDED, '--output', str(tmp_path / 'out'), '--work', str(tmp_path / 'work')]) == 0
     rows = read_csv(tmp_path / 'out/pruned.csv')
     told = [(r['removed'], r['runtime'], r['times faster, batch 1'], r['than whole in it, batch 1']) for r in rows]
     assert told == [
