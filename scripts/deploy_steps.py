@@ -145,7 +145,9 @@ class Workshop:
         folder = self.folder / 'slim'
         if not (folder / SLIM_REPORT).is_file():
             slim(self.source, folder, self.args.data_dir,
-                 Settings(train_split=self.args.train_split, val_split='', rounds=self.args.rounds),
+                 Settings(
+                     max_drop=self.args.max_drop, train_split=self.args.train_split, val_split='',
+                     rounds=self.args.rounds),
                  dict(finetune_flags(self.args.train_words, self.source), epochs=self.args.epochs))
         kept = [step for step in json.loads((folder / SLIM_REPORT).read_text())['steps'] if step['kept']]
         return Candidate(str(folder / kept[-1]['path']) if kept[-1]['path'] else self.source)
@@ -278,6 +280,7 @@ def setting_of(shop: Workshop) -> str:
     return (
         f'{Path(shop.source).name}, {shop.img_size} px, accuracy on {1 - args.held_out:.0%} of the split '
         f'{args.val_split}, cascades fitted on the others for {args.cascade_cost:g} of the cost of their last stage; '
+        f'slim with at most {args.max_drop:g} points lost on the training images it sets aside; '
         f'int8 calibrated on {args.images} training images; {args.epochs} epochs of fine-tuning after{before}, one '
         f'seed; times faster than eager float32; {where(args.rounds)}')
 
@@ -320,6 +323,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cascade-cost', type=float, default=0.7, help='of a cascade, as a share of its last stage (default: '
         '%(default)s)')
+    parser.add_argument('--max-drop', type=float, default=1., help='of slim, in points (default: %(default)g)')
     parser.add_argument('--sparsity-weight', type=float, default=1e-4, help='default: %(default)s')
     parser.add_argument(
         '--sparsity-epochs', type=int, default=3, help='of sparsity training, and as many of plain training for those '

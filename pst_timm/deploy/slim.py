@@ -104,6 +104,7 @@ class Step:
     params: Optional[int] = None
     gmacs: Optional[float] = None
     bytes: Optional[int] = None
+    """Of the weights; of the whole file, where it is one of a runtime."""
     milliseconds: Optional[float] = None
     """Of an image, alone."""
     ratio: Optional[float] = None
@@ -218,7 +219,7 @@ def slim(
     run.work.mkdir(parents=True, exist_ok=True)
     data = None if data_dir is None else set_aside(
         data_dir, settings.train_split, run.work, settings.held_out, settings.seed)
-    first = Step(ORIGINAL, True, bytes=_size_of(source))
+    first = Step(ORIGINAL, True, bytes=_weight_bytes(model))
     if data is not None:
         first.held_out, held = run.accuracy(model, str(data), HELD, ORIGINAL)
     run.add(first, model)
@@ -281,11 +282,9 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _size_of(source: str) -> Optional[int]:
-    """Bytes of the weights, None where they are not in a file of their own."""
-    path = Path(source.removeprefix('local-dir:'))
-    path = path / 'model.safetensors' if path.is_dir() else path
-    return path.stat().st_size if path.is_file() else None
+def _weight_bytes(model: nn.Module) -> int:
+    """Bytes of the weights, whatever else lies beside them in a file."""
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
 def _images(run: _Slimming, model: nn.Module, data: Optional[Path]) -> List[torch.Tensor]:
@@ -322,7 +321,7 @@ def _prune(run: _Slimming, data: Optional[Path], train_flags: Mapping[str, Any])
             run.add(step)
             continue
         place.rename(run.folder / PRUNED)
-        step.path, step.bytes = PRUNED, _size_of(str(run.folder / PRUNED))
+        step.path, step.bytes = PRUNED, _weight_bytes(found.model)
         run.add(step, found.model)
         return found.model
     return run.original
