@@ -52,8 +52,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument(
         '--backend', choices=BACKENDS, default=BACKENDS[0], help='what runs the int8 model (default: %(default)s)')
     parser.add_argument(
-        '--cascade-cost', type=not_negative, default=0.5, metavar='SHARE',
-        help='most mean latency of the cascade, as a share of that of the original; 0 for no cascade (default: 0.5)')
+        '--cascade-cost', type=not_negative, default=0.9, metavar='SHARE',
+        help='most mean latency of the cascade, as a share of that of its last stage, the original in the same numbers '
+             'as the small model; 0 for no cascade (default: %(default)s)')
     parser.add_argument('--train-split', default='train', help='split to fine-tune on (default: %(default)s)')
     parser.add_argument(
         '--val-split', default='validation', help='split of the final numbers, empty for none (default: %(default)s)')

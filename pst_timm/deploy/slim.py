@@ -38,8 +38,8 @@ _logger = logging.getLogger(__name__)
 REPORT = 'slim.json'
 WORK = 'work'
 MOST_HELD = 1000  # images that the search for sensitive layers goes by
-ORIGINAL, PRUNED, MODEL, CASCADE = 'original', 'pruned', 'model', 'cascade.json'
-FILES = [Path(f'{MODEL}{SUFFIXES[backend]}') for backend in ('onnxruntime', 'openvino')]
+ORIGINAL, PRUNED, MODEL, WHOLE, CASCADE = 'original', 'pruned', 'model', 'whole', 'cascade.json'
+FILES = [Path(f'{name}{SUFFIXES[backend]}') for name in (MODEL, WHOLE) for backend in ('onnxruntime', 'openvino')]
 # all that a call makes in its folder; while it is written, a file has a point before its name and more behind it
 OWN = {
     WORK, PRUNED, REPORT, CASCADE, 'cascade', 'cascade.png', *(path.with_suffix('.bin').name for path in FILES),
@@ -61,8 +61,8 @@ class Settings:
     """Likewise."""
     backend: str = 'onnxruntime'
     """See `deploy.quantize.quantize`."""
-    cascade_cost: float = 0.5
-    """Most mean latency of the cascade, as a share of that of the original; 0 for no cascade."""
+    cascade_cost: float = 0.9
+    """Most mean latency of the cascade, as a share of that of its last stage; 0 for no cascade."""
     images: int = 256
     """Training images that batch norms are estimated on again, and that the quantised ranges come from."""
     held_out: float = 0.2
@@ -150,7 +150,9 @@ class _Slimming:
         self.models: Dict[str, nn.Module] = {}
         """What is timed, and measured at the end, by the name of its step."""
         self.passed = 0.
-        """Share of the images that the cascade passes on to the original."""
+        """Share of the images that the cascade passes on to its last stage."""
+        self.whole = model
+        """That stage: the original, or the int8 file of it."""
 
     def add(self, step: Step, model: Optional[nn.Module] = None) -> None:
         """Note a step, and what came of it."""
@@ -354,9 +356,20 @@ def _quantize(run: _Slimming, data: Optional[Path], model: nn.Module) -> None:
         step.bytes, step.path = found.bytes, path.name
         run.add(step, small)
         return
-    for name in run.folder.glob(f'{MODEL}.*'):
-        name.unlink()
+    _remove(run.folder, MODEL)
     run.add(step)
+
+
+def _last_stage(run: _Slimming, data: Path) -> str:
+    """What answers the uncertain images: the original, in int8 where the smaller model is."""
+    s = run.settings
+    if run.last.path in (PRUNED, '') or not (run.folder / PRUNED).is_dir():
+        return run.source
+    path = run.folder / f'{WHOLE}{SUFFIXES[s.backend]}'
+    images = _images(run, run.original, data)
+    quantize(run.original, path, images, level='int8', backend=s.backend, timing=False, overwrite=True)
+    run.whole = open_source(path)
+    return str(path)
 
 
 def _cascade(run: _Slimming, data: Path) -> None:
@@ -369,39 +382,49 @@ def _cascade(run: _Slimming, data: Path) -> None:
         return
     try:
         found = fit(
-            [str(run.folder / small.path), run.source], run.folder / CASCADE, str(data), HELD,
+            [str(run.folder / small.path), _last_stage(run, data)], run.folder / CASCADE, str(data), HELD,
             max_cost=s.cascade_cost, relative=True, reparam=True, device=s.device, batch_size=s.batch_size,
             workers=s.workers, seed=s.seed, plot=importlib.util.find_spec('matplotlib') is not None)
     except PSTError as e:
         step.note = str(e)
         run.add(step)
+        _remove(run.folder, WHOLE)
         return
     run.passed = found.route.reached[1] / found.route.reached[0]
     step.held_out = found.measured.accuracy
     step.kept = step.held_out > small.held_out
-    step.note = f'{run.passed:.0%} of the images go on to the original'
+    numbers = '' if run.whole is run.original else ' in int8'
+    step.note = f'{run.passed:.0%} of the images go on to the original{numbers}'
     if step.kept:
         step.path = CASCADE
         run.add(step, open_source(run.folder / CASCADE))
         return
     step.note += ': no more are right than without it'
     run.add(step)
-    for path in run.folder.glob(f'{Path(CASCADE).stem}*'):
+    _remove(run.folder, WHOLE)
+    _remove(run.folder, Path(CASCADE).stem)
+
+
+def _remove(folder: Path, name: str) -> None:
+    """Remove what has a name, with any ending."""
+    for path in folder.glob(f'{name}*'):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _time(run: _Slimming) -> None:
     """How fast all of them are beside the original, each as it is: files in their runtime, the rest in eager torch."""
     size = run.config['input_size']
+    first, last = run.steps[0], run.steps[-1]
+    cascade = last.name == 'cascade' and last.kept
     timed = {name: model for name, model in run.models.items() if name != 'cascade'}
-    found = compare_latency(timed, size, rounds=run.settings.rounds, baseline=ORIGINAL)
+    found = compare_latency(
+        {**timed, WHOLE: run.whole} if cascade else timed, size, rounds=run.settings.rounds, baseline=ORIGINAL)
     for step in run.steps:
         if step.name in found:
             step.milliseconds, step.ratio = 1000 * found[step.name].seconds, found[step.name].ratio
-    first, last = run.steps[0], run.steps[-1]
     first.params = sum(p.numel() for p in run.original.parameters())
     first.gmacs = count_gmacs(run.original, size)
-    if last.name == 'cascade' and last.kept:  # which answers most images at its first stage
+    if cascade:  # which answers most images at its first stage
         small = next(step for step in reversed(run.steps[:-1]) if step.kept)
-        last.milliseconds = small.milliseconds + run.passed * first.milliseconds
-        last.ratio = 1 / (1 / small.ratio + run.passed)
+        last.milliseconds = small.milliseconds + run.passed * 1000 * found[WHOLE].seconds
+        last.ratio = 1 / (1 / small.ratio + run.passed / found[WHOLE].ratio)
