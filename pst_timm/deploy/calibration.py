@@ -88,7 +88,8 @@ def open_images(
     if not names and len(samples.class_names) != model.num_classes:
         raise PSTError(
             f'{data_dir} has {len(samples.class_names)} classes, and the model has {model.num_classes} without names: '
-            f'which is which is not known. Take data of its classes; `pst-timm quantize --no-labels` needs none.')
+            f'which is which is not known. Take data of its classes, or name a model of these classes; '
+            f'`pst-timm quantize --no-labels` needs neither.')
     return samples
 
 

@@ -20,7 +20,8 @@ def build(**kwargs):
     return randomize(timm.create_model('test_resnet_pst', num_classes=3, **kwargs)).eval()
 
 
-@pytest.mark.parametrize('format', FORMATS)
+@pytest.mark.parametrize('format', [
+    format if format == 'onnx' else pytest.param(format, marks=pytest.mark.slow) for format in FORMATS])
 @pytest.mark.parametrize('topk, fine_fusion', [
     pytest.param(0, 'gate', marks=pytest.mark.slow), (8, 'gate'), pytest.param(8, 'joint', marks=pytest.mark.slow)])
 def test_dynamic_exports_agree_with_eager_at_three_sizes(format, topk, fine_fusion, tmp_path):

@@ -202,6 +202,7 @@ def test_batch_norms_cannot_tell_where_there_are_none():
         prune(timm.create_model('test_convnext'), 0.5, importance='bn')
 
 
+@pytest.mark.slow
 def test_a_latency_is_searched_for(pair):
     model = pair[0]
 

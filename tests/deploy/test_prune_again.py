@@ -41,6 +41,7 @@ def stopped(source, folder, images, **kwargs):
             source, folder, data_args={'data_dir': str(images)}, images=8, round_to=8, teacher=source, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_latency_is_not_measured_again_for_a_model_in_training(source, calls, images, tmp_path, monkeypatch):
     ratios = [0.5, 0.4, 0.3, 0.2]
     monkeypatch.setattr(module, 'ratio_for_latency', lambda *args, **kwargs: ratios.pop())

@@ -135,6 +135,7 @@ def test_it_learns_other_classes(folder):
     assert torch.equal(other.conv_head.conv.weight, load_model(folder).conv_head.conv.weight)
 
 
+@pytest.mark.slow
 def test_it_is_trained_between_the_steps_and_after_them(model, images, tmp_path):
     pytest.importorskip('pst_timm.deploy.finetune')
     save_folder(model, tmp_path / 'model', NAMES)

@@ -477,6 +477,7 @@ def test_missing_loggers_are_an_error(run, monkeypatch):
         run(log_wandb=True)
 
 
+@pytest.mark.slow
 def test_compiled_training(run, plain):
     after = last_weights(run(torchcompile='eager', model_ema=True))
     assert_close(after, plain)

@@ -169,7 +169,7 @@ class TestHabits:
                 assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
                 assert relative_error(folded(images((64, 64))), expected) < 1e-3
 
-    @pytest.mark.parametrize('trunk', ['test_efficientnet', 'test_convnext'])
+    @pytest.mark.parametrize('trunk', ['test_efficientnet', pytest.param('test_convnext', marks=pytest.mark.slow)])
     def test_one_graph_and_export_of_any_size(self, trunk):
         from torch.export import Dim
 

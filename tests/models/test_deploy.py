@@ -186,7 +186,7 @@ class TestCompile:
 class TestExport:
 
     @attentions
-    @pytest.mark.parametrize('output_stride', [16, 32])
+    @pytest.mark.parametrize('output_stride', [16, pytest.param(32, marks=pytest.mark.slow)])
     def test_dynamic_sizes(self, output_stride, kwargs):
         model = build(num_classes=5, output_stride=output_stride, **kwargs)
         exported = export(model).module()

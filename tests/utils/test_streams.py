@@ -30,7 +30,7 @@ def test_letters_that_a_terminal_lacks_are_escaped():
     assert (run.returncode, out, err) == (0, 'M\\xf6we \\u2713\n', '')
 
 
-@pytest.mark.parametrize('lines', [1, 100_000])
+@pytest.mark.parametrize('lines', [pytest.param(1, marks=pytest.mark.slow), 100_000])
 def test_a_reader_that_goes_away_is_no_error(lines):
     read, write = os.pipe()
     os.close(read)
@@ -43,6 +43,7 @@ def test_a_reader_that_goes_away_is_no_error(lines):
     assert run.communicate(timeout=60)[1] == '' and run.returncode == 141
 
 
+@pytest.mark.slow
 def test_another_pipe_that_breaks_is_an_error():
     run = python('''
         def work():
