@@ -356,7 +356,7 @@ def _quantize(run: _Slimming, data: Optional[Path], model: nn.Module) -> None:
         step.bytes, step.path = found.bytes, path.name
         run.add(step, small)
         return
-    _remove(run.folder, MODEL)
+    _remove(run.folder, f'{MODEL}.*')
     run.add(step)
 
 
@@ -388,7 +388,7 @@ def _cascade(run: _Slimming, data: Path) -> None:
     except PSTError as e:
         step.note = str(e)
         run.add(step)
-        _remove(run.folder, WHOLE)
+        _remove(run.folder, f'{WHOLE}.*')
         return
     run.passed = found.route.reached[1] / found.route.reached[0]
     step.held_out = found.measured.accuracy
@@ -401,13 +401,12 @@ def _cascade(run: _Slimming, data: Path) -> None:
         return
     step.note += ': no more are right than without it'
     run.add(step)
-    _remove(run.folder, WHOLE)
-    _remove(run.folder, Path(CASCADE).stem)
+    _remove(run.folder, f'{WHOLE}.*')
+    _remove(run.folder, f'{Path(CASCADE).stem}*')
 
 
-def _remove(folder: Path, name: str) -> None:
-    """Remove what has a name, with any ending."""
-    for path in folder.glob(f'{name}*'):
+def _remove(folder: Path, pattern: str) -> None:
+    for path in folder.glob(pattern):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
