@@ -64,9 +64,9 @@ def _attention(settings: Mapping[str, Any]) -> str:
     return f'coarse and fine, `topk={topk}`, `{settings["fine_fusion"]}` fusion' if topk else 'coarse alone (`topk=0`)'
 
 
-def _validate_command(repo_id: str, accuracy: Accuracy, settings: Mapping[str, Any]) -> str:
+def _validate_command(source: str, accuracy: Accuracy, settings: Mapping[str, Any]) -> str:
     words = [
-        'pst-timm validate --data-dir PATH', f'--model hf-hub:{repo_id} --pretrained',
+        'pst-timm validate --data-dir PATH', f'--model {source} --pretrained',
         f'--img-size {accuracy.img_size}', f'--crop-pct {accuracy.crop_pct}',
         f'--interpolation {shlex.quote(plain(accuracy.interpolation))}',
     ]
@@ -76,7 +76,7 @@ def _validate_command(repo_id: str, accuracy: Accuracy, settings: Mapping[str, A
 
 
 def _accuracy_section(
-        repo_id: str,
+        source: str,
         accuracy: Optional[Accuracy],
         settings: Mapping[str, Any],
         data_set: Optional[str],
@@ -94,7 +94,7 @@ def _accuracy_section(
         '',
         f'Measured {accuracy.measured}. To measure it again:',
         '',
-        fence(_validate_command(repo_id, accuracy, settings), 'sh'),
+        fence(_validate_command(source, accuracy, settings), 'sh'),
         '',
     ]
 
@@ -133,7 +133,7 @@ def _settings(checkpoint: Checkpoint) -> str:
     return settings if len(settings) <= MOST_RECIPE else ''
 
 
-def _usage_section(repo_id: str, channels: int, saved: str, named: bool) -> List[str]:
+def _usage_section(source: str, channels: int, saved: str, named: bool) -> List[str]:
     mode = 'L' if channels == 1 else 'RGB'
     names = [
         "names = model.pretrained_cfg['label_names']",
@@ -149,7 +149,7 @@ def _usage_section(repo_id: str, channels: int, saved: str, named: bool) -> List
         'import pst_timm  # registers the architecture with timm',
         'from PIL import Image',
         '',
-        f"model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()",
+        f"model = timm.create_model('{source}', pretrained=True).eval()",
         'transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))',
         '',
         f"image = transform(Image.open('image.jpg').convert('{mode}')).unsqueeze(0)",
@@ -161,7 +161,7 @@ def _usage_section(repo_id: str, channels: int, saved: str, named: bool) -> List
         'Feature maps at strides 2 to 32, for detection or segmentation:',
         '',
         '```python',
-        f"backbone = timm.create_model('hf-hub:{repo_id}', pretrained=True, features_only=True).eval()",
+        f"backbone = timm.create_model('{source}', pretrained=True, features_only=True).eval()",
         'maps = backbone(image)',
         'print([tuple(m.shape) for m in maps])',
         '```',
@@ -169,7 +169,7 @@ def _usage_section(repo_id: str, channels: int, saved: str, named: bool) -> List
         'Image embeddings:',
         '',
         '```python',
-        f"encoder = timm.create_model('hf-hub:{repo_id}', pretrained=True, num_classes=0).eval()",
+        f"encoder = timm.create_model('{source}', pretrained=True, num_classes=0).eval()",
         'embedding = encoder(image)  # (1, features)',
         '```',
         '',
@@ -186,8 +186,10 @@ def model_card(
         accuracy: Optional[Accuracy] = None,
         data_set: Optional[str] = None,
         license: str = 'apache-2.0',
+        source: Optional[str] = None,
+        sections: Sequence[str] = (),
 ) -> str:
-    """The README.md of a repository.
+    """The README.md of a repository, or of weights that come with the package.
 
     Args:
         repo_id: Its name.
@@ -196,6 +198,8 @@ def model_card(
         accuracy: What was measured, None if nothing was.
         data_set: Name of the data set.
         license: Identifier of the licence of the weights.
+        source: What `timm.create_model` takes, the repository if None.
+        sections: Further lines of Markdown, before the limits.
 
     What others chose (names, settings) is shown as text and has no other effect.
     """
@@ -203,6 +207,7 @@ def model_card(
     channels, *size = cfg['input_size']
     settings = attention_settings(model)
     name, names = repo_id.split('/')[-1], label_names(model)
+    source = source or f'hf-hub:{repo_id}'
     classes = f'{model.num_classes}'
     if names:
         shown = ', '.join(map(prose, names[:SHOWN_NAMES]))
@@ -228,8 +233,9 @@ def model_card(
         f'| mean, std | {_numbers(cfg["mean"])}; {_numbers(cfg["std"])} |',
         f'| attention | {_attention(settings)} |',
         '',
-        *_accuracy_section(repo_id, accuracy, settings, data_set),
-        *_usage_section(repo_id, channels, saved, bool(names)),
+        *_accuracy_section(source, accuracy, settings, data_set),
+        *_usage_section(source, channels, saved, bool(names)),
+        *sections,
         *_recipe_section(checkpoint),
         '## Limits',
         '',
