@@ -153,7 +153,7 @@ def training_batches(
     Args:
         model: The model that is to take them.
         source: What it is called.
-        data_args: `data_dir`, `train_split` and others that say where the images are.
+        data_args: `data_dir` and `train_split`; others are for the training.
         images: How many, drawn at random.
         seed: Seed of the draw.
 
