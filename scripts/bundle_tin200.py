@@ -49,10 +49,8 @@ def measure(weights: Path, data: Path, img_size: int) -> List[Dict[str, Any]]:
         calibrate=True, workers=1, device_modules=['pst_timm']))
 
 
-def by_class(row: Dict[str, Any], data: Path, names: Sequence[str]) -> Dict[str, float]:
+def by_class(row: Dict[str, Any], labels: np.ndarray, names: Sequence[str]) -> Dict[str, float]:
     """Top-1 in percent of each class, by its name, from the answers of `measure`."""
-    dataset = create_eval_dataset(validate_args(data_dir=str(data), split=SPLIT), SPLIT, None)
-    labels = np.asarray(labels_of(dataset))
     right = unpack_answers(row['answers'], len(labels))
     return {name: round(100 * right[labels == label].mean().item(), 2) for label, name in enumerate(names)}
 
@@ -77,7 +75,8 @@ def bundle(runs: Sequence[Path], data: Path, folder: Path, records: Path) -> Dic
     Raises:
         PSTError: If a run or the data will not do.
     """
-    last = read_checkpoint(runs[-1] / 'last.pth.tar', use_ema=True)
+    stages = [read_checkpoint(run / 'last.pth.tar', use_ema=True) for run in runs]
+    last = stages[-1]
     name = f'{last.arch}.{TAG}'
     weights = folder / f'{name}.safetensors'
     convert(runs[-1] / 'last.pth.tar', weights, 'float16', use_ema=True, overwrite=True)
@@ -88,12 +87,11 @@ def bundle(runs: Sequence[Path], data: Path, folder: Path, records: Path) -> Dic
     img_size = model.pretrained_cfg['input_size'][-1]
     rows = measure(weights, data, img_size)
     keys = ('topk', 'fine_fusion', 'top1', 'top5', 'loss', 'ece')
-    stages = [read_checkpoint(run / 'last.pth.tar', use_ema=True) for run in runs]
+    labels = np.asarray(labels_of(create_eval_dataset(validate_args(data_dir=str(data), split=SPLIT), SPLIT, None)))
     record = dict(
-        weights=name, data_set=DATA_SET, classes=len(names), images=len(create_eval_dataset(
-            validate_args(data_dir=str(data), split=SPLIT), SPLIT, None)),
+        weights=name, data_set=DATA_SET, classes=len(names), images=len(labels),
         img_size=img_size, metrics=[{key: row[key] for key in keys if key in row} for row in rows],
-        top1_by_class=by_class(rows[0], data, names),
+        top1_by_class=by_class(rows[0], labels, names),
         sha256=hashlib.sha256(weights.read_bytes()).hexdigest(), bytes=weights.stat().st_size,
         stages=[dict(recipe=stage.recipe, epochs=stage.epoch + 1, train_seconds=round(seconds_of(run), 1))
                 for stage, run in zip(stages, runs)],
