@@ -384,12 +384,13 @@ def _check_weights_exist(variant: str, pretrained_cfg: Any, pretrained_cfg_overl
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     if cfg.has_weights or cfg.state_dict:
         return
-    name, tags = '.'.join(filter(None, (variant, cfg.tag))), timm.list_pretrained(f'{variant}.*')
-    missing = f'{name}, only for {", ".join(tags)}' if tags else f'{variant} yet'
+    tags = timm.list_pretrained(f'{variant}.*')
+    name = '.'.join(filter(None, (variant, cfg.tag))) if tags else f'{variant} yet'
+    others = ', '.join(tags or timm.list_pretrained('*_pst.*'))
     raise RuntimeError(
-        f'No pretrained weights exist for {missing}. The ways on are pretrained_trunk=True or pst_timm.load_trunk for '
-        f'the weights of the plain model in its trunk, pst_timm.register_weights for your own, or the name of a '
-        f"published model, 'hf-hub:org/name'.")
+        f'No pretrained weights exist for {name}, only for {others}. The ways on are pretrained_trunk=True or '
+        f'pst_timm.load_trunk for the weights of the plain model in its trunk, pst_timm.register_weights for your own, '
+        f"or the name of a published model, 'hf-hub:org/name'.")
 
 
 def pst_cfg(url: str = '', **kwargs) -> Dict[str, Any]:

@@ -170,8 +170,17 @@ def _create_resnet_pst(variant: str, pretrained: bool = False, **kwargs) -> ResN
     return build_pst(ResNetPST, variant, variant.removesuffix('_pst'), pretrained, **kwargs)
 
 
+def _tin200() -> Dict[str, Any]:
+    """Names and words of the classes of Tiny ImageNet, in the order of the outputs."""
+    words = dict(line.split('\t') for line in (WEIGHTS / 'tin200.tsv').read_text(encoding='utf-8').splitlines())
+    return dict(num_classes=len(words), label_names=tuple(words), label_descriptions=words)
+
+
 default_cfgs = generate_default_cfgs({
     'resnet18_pst.untrained': pst_cfg(),
+    'resnet18_pst.tin200': pst_cfg(
+        file=str(WEIGHTS / 'resnet18_pst.tin200.safetensors'), **_tin200(),
+        input_size=(3, 96, 96), pool_size=(3, 3), crop_pct=1.0),
     'resnet26_pst.untrained': pst_cfg(),
     'resnet34_pst.untrained': pst_cfg(),
     'resnet50_pst.untrained': pst_cfg(),

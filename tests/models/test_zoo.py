@@ -13,6 +13,7 @@ from pst_timm.utils.cost import count_gmacs
 from tests.models.helpers import BACKBONES, MODELS, SOME, TINY, build, images
 
 # parameters, GMACs at 224, channels of C4 and C5, fusion width, heads, channels of the head
+BUNDLED = {'resnet18_pst': 'resnet18_pst.tin200', TINY: f'{TINY}.digits'}
 TABLE = {
     'resnet18_pst': (14_471_368, 1.950, 256, 512, 256, 4, 1280),
     'resnet26_pst': (19_698_632, 2.621, 1024, 2048, 256, 4, 1280),
@@ -121,7 +122,7 @@ def test_fine_attention_acts_and_repeats_bitwise(name, fusion, topk):
 @models
 def test_configuration(name):
     model = build_meta(name)
-    assert is_model_pretrained(name) == (name == TINY)
+    assert is_model_pretrained(name) == (name in BUNDLED)
     assert model.pretrained_cfg['tag'] == 'untrained' and model.num_classes == 1000
 
 
@@ -130,11 +131,11 @@ def test_configuration(name):
     dict(pretrained_cfg_overlay=dict(num_classes=10)),
 ], ids=str)
 @pytest.mark.parametrize('name, missing', [
-    *((name, f'for {name} yet.') for name in TABLE),
-    (f'{TINY}.untrained', f'for {TINY}.untrained, only for {TINY}.digits.'),
+    *((name, f'for {name} yet, only for {", ".join(BUNDLED.values())}.') for name in TABLE if name not in BUNDLED),
+    *((f'{name}.untrained', f'for {name}.untrained, only for {weights}.') for name, weights in BUNDLED.items()),
 ])
 def test_without_weights_pretrained_says_which_there_are_and_the_ways_on(name, missing, kwargs):
-    if name.startswith(TINY) and 'pretrained_cfg' in kwargs:
+    if name.endswith('.untrained') and 'pretrained_cfg' in kwargs:
         missing = missing.replace('.untrained', '')  # a configuration of one's own has no tag
     with pytest.raises(RuntimeError) as error, torch.device('meta'):
         timm.create_model(name, pretrained=True, **kwargs)

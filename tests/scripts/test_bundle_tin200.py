@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from pst_timm.checkpoints import label_names, load_model, read_checkpoint
 from pst_timm.engine import train
 from scripts import bundle_tin200
 from scripts.bundle_tin200 import main
-from tests.engine.helpers import tiny_train_args, write_images
+from tests.engine.helpers import TINY, tiny_train_args, write_images
 from tests.helpers import relative_error
 
 WNIDS = ['n01443537', 'n01629819', 'n01641577']
@@ -34,11 +35,12 @@ def runs(images, tmp_path_factory):
 
 
 def test_weights_record_and_card_agree(images, runs, tmp_path, capsys):
-    assert main([*map(str, runs), '--data-dir', str(images), '--folder', str(tmp_path / 'package'),
+    assert main(['--runs', *map(str, runs), '--data-dir', str(images), '--folder', str(tmp_path / 'package'),
                  '--records', str(tmp_path / 'records')]) == 0
-    [path] = (tmp_path / 'package').iterdir()
+    short, path = sorted((tmp_path / 'package').iterdir())
     record = json.loads((tmp_path / 'records' / 'test_resnet_pst.tin200.json').read_text())
     assert (path.name, record['weights']) == ('test_resnet_pst.tin200.safetensors', 'test_resnet_pst.tin200')
+    assert json.loads(short.read_text()).items() <= {**record, **record['metrics'][0]}.items()
     assert record['sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (record['images'], record['classes'], record['img_size']) == (12, 3, 64)
     assert [stage['epochs'] for stage in record['stages']] == [1, 2] and record['stages'][1]['train_seconds'] > 0
@@ -54,10 +56,31 @@ def test_weights_record_and_card_agree(images, runs, tmp_path, capsys):
     told = (tmp_path / 'records' / 'test_resnet_pst.tin200.md').read_text()
     assert f'{coarse["top1"]:.2f}' in told and 'goldfish' in told and 'hf-hub' not in told
     assert "timm.create_model('test_resnet_pst.tin200', pretrained=True)" in told
-    assert not any(str(path.parent) in text for text in (told, json.dumps(record)))
+    texts = (told, json.dumps(record), str(path.read_bytes()))
+    assert not any(str(folder) in text for text in texts for folder in (images, runs[0].parents[1], tmp_path))
+
+
+def test_stages_are_trained_in_order_and_once(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bundle_tin200, 'CONFIGS', tmp_path)
+    for i, name in enumerate(('short', 'long')):
+        (tmp_path / f'{name}.yaml').write_text(yaml.safe_dump(
+            {**TINY, 'epochs': 1 + i, 'val_split': 'val', 'model_ema': True, 'model': 'resnet10t'}))
+    words = ['--data-dir', str(images), '--output', str(tmp_path / 'output'), '--folder', str(tmp_path / 'package'),
+             '--records', str(tmp_path), '--recipes', 'short', 'long', '--model', 'test_resnet_pst', '--seed', '7']
+    assert main(words) == 0
+    folders = [tmp_path / 'output' / f'test_resnet_pst.tin200-{name}' for name in ('short', 'long')]
+    last = [folder / 'last.pth.tar' for folder in folders]
+    assert str(last[0]) in (folders[1] / 'args.yaml').read_text()
+    record = json.loads((tmp_path / 'test_resnet_pst.tin200.json').read_text())
+    assert record['command'].endswith('--recipes short long --model test_resnet_pst --seed 7') and record['seed'] == 7
+    times = [path.stat().st_mtime_ns for path in last]
+    assert main(words) == 0 and times == [path.stat().st_mtime_ns for path in last]
+    # one that is not at its end goes on
+    (tmp_path / 'long.yaml').write_text((tmp_path / 'long.yaml').read_text().replace('epochs: 2', 'epochs: 3'))
+    assert main(words) == 0 and times[0] == last[0].stat().st_mtime_ns and times[1] < last[1].stat().st_mtime_ns
 
 
 def test_a_run_that_is_none_is_one_sentence(images, tmp_path, capsys):
-    assert main([str(tmp_path / 'none'), '--data-dir', str(images), '--folder', str(tmp_path), '--records',
+    assert main(['--runs', str(tmp_path / 'none'), '--data-dir', str(images), '--folder', str(tmp_path), '--records',
                  str(tmp_path)]) == 1
     assert 'last.pth.tar' in capsys.readouterr().err and bundle_tin200.TAG == 'tin200'

@@ -29,7 +29,7 @@ def test_the_wheel_holds_the_package_and_nothing_that_needs_a_checkout(wheel, tm
     check_contents(wheel)
     for name, extra, message in (
             ('more.whl', 'scripts/demo.py', 'holds scripts beside the package'),
-            ('less.whl', 'pst_timm/py.typed', 'does not hold pst_timm/models/weights/test_resnet_pst.digits')):
+            ('less.whl', 'pst_timm/py.typed', 'does not hold pst_timm/models/weights/resnet18_pst.tin200')):
         with zipfile.ZipFile(tmp_path / name, 'w') as archive:
             archive.writestr(extra, '')
         with pytest.raises(RuntimeError, match=message):
@@ -44,6 +44,11 @@ def test_the_wheel_classifies_digits_away_from_the_checkout(installed):
 def test_wrong_answers_and_other_packages_are_noticed(installed, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r'AssertionError|No module named'):
         check_installed(sys.executable, tmp_path)  # no package there, so that of the tests would answer
+    photo = tmp_path / 'n00000000' / '0.png'
+    photo.parent.mkdir()
+    Image.new('RGB', (64, 64)).save(photo)
+    with pytest.raises(RuntimeError, match=r'n00000000.0\.png was taken for n\d{8} \w+'):
+        check_installed(sys.executable, installed, [photo])
     monkeypatch.setattr(check_wheel, 'DIGITS', DIGITS[::-1])
     with pytest.raises(RuntimeError, match='read as 9 8 7 6'):
         check_installed(sys.executable, installed)
@@ -64,6 +69,9 @@ def test_a_wheel_that_is_not_there_is_named(capsys):
     with pytest.raises(SystemExit):
         main(['nowhere.whl'])
     assert 'there is no wheel nowhere.whl' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(['--photos', 'nowhere.JPEG'])
+    assert 'there is no photograph nowhere.JPEG' in capsys.readouterr().err
 
 
 @pytest.mark.slow
