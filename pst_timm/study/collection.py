@@ -107,10 +107,13 @@ def describe(study: Study, rows: Sequence[Row]) -> str:
     def some(key: str, joint: str = '; ') -> str:
         return joint.join(dict.fromkeys(str(row[key]) for row in rows))
 
-    first = rows[0]
+    def images(key: str) -> str:
+        return ' or '.join(f'{n:,}' for n in dict.fromkeys(int(row[key]) for row in rows if row['classes'] == classes))
+
+    classes = rows[0]['classes']
     seeds = sorted({int(row['seed']) for row in rows})
     return (
-        f'{study.title}: {int(first["train_images"]):,} training and {int(first["val_images"]):,} validation images of '
-        f'{first["classes"]} classes, {some("img_size", " or ")} px, {some("epochs", " or ")} epochs, '
+        f'{study.title}: {images("train_images")} training and {images("val_images")} validation images of '
+        f'{classes} classes, {some("img_size", " or ")} px, {some("epochs", " or ")} epochs, '
         f'seeds {", ".join(map(str, seeds))}; '
         f'{some("precision")}, {some("hardware")}, torch {some("torch")}, timm {some("timm")}')

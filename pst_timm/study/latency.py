@@ -1,7 +1,7 @@
 """How fast the models of a study are, measured in turn with nothing else at work."""
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Callable, List
+from typing import Callable, Dict, List
 
 import torch
 import torch.nn as nn
@@ -18,9 +18,14 @@ from .results import Row
 
 __all__ = ['measure_latency']
 
+DECISIVE = (
+    'model', 'model_kwargs', 'img_size', 'batch_size', 'validation_batch_size', 'channels_last', 'amp', 'amp_dtype')
+
 
 def measure_latency(study: Study, device: str, repeats: int = 20, train_repeats: int = 5) -> List[Row]:
     """Time the models of a study in turn, nothing else running: weights do not matter, and are random.
+
+    Cells of the same model and batch are timed as one.
 
     Args:
         study: The study.
@@ -32,10 +37,15 @@ def measure_latency(study: Study, device: str, repeats: int = 20, train_repeats:
         A row per cell name: params, gmacs, img_size, and for both (latency_ms, train_ms) the median of a batch in
         milliseconds and the median of the paired ratios to the first cell (ratio, train_ratio).
     """
-    infer, step, rows = {}, {}, []
+    infer, step, found = {}, {}, {}
+    networks: Dict[str, str] = {}
     for name in study.names:
         cell = next(c for c in study.cells if c.name == name)
         args = train_args(**cell.train, device=device)
+        # where a cell begins and how many images it has changes nothing of what a step costs
+        networks[name] = network = repr([len(cell.classes), *(getattr(args, key) for key in DECISIVE)])
+        if network in found:
+            continue
         import_modules(args.device_modules)
         torch_device = init_device(args)
         memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -46,22 +56,21 @@ def measure_latency(study: Study, device: str, repeats: int = 20, train_repeats:
         images = [
             torch.randn(n, 3, size, size, device=torch_device).contiguous(memory_format=memory_format)
             for n in batches]
-        infer[name] = partial(_infer, model, images[0])
-        step[name] = partial(_step, model, images[1], autocast_for(args, torch_device))
-        rows.append(dict(
-            cell=name, params=sum(p.numel() for p in model.parameters()),
-            gmacs=round(count_gmacs(model, (3, size, size)), 4), img_size=size, batch_size=batches[0],
-            train_batch_size=batches[1]))
+        infer[network] = partial(_infer, model, images[0])
+        step[network] = partial(_step, model, images[1], autocast_for(args, torch_device))
+        found[network] = dict(
+            params=sum(p.numel() for p in model.parameters()), gmacs=round(count_gmacs(model, (3, size, size)), 4),
+            img_size=size, batch_size=batches[0], train_batch_size=batches[1])
     for calls, count, keys in (
             (infer, repeats, ('latency_ms', 'ratio')),
             (step, train_repeats, ('train_ms', 'train_ratio'))):
         times = time_in_turn(calls, count)
-        for row in rows:
-            mine = times[row['cell']]
-            values = 1000 * percentile(mine, 50), median_ratio(mine, times[study.names[0]])
+        first = times[networks[study.names[0]]]
+        for network, row in found.items():
+            values = 1000 * percentile(times[network], 50), median_ratio(times[network], first)
             row.update(zip(keys, (round(v, 4) for v in values)))
     about = dict(device=torch_device.type, hardware=hardware_name(torch_device), threads=torch.get_num_threads())
-    return [dict(row, **about) for row in rows]
+    return [dict(cell=name, **found[network], **about) for name, network in networks.items()]
 
 
 @torch.inference_mode()

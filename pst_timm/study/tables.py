@@ -56,8 +56,12 @@ def setting_block(study: StudyData) -> str:
 
 
 def models_block(study: StudyData) -> str:
-    """A row for each cell: size, accuracy, cost; means and standard deviations over the seeds."""
-    rows = [_model_row(study, cell) for cell in study.cells]
+    """A row for each cell: size, accuracy, cost; means and standard deviations over the seeds.
+
+    Of cells that differ in the number of training images alone, that with the last number.
+    """
+    last = {f'-{question["shots"][-1]}' for question in study.questions.values() if question.get('shots')}
+    rows = [_model_row(study, cell) for cell in study.cells if cell.endswith(tuple(last or {''}))]
     # of interest where the cells differ in it
     if len({row['classes'] for row in study.runs}) == 1:
         for row in rows:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pst_timm.study import latency
 from pst_timm.study.cell import run_cell
 from pst_timm.study.collection import collect
 from pst_timm.study.config import read_study
@@ -16,6 +17,7 @@ from pst_timm.study.results import load_study
 from pst_timm.study.runner import finished
 from pst_timm.study.tables import study_block
 from pst_timm.utils.errors import PSTError
+from pst_timm.utils.timing import time_in_turn
 from tests.engine.helpers import write_images
 from tests.study.study_folder import write_study
 from tests.study.test_study import TOY, write_config
@@ -112,10 +114,30 @@ def test_cells_train_on_few_images_and_the_report_says_so(data, tmp_path):
     found = load_study(folder)
     sizes = {row['cell']: (int(row['train_images']), int(row['val_images'])) for row in found.runs}
     assert sizes['pst-4'] == (3 * 4, 3 * (3 + 9 - 4)) and sizes['pst-all'] == (3 * 9, 3 * 3)
+    assert '12 or 27 training and 24 or 9 validation images of 3 classes' in study_block(found, 'setting')
+    models = study_block(found, 'models')
+    assert '`pst-all`' in models and '`pst-4`' not in models
     block = study_block(found, 'question1')
     assert block.index('**4 images of each class**') < block.index('`pst-4` minus `plain-4`')
     assert block.index('**All images of each class**') < block.index('`pst-all` minus `plain-all`')
     assert draw_plots(found, folder) == [folder / 'shots.png'] and (folder / 'shots.png').stat().st_size > 10_000
+
+
+def test_cells_of_one_network_are_timed_as_one(data, tmp_path, monkeypatch):
+    timed = []
+
+    def one_round(calls, count):
+        timed.append(len(calls))
+        return time_in_turn(calls, 1)
+
+    monkeypatch.setattr(latency, 'time_in_turn', one_round)
+    cells = dict(TOY['cells'], frozen=dict(TOY['cells']['pst'], freeze_trunk=True))
+    study = read_study(str(write_config(tmp_path, **SHOTS, cells=cells)), str(data))
+    rows = latency.measure_latency(study, 'cpu')
+    assert timed == [2, 2] and [row['cell'] for row in rows] == study.names
+    by_cell = {row.pop('cell'): row for row in rows}
+    assert by_cell['plain-4'] == by_cell['plain-all'] != by_cell['pst-4'] == by_cell['frozen-all']
+    assert by_cell['plain-4']['ratio'] == by_cell['plain-4']['train_ratio'] == 1
 
 
 def test_a_cell_that_the_report_lacks_is_named(tmp_path):

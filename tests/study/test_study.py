@@ -469,9 +469,13 @@ def test_protocols(path, tmp_path):
     values = yaml.safe_load(path.read_text())
     assert study.name == path.stem
     allowed = {'model', 'model_kwargs', 'classes'}
+    if path.stem == 'transfer':  # how a model starts is what it asks
+        allowed |= {'pretrained', 'initial_checkpoint', 'trunk_checkpoint', 'freeze_trunk', 'linear_probe'}
     assert all(set(own) <= allowed for own in values['cells'].values())
     asked = [c for q in study.questions.values() for c in (q.get('of'), *q.get('against', []), *q.get('cells', []))]
-    assert {c for c in asked if c} == set(study.names)
+    assert {c for c in asked if c} == set(values['cells'])
+    suffixes = [f'-{number}' for number in values.get('shots', [])] or ['']
+    assert study.names == [name + suffix for name in values['cells'] for suffix in suffixes]
     for cell in study.cells:
         assert set(cell.train) <= {f.key for _, flags in TRAIN_FLAGS for f in flags}
         assert not set(cell.probe) & set(cell.classes)
@@ -479,6 +483,10 @@ def test_protocols(path, tmp_path):
         assert set(study.questions) == {1, 2, 3, 4, 5} and len(study.seeds) == 3
         assert len(study.cells[0].classes) == 200 and study.cells[0].train['img_size'] >= 128
         assert study.cells[0].epochs >= 30
+    elif path.stem == 'transfer':
+        assert set(study.questions) == {6} and len(study.seeds) == 3
+        assert list(values['shots']) == [10, 50, 'all'] and study.cells[0].train['img_size'] >= 128
+        return
     else:
         assert {1, 2} <= set(study.questions) and len(study.seeds) == 2
         assert len(study.cells[0].classes) == 20 and study.cells[0].epochs == 15
