@@ -2,7 +2,6 @@
 import contextlib
 import functools
 import io
-import json
 import re
 import shlex
 from importlib import import_module
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from pst_timm.cli import COMMANDS
 from pst_timm.commands import report
@@ -51,8 +51,8 @@ def test_pages_ask_for_what_was_measured():
         ['table deploy/twins'] if 'twins' in deploy else [])
     assert set(marks['deploy.md']) == {f'table deploy/{name}' for name in deploy - {'twins'}}
     assert marks['monitoring.md'] == [f'table monitoring/{name}' for name in ('false_alarms', 'power')]
-    names = {s: [*json.loads((ROOT / f'results/study/{s}/study.json').read_text())['questions']] for s in ['cpu']}
-    names['gpu'] = '12345'
+    names = {
+        path.stem: yaml.safe_load(path.read_text())['questions'] for path in (ROOT / 'configs/study').glob('*.yaml')}
     assert sorted(marks['evidence.md']) == sorted(
         f'study {study} {name}' for study, numbers in names.items()
         for name in ('setting', 'models', 'plots', *(f'question{i}' for i in numbers)))
