@@ -1,7 +1,7 @@
-"""Train a model on Tiny ImageNet and put its weights into the package, with their record and their card:
+"""Train a model and its plain twin on Tiny ImageNet; put its weights into the package, with their record and card:
 
-    python -m scripts.bundle_tin200 --data-dir data/tiny-imagenet-200        # resnet18_pst, hours on two cores
-    python -m scripts.bundle_tin200 --data-dir data/tiny-imagenet-200 --recipes gpu --model resnet50_pst
+    python -m scripts.bundle_tin200 --data-dir data/tiny-imagenet-200            # resnet18_pst, hours on two cores
+    python -m scripts.bundle_tin200 --data-dir data/tiny-imagenet-200 --model resnet50_pst --recipes gpu
 
 Each recipe of `configs/tin200/` that is named is a stage, and goes on from the moving average that the one before left.
 Started again, it goes on where it was stopped; stages that are done are not trained again. The moving average of the
@@ -11,7 +11,10 @@ the last stage.
 import argparse
 import hashlib
 import platform
+import shutil
 import sys
+import tempfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -22,16 +25,21 @@ import torchvision
 from timm.data import ImageNetInfo
 from timm.utils import setup_default_logging
 
-from pst_timm.checkpoints import label_names, load_model, read_checkpoint
+from pst_timm.checkpoints import create_model, label_names, load_model, read_checkpoint
 from pst_timm.checkpoints.conversion import convert, save_safetensors
+from pst_timm.checkpoints.reading import Checkpoint
 from pst_timm.commands.common import run
 from pst_timm.data.datasets import create_eval_dataset
 from pst_timm.data.sampling import labels_of
 from pst_timm.engine import parse_train_args, train, validate, validate_args
+from pst_timm.engine.flags import recipe
 from pst_timm.hub.card import Accuracy, model_card
 from pst_timm.metrics.answers import unpack_answers
+from pst_timm.metrics.intervals import paired_difference
+from pst_timm.models import PSTModel
+from pst_timm.models.digest import digest_note
 from pst_timm.models.resnet_pst import WEIGHTS
-from pst_timm.utils.devices import hardware_name
+from pst_timm.utils.devices import check_device, hardware_name
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import read_csv, write_json, write_text
 from pst_timm.utils.markdown import fence, prose
@@ -43,20 +51,73 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / 'results' / 'weights'
 TAG, DATA_SET, SPLIT = 'tin200', 'Tiny ImageNet', 'val'
 CONFIGS = ROOT / 'configs' / TAG
-TOPK = [0, 8]
+MODEL, STAGES = 'resnet18_pst', ('cpu64', 'cpu96')
+TOPK = [0, 2, 8]
 LAST = 'last.pth.tar'
+METRICS = ('topk', 'fine_fusion', 'top1', 'top5', 'loss', 'ece')
 
 
-def measure(weights: Path, data: Path, img_size: int) -> List[Dict[str, Any]]:
-    """What `validate.py` says of weights on the validation images, coarse and with fine attention."""
+def train_stages(recipes: Sequence[Path], data: Path, output: Path, *flags: str) -> List[Path]:
+    """Train one stage after the other, as far as they are not trained yet.
+
+    Args:
+        recipes: Configuration files of the stages, in order.
+        data: Tiny ImageNet, `train/WNID/*` and `val/WNID/*`.
+        output: Where the runs are, each in a folder by the names of model, tag and recipe.
+        flags: Further flags of all stages, for the model.
+
+    Returns:
+        The last checkpoints of the runs.
+
+    Raises:
+        PSTError: If one cannot be trained, or was trained by another recipe.
+        Interrupted: If the process was asked to stop; the same call goes on.
+    """
+    found: List[Path] = []
+    for path in recipes:
+        words = ['--config', str(path), '--data-dir', str(data), '--output', str(output), '--resume', 'auto', *flags]
+        if found:
+            words += ['--initial-checkpoint', str(found[-1])]
+        args = parse_train_args(words)
+        args.experiment = f'{args.model}.{TAG}-{path.stem}'
+        last = output / args.experiment / LAST
+        if not _is_trained(last, args):
+            train(args)
+        found.append(last)
+    return found
+
+
+def _is_trained(last: Path, args: Namespace) -> bool:
+    """Whether a run has come to its end.
+
+    Raises:
+        PSTError: If it was trained, or begun, with other settings.
+    """
+    if not last.is_file():
+        return False
+    checkpoint = read_checkpoint(last)
+    settings, wanted = checkpoint.recipe or {}, recipe(args)
+    other = [key for key in {**settings, **wanted} if _plain(settings.get(key)) != _plain(wanted.get(key))]
+    if other or checkpoint.args.get('seed') != args.seed:
+        raise PSTError(
+            f'{last.parent} was trained with other settings ({", ".join(sorted(other)) or "seed"}): choose another '
+            f'--output, or remove that folder to train it anew.')
+    return checkpoint.epoch + 1 >= args.epochs
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def measure(weights: Path, data: Path, img_size: int, topk: Sequence[int] = ()) -> List[Dict[str, Any]]:
+    """What `validate.py` says of weights on the validation images, with as many tokens in fine attention as `topk`."""
     return validate(validate_args(
-        checkpoint=str(weights), data_dir=str(data), split=SPLIT, img_size=img_size, topk_sweep=TOPK, answers=True,
-        calibrate=True, workers=1, device_modules=['pst_timm']))
+        checkpoint=str(weights), data_dir=str(data), split=SPLIT, img_size=img_size, topk_sweep=list(topk) or None,
+        answers=True, calibrate=True, workers=1, device_modules=['pst_timm']))
 
 
-def by_class(row: Dict[str, Any], labels: np.ndarray, names: Sequence[str]) -> Dict[str, float]:
-    """Top-1 in percent of each class, by its name, from the answers of `measure`."""
-    right = unpack_answers(row['answers'], len(labels))
+def by_class(right: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Dict[str, float]:
+    """Top-1 in percent of each class, by its name."""
     return {name: round(100 * right[labels == label].mean().item(), 2) for label, name in enumerate(names)}
 
 
@@ -65,41 +126,30 @@ def seconds_of(folder: Path) -> float:
     return sum(float(row['train_seconds']) for row in read_csv(folder / 'speed.csv'))
 
 
-def train_stages(recipes: Sequence[Path], data: Path, output: Path, extra: Sequence[str] = ()) -> List[Path]:
-    """Train one stage after the other, as far as they are not trained yet.
+def half_precision(source: Path, target: Path) -> Checkpoint:
+    """Write the moving average of a checkpoint in half precision.
 
-    Args:
-        recipes: Configuration files of the stages, in order.
-        data: Tiny ImageNet, `train/WNID/*` and `val/WNID/*`.
-        output: Where the runs are, each in a folder by the names of model, tag and recipe.
-        extra: Further flags of all stages.
-
-    Returns:
-        The folders of the runs.
-
-    Raises:
-        PSTError: If one cannot be trained.
-        Interrupted: If the process was asked to stop; the same call goes on.
+    Of the run go along what it takes to repeat it, and not its arguments, which tell where things are on its machine.
     """
-    runs: List[Path] = []
-    for recipe in recipes:
-        words = ['--config', str(recipe), '--data-dir', str(data), '--output', str(output), '--resume', 'auto', *extra]
-        if runs:
-            words += ['--initial-checkpoint', str(runs[-1] / LAST)]
-        args = parse_train_args(words)
-        args.experiment = f'{args.model}.{TAG}-{recipe.stem}'
-        last = output / args.experiment / LAST
-        if not last.is_file() or read_checkpoint(last).epoch + 1 < args.epochs:
-            train(args)
-        runs.append(last.parent)
-    return runs
+    convert(source, target, 'float16', use_ema=True)
+    written = read_checkpoint(target)
+    save_safetensors(written.weights, target, {k: v for k, v in written.facts().items() if k != 'args'})
+    return written
 
 
-def bundle(runs: Sequence[Path], data: Path, folder: Path, records: Path, command: str) -> Dict[str, Any]:
-    """Write the weights, measure what was written, and write record and card.
+def bundle(
+        stages: Sequence[Path],
+        twins: Sequence[Path],
+        data: Path,
+        folder: Path,
+        records: Path,
+        command: str,
+) -> Dict[str, Any]:
+    """Write the weights, measure what was written, and write record and card; nothing if anything goes wrong.
 
     Args:
-        runs: Folders of the stages, in order.
+        stages: Last checkpoints of the stages, in order.
+        twins: Those of the plain twin.
         data: Tiny ImageNet, `train/WNID/*` and `val/WNID/*`.
         folder: Where to write NAME.safetensors, and NAME.json for `pst-timm list`.
         records: Where to write NAME.json and NAME.md.
@@ -111,46 +161,55 @@ def bundle(runs: Sequence[Path], data: Path, folder: Path, records: Path, comman
     Raises:
         PSTError: If a run or the data will not do.
     """
-    stages = [read_checkpoint(path / LAST, use_ema=True) for path in runs]
-    last = stages[-1]
+    runs = [read_checkpoint(path, use_ema=True) for path in stages]
+    last = runs[-1]
     name = f'{last.arch}.{TAG}'
-    weights = folder / f'{name}.safetensors'
-    convert(runs[-1] / LAST, weights, 'float16', use_ema=True, overwrite=True)
-    # the arguments of the run tell where things are on its machine, the recipe all else
-    written = read_checkpoint(weights)
-    save_safetensors(written.weights, weights, {k: v for k, v in written.facts().items() if k != 'args'})
-    model = load_model(weights)
-    names = label_names(model)
-    if not names:
-        raise PSTError(f'{runs[-1]} does not know the names of its classes: train it on folders of class folders.')
-    img_size = model.pretrained_cfg['input_size'][-1]
-    rows = measure(weights, data, img_size)
-    keys = ('topk', 'fine_fusion', 'top1', 'top5', 'loss', 'ece')
-    labels = np.asarray(labels_of(create_eval_dataset(validate_args(data_dir=str(data), split=SPLIT), SPLIT, None)))
-    record = dict(
-        weights=name, data_set=DATA_SET, classes=len(names), images=len(labels),
-        img_size=img_size, metrics=[{key: row[key] for key in keys if key in row} for row in rows],
-        top1_by_class=by_class(rows[0], labels, names),
-        sha256=hashlib.sha256(weights.read_bytes()).hexdigest(), bytes=weights.stat().st_size,
-        seed=last.args['seed'],
-        stages=[dict(recipe=stage.recipe, epochs=stage.epoch + 1, train_seconds=round(seconds_of(path), 1))
-                for stage, path in zip(stages, runs)],
-        hardware=hardware_name(torch.device('cpu')),
-        versions=dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
-                      timm=timm.__version__),
-        command=command)
+    with tempfile.TemporaryDirectory() as temporary:
+        weights = Path(temporary, f'{name}.safetensors')
+        written = half_precision(stages[-1], weights)
+        model = load_model(weights)
+        names = label_names(model)
+        if not names:
+            raise PSTError(f'{stages[-1]} does not know its classes: train it on folders of class folders.')
+        labels = np.asarray(labels_of(create_eval_dataset(
+            validate_args(data_dir=str(data), split=SPLIT), SPLIT, None)))
+        img_size = model.pretrained_cfg['input_size'][-1]
+        rows = measure(weights, data, img_size, TOPK)
+        [plain] = measure(twins[-1], data, img_size)
+        mine, other = (unpack_answers(row['answers'], len(labels)) for row in (rows[0], plain))
+        found = paired_difference({0: rows[0]['top1']}, {0: plain['top1']}, {0: mine}, {0: other})
+        record = dict(
+            weights=name, data_set=DATA_SET, classes=len(names), images=len(labels), img_size=img_size,
+            metrics=[{key: row[key] for key in METRICS if key in row} for row in rows],
+            twin=dict(
+                model=model.plain_name, **{key: plain[key] for key in METRICS if key in plain},
+                difference=round(found.mean, 4), over_images=[round(bound, 4) for bound in found.images],
+                train_seconds=round(sum(seconds_of(path.parent) for path in twins), 1)),
+            top1_by_class=by_class(mine, labels, names),
+            sha256=hashlib.sha256(weights.read_bytes()).hexdigest(), bytes=weights.stat().st_size,
+            notes=digest_note(written.weights), seed=last.args['seed'],
+            stages=[dict(recipe=stage.recipe, epochs=stage.epoch + 1, train_seconds=round(seconds_of(path.parent), 1))
+                    for stage, path in zip(runs, stages)],
+            hardware=hardware_name(check_device(last.args.get('device') or '')),
+            versions=dict(python=platform.python_version(), torch=torch.__version__,
+                          torchvision=torchvision.__version__, timm=timm.__version__),
+            command=command)
+        text = card(record, weights)
+        for place in (folder, records):
+            place.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(weights, folder / weights.name)
+    told = {**record, **rows[0]}
+    keys = ('weights', 'data_set', 'images', 'img_size', 'top1', 'top5', 'loss', 'command')
+    write_json(folder / f'{name}.json', {key: told[key] for key in keys})
     write_json(records / f'{name}.json', record)
-    told = {key: record[key] for key in ('weights', 'data_set', 'images', 'img_size')}
-    told.update({key: rows[0][key] for key in ('top1', 'top5', 'loss')}, command=command)
-    write_json(folder / f'{name}.json', told)
-    write_text(records / f'{name}.md', card(record, weights))
+    write_text(records / f'{name}.md', text)
     return record
 
 
 def card(record: Dict[str, Any], weights: Path) -> str:
     """The card of bundled weights: that of a published model, and what its record tells beside it."""
     checkpoint, model = read_checkpoint(weights), load_model(weights)
-    first = record['metrics'][0]
+    first, twin = record['metrics'][0], record['twin']
     cfg = model.pretrained_cfg
     accuracy = Accuracy(
         first['top1'], first['top5'], record['img_size'], cfg['crop_pct'], cfg['interpolation'],
@@ -158,7 +217,8 @@ def card(record: Dict[str, Any], weights: Path) -> str:
     words = ImageNetInfo()
     attention = markdown_table([{
         'attention': f'k = {row["topk"]}, {row["fine_fusion"]}' if row['topk'] else 'coarse',
-        'top-1 (%)': f'{row["top1"]:.2f}', 'top-5 (%)': f'{row["top5"]:.2f}', 'ECE': f'{row["ece"]:.3f}',
+        'top-1 (%)': f'{row["top1"]:.2f}', 'top-5 (%)': f'{row["top5"]:.2f}', 'loss': f'{row["loss"]:.3f}',
+        'ECE': f'{row["ece"]:.3f}',
     } for row in record['metrics']])
     classes = markdown_table([
         {'class': name, 'what it is': prose(words.label_name_to_description(name)), 'top-1 (%)': f'{top1:.0f}'}
@@ -169,10 +229,21 @@ def card(record: Dict[str, Any], weights: Path) -> str:
     } for i, stage in enumerate(record['stages'], start=1)])
     sections = [
         '## Intended use', '',
-        'A start for fine-tuning on photographs, and an example of a trained model with PST. The 200 classes are some '
-        'of ImageNet, at 64 x 64 pixels: it is no classifier of ImageNet-1k, and knows no fine detail. The images are '
-        "for research under ImageNet's terms.", '',
-        '## With fine attention', '', attention, '',
+        'A start for fine-tuning on photographs, and an example of a trained model with PST. It is no classifier of '
+        'ImageNet-1k: it knows 200 of its 1000 classes, from images of 64 x 64 pixels, and no fine detail.', '',
+        '## Data and terms', '',
+        f'{DATA_SET}: 500 training images of each of {record["classes"]} classes of ImageNet, reduced to 64 x 64 '
+        'pixels by its makers, and enlarged again where a stage has more. The images are for non-commercial research '
+        "and education under ImageNet's terms: who uses the weights for more should ask whether these reach so far.",
+        '',
+        '## With fine attention', '',
+        attention, '',
+        'ECE is the expected calibration error, from 0 to 1. Fine attention was never trained.', '',
+        '## Beside its plain twin', '',
+        f'`{twin["model"]}`, trained by the same recipe with the same seed: {twin["top1"]:.2f}% top-1, '
+        f'{twin["top5"]:.2f}% top-5, loss {twin["loss"]:.3f}, ECE {twin["ece"]:.3f}. The difference in top-1 is '
+        f'{twin["difference"]:+.2f} points, 95% over images [{twin["over_images"][0]:+.2f}, '
+        f'{twin["over_images"][1]:+.2f}]; one run of each says nothing of what another seed would give.', '',
         '## By class', '', f'Of {record["images"] // record["classes"]} validation images each, coarse attention.', '',
         classes, '',
         '## Stages', '',
@@ -190,29 +261,35 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m scripts.bundle_tin200', description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--runs', nargs='+', type=Path, metavar='RUN', help='stages that are trained already, in order')
     parser.add_argument('--data-dir', type=Path, required=True)
-    parser.add_argument('--recipes', nargs='+', metavar='NAME', default=['cpu64', 'cpu96'], help='of the stages')
-    parser.add_argument('--model', default='resnet18_pst')
-    parser.add_argument('--output', type=Path, default=Path('output', 'train'), help='of the runs')
+    parser.add_argument('--model', default=MODEL)
+    parser.add_argument('--recipes', nargs='+', metavar='NAME', default=list(STAGES), help='of the stages, in order')
+    parser.add_argument('--output', type=Path, default=Path('output', 'train'), help='where the runs are')
     parser.add_argument('--folder', type=Path, default=WEIGHTS, help='of the weights (default: in the package)')
     parser.add_argument('--records', type=Path, default=RECORDS, help='of record and card (default: results/weights)')
-    args, extra = parser.parse_known_args(argv)
+    args = parser.parse_args(argv)
     setup_default_logging()
-    return run(parser.prog, _work, parser, args, extra)
+    return run(parser.prog, _work, args)
 
 
-def _work(parser: argparse.ArgumentParser, args: argparse.Namespace, extra: Sequence[str]) -> None:
-    changed = [
-        f' --{key} {words}' for key, words in (('recipes', ' '.join(args.recipes)), ('model', args.model))
-        if getattr(args, key) != parser.get_default(key)]
-    command = ''.join([f'{parser.prog} --data-dir data/tiny-imagenet-200', *changed, *(f' {word}' for word in extra)])
-    for folder in (args.folder, args.records):
-        folder.mkdir(parents=True, exist_ok=True)
+def _work(args: Namespace) -> None:
+    with torch.device('meta'):
+        model = create_model(args.model)
+    if not isinstance(model, PSTModel):
+        raise PSTError(f'{args.model} has no PST: choose a model of this package, such as {MODEL}.')
+    command = 'python -m scripts.bundle_tin200 --data-dir data/tiny-imagenet-200' + (
+        '' if args.model == MODEL else f' --model {args.model}') + (
+        '' if args.recipes == list(STAGES) else f' --recipes {" ".join(args.recipes)}')
     recipes = [CONFIGS / f'{name}.yaml' for name in args.recipes]
-    runs = args.runs or train_stages(recipes, args.data_dir, args.output, ['--model', args.model, *extra])
-    for row in bundle(runs, args.data_dir, args.folder, args.records, command)['metrics']:
+    where = recipes, args.data_dir, args.output
+    stages = train_stages(*where, '--model', args.model)
+    twins = train_stages(*where, '--model', model.plain_name, '--model-kwargs')
+    record = bundle(stages, twins, args.data_dir, args.folder, args.records, command)
+    for row in (*record['metrics'], record['twin']):
         print(row)
+    name, note = record['weights'], record['notes']
+    if name not in timm.list_pretrained() or timm.get_pretrained_cfg(name).notes != (note,):
+        print(f'Now the entry {name!r} in default_cfgs, where {args.model} is, needs notes=({note!r},).')
 
 
 if __name__ == '__main__':

@@ -2,7 +2,7 @@
 
     python -m scripts.check_wheel                  # needs a Python and pip, nothing else
     python -m scripts.check_wheel dist/NAME.whl    # a wheel that is there
-    python -m scripts.check_wheel --photos data/tiny-imagenet-200/val/n*/val_[12].JPEG    # photographs as well
+    python -m scripts.check_wheel --photos data/tiny-imagenet-200/val/n01443537/val_1267.JPEG   # which it should know
 
 The environment is filled from the package index; the check itself runs without a network.
 """
@@ -64,7 +64,7 @@ for path in sys.argv[3:]:
 from pst_timm.cli import main
 sys.exit(main(['list']))
 """
-WEIGHTS = ('resnet18_pst.tin200', 'test_resnet_pst.digits')
+WEIGHTS, SYNSETS = ('resnet18_pst.tin200', 'test_resnet_pst.digits'), 'tin200_synsets.txt'
 
 
 def build_wheel(folder: Path, *pip_flags: str) -> Path:
@@ -101,7 +101,8 @@ def check_contents(wheel: Path) -> None:
     strangers = {top for top in tops if top != 'pst_timm' and not top.endswith('.dist-info')}
     if strangers:
         raise RuntimeError(f'{wheel.name} holds {", ".join(sorted(strangers))} beside the package.')
-    for wanted in ('pst_timm/py.typed', *(f'pst_timm/models/weights/{name}.safetensors' for name in WEIGHTS)):
+    weights = [f'pst_timm/models/weights/{name}' for name in (*(f'{n}.safetensors' for n in WEIGHTS), SYNSETS)]
+    for wanted in ('pst_timm/py.typed', *weights):
         if wanted not in names:
             raise RuntimeError(f'{wheel.name} does not hold {wanted}.')
 
@@ -181,7 +182,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             wheel = args.wheel or build_wheel(Path(folder))
             install_and_check(wheel, args.photos)
-            print(f'{wheel.name} is installed from nothing and tells ten digits apart.')
+            told = f' and {len(args.photos)} photographs' if args.photos else ''
+            print(f'{wheel.name} is installed from nothing and tells ten digits{told} apart.')
     except RuntimeError as e:
         print(f'{parser.prog}: error: {e}', file=sys.stderr)
         return 1

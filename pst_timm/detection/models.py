@@ -334,18 +334,13 @@ def _create_trunk(
             f'{name} has no maps of stride {", ".join(map(str, missing))}, it has those of stride '
             f'{", ".join(map(str, sorted(found)))}: choose other levels, or another trunk.')
     _check_sizes(name, shape.eval(), levels[-1])
-    if pretrained and isinstance(getattr(shape, 'model', shape), PSTModel) and not _published(name):
-        # of a model with PST at least its own trunk
+    if pretrained and isinstance(getattr(shape, 'model', shape), PSTModel) and not re.search('[.:]', name):
+        # a model with PST has weights of ImageNet in its trunk alone, unless a tag or a repository is named
         pretrained, kwargs = False, dict(kwargs, pretrained_trunk=True)
     body = create_model(
         name, pretrained=pretrained, features_only=True, out_indices=tuple(found[s] for s in levels), **kwargs)
     cfg = {**_cfg_of(name), **{k: v for k, v in (getattr(body, 'pretrained_cfg', None) or {}).items() if v}}
     return body, list(body.feature_info.channels()), cfg
-
-
-def _published(name: str) -> bool:
-    cfg = timm.get_pretrained_cfg(name)
-    return cfg is not None and cfg.has_weights
 
 
 def _check_sizes(name: str, shape: nn.Module, stride: int) -> None:

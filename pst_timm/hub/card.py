@@ -207,11 +207,12 @@ def model_card(
     channels, *size = cfg['input_size']
     settings = attention_settings(model)
     name, names = repo_id.split('/')[-1], label_names(model)
-    source = source or f'hf-hub:{repo_id}'
     classes = f'{model.num_classes}'
     if names:
         shown = ', '.join(map(prose, names[:SHOWN_NAMES]))
-        classes += f': {shown}{", ... (all in config.json)" if len(names) > SHOWN_NAMES else ""}'
+        where = f'pretrained_cfg of {source}' if source else 'config.json'
+        classes += f': {shown}{f", ... (all in {where})" if len(names) > SHOWN_NAMES else ""}'
+    source = source or f'hf-hub:{repo_id}'
     data = f' for {prose(data_set)}' if data_set else ''
     saved = f'; saved with `topk={settings["topk"]}`, `fine_fusion={settings["fine_fusion"]!r}`'
     made_of = f'the `{model.plain_name}`' if checkpoint.arch == 'backbone_pst' else 'a network'

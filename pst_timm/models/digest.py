@@ -30,8 +30,8 @@ def check_digest(weights: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str
     if expected and digest_note(weights) not in expected:
         source = cfg.get('hf_hub_id') or cfg.get('file')
         raise RuntimeError(
-            f'The weights of {source} are not the ones that were published with its config.json: the file was damaged '
-            f'or replaced. Delete it from the cache (or the folder) and fetch it again.')
+            f'The weights of {source} are not the ones that were published: the file was damaged or replaced. Delete '
+            f'it from the cache (or the folder) and fetch it again; those of the package come with its installation.')
     return weights
 
 

@@ -26,6 +26,8 @@ from .trunk import load_pretrained_trunk
 
 __all__ = ['PSTModel', 'build_pst', 'pst_cfg']
 
+SOURCES = {'url', 'file', 'state_dict', 'hf_hub_id'}  # what tells in a pretrained configuration where weights are
+
 
 class PSTModel(AttentionSettings, nn.Module):
     """A trunk with a PST neck over its last two levels and a widened classification head.
@@ -361,6 +363,9 @@ def build_pst(
         raise ValueError('pretrained=True brings weights of the whole model: leave pretrained_trunk out.')
     if pretrained:
         _check_weights_exist(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        overlay = kwargs.get('pretrained_cfg_overlay') or {}
+        if SOURCES & set(overlay):  # the checksum of the default weights says nothing of others
+            kwargs['pretrained_cfg_overlay'] = {'notes': (), **overlay}
     elif not kwargs.get('pretrained_cfg'):
         # weights that were not asked for decide neither class count nor input size
         kwargs['pretrained_cfg'] = 'untrained'
@@ -388,7 +393,7 @@ def _check_weights_exist(variant: str, pretrained_cfg: Any, pretrained_cfg_overl
     name = '.'.join(filter(None, (variant, cfg.tag))) if tags else f'{variant} yet'
     others = ', '.join(tags or timm.list_pretrained('*_pst.*'))
     raise RuntimeError(
-        f'No pretrained weights exist for {name}, only for {others}. The ways on are pretrained_trunk=True or '
+        f'No pretrained weights exist for {name}, only for {others}: the ways on are pretrained_trunk=True or '
         f'pst_timm.load_trunk for the weights of the plain model in its trunk, pst_timm.register_weights for your own, '
         f"or the name of a published model, 'hf-hub:org/name'.")
 

@@ -75,7 +75,9 @@ def run_cell(cell: Cell, data_dir: str, output: Path, device: str = '', jobs: in
             cell.draw, Path(data_dir), folder / 'images', (args.train_split, args.val_split), cell.classes)
     settings = vars(train_args(**cell.train, **given))
     write_classes(Path(settings['class_map']), cell.classes)
-    train(train_args(**settings))
+    # where no epoch is due for it before the last, the evaluation below is enough
+    late = settings['val_interval'] > settings['epochs']
+    train(train_args(**dict(settings, val_split='') if late else settings))
     evaluations = evaluate_cell(cell, settings, folder)
     record = dict(
         settings=cell.settings,

@@ -108,9 +108,10 @@ def describe(study: Study, rows: Sequence[Row]) -> str:
         return joint.join(dict.fromkeys(str(row[key]) for row in rows))
 
     def images(key: str) -> str:
-        return ' or '.join(f'{n:,}' for n in dict.fromkeys(int(row[key]) for row in rows if row['classes'] == classes))
+        numbers = dict.fromkeys(int(row[key]) for row in rows if int(row['classes']) == classes)
+        return ' or '.join(f'{number:,}' for number in numbers)
 
-    classes = rows[0]['classes']
+    classes = int(rows[0]['classes'])  # as text where it comes from the table
     seeds = sorted({int(row['seed']) for row in rows})
     return (
         f'{study.title}: {images("train_images")} training and {images("val_images")} validation images of '

@@ -1,12 +1,16 @@
 """The YAML file of a study: which cells there are, and what each of them is to do."""
+import hashlib
 import json
 import re
+from argparse import Namespace
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from reprlib import repr
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import timm
+from timm.models import is_model_pretrained
 
 from pst_timm.checkpoints import create_model
 from pst_timm.engine import train_args
@@ -46,6 +50,8 @@ class Cell:
     """Held-out classes of the linear probe, empty for none."""
     draw: Optional[Draw] = None
     """Which images it trains on, None for the training split as it is."""
+    start: str = ''
+    """Checksum of the weights it begins with, empty for random ones."""
 
     @property
     def id(self) -> str:
@@ -60,7 +66,7 @@ class Cell:
         """Everything that decides the result, to tell a finished cell from one of an earlier configuration."""
         return dict(
             train=_decisive(self.train), seed=self.seed, classes=self.classes, sweep=self.sweep, probe=self.probe,
-            **(dict(draw=asdict(self.draw)) if self.draw else {}))
+            **(dict(draw=asdict(self.draw)) if self.draw else {}), **(dict(start=self.start) if self.start else {}))
 
     def was_run_with(self, settings: Mapping[str, Any]) -> bool:
         """Whether settings on record are those of this cell."""
@@ -173,6 +179,7 @@ def read_study(path: str, data_dir: str) -> Study:
                     sweep={k: sweep[k] for k in ('topk', 'img_size')} if name in sweep.get('cells', []) else {},
                     probe=probe_classes if name in probe.get('cells', []) else [],
                     draw=draw,
+                    start=_start_of(args),
                 )
                 for seed, draw in zip(values['seeds'], draws)]
     _check_given(path, values, cells)
@@ -193,6 +200,20 @@ def _draws(values: Dict[str, Any]) -> List[Tuple[str, Dict[str, Any], List[Optio
     return [
         (f'-{n}', flags, [Draw(None if n == ALL else n, turn, most, turns) for turn in range(turns)])
         for n, flags in shots.items()]
+
+
+def _start_of(args: Namespace) -> str:
+    """Checksum of the weights that a cell begins with; one that goes on with others is another cell."""
+    for path in filter(None, (args.initial_checkpoint, args.trunk_checkpoint, args.pretrained_path)):
+        return _file_digest(path, Path(path).stat().st_mtime_ns) if Path(path).is_file() else path
+    import_modules(args.device_modules)
+    cfg = timm.get_pretrained_cfg(args.model) if args.pretrained and is_model_pretrained(args.model) else None
+    return ' '.join(filter(None, (cfg.tag, *(cfg.notes or ())))) if cfg else ''
+
+
+@lru_cache(maxsize=None)
+def _file_digest(path: str, changed: int) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _check_train(path: str, flags: Dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
 """How fast the models of a study are, measured in turn with nothing else at work."""
+from argparse import Namespace
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Callable, Dict, List
@@ -9,6 +10,7 @@ import torch.nn as nn
 from pst_timm.checkpoints import create_model
 from pst_timm.engine import train_args
 from pst_timm.engine.factories import autocast_for, import_modules, init_device
+from pst_timm.engine.transfer import Frozen, apply_transfer
 from pst_timm.utils.cost import count_gmacs
 from pst_timm.utils.devices import hardware_name
 from pst_timm.utils.timing import median_ratio, percentile, time_in_turn
@@ -19,13 +21,14 @@ from .results import Row
 __all__ = ['measure_latency']
 
 DECISIVE = (
-    'model', 'model_kwargs', 'img_size', 'batch_size', 'validation_batch_size', 'channels_last', 'amp', 'amp_dtype')
+    'model', 'model_kwargs', 'img_size', 'batch_size', 'validation_batch_size', 'channels_last', 'amp', 'amp_dtype',
+    'freeze', 'freeze_trunk', 'linear_probe')
 
 
 def measure_latency(study: Study, device: str, repeats: int = 20, train_repeats: int = 5) -> List[Row]:
     """Time the models of a study in turn, nothing else running: weights do not matter, and are random.
 
-    Cells of the same model and batch are timed as one.
+    Cells of the same model and batch, with the same parts frozen, are timed as one.
 
     Args:
         study: The study.
@@ -42,7 +45,7 @@ def measure_latency(study: Study, device: str, repeats: int = 20, train_repeats:
     for name in study.names:
         cell = next(c for c in study.cells if c.name == name)
         args = train_args(**cell.train, device=device)
-        # where a cell begins and how many images it has changes nothing of what a step costs
+        # with which weights a cell begins, and how many images it has, changes nothing of what a step costs
         networks[name] = network = repr([len(cell.classes), *(getattr(args, key) for key in DECISIVE)])
         if network in found:
             continue
@@ -50,6 +53,7 @@ def measure_latency(study: Study, device: str, repeats: int = 20, train_repeats:
         torch_device = init_device(args)
         memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         model = create_model(args.model, num_classes=len(cell.classes), **args.model_kwargs)
+        frozen = apply_transfer(Namespace(**dict(vars(args), trunk_checkpoint='')), model)
         model = model.to(device=torch_device, memory_format=memory_format)
         size = args.img_size or model.default_cfg['input_size'][-1]
         batches = args.validation_batch_size or args.batch_size, args.batch_size
@@ -57,7 +61,7 @@ def measure_latency(study: Study, device: str, repeats: int = 20, train_repeats:
             torch.randn(n, 3, size, size, device=torch_device).contiguous(memory_format=memory_format)
             for n in batches]
         infer[network] = partial(_infer, model, images[0])
-        step[network] = partial(_step, model, images[1], autocast_for(args, torch_device))
+        step[network] = partial(_step, model, frozen, images[1], autocast_for(args, torch_device))
         found[network] = dict(
             params=sum(p.numel() for p in model.parameters()), gmacs=round(count_gmacs(model, (3, size, size)), 4),
             img_size=size, batch_size=batches[0], train_batch_size=batches[1])
@@ -78,8 +82,15 @@ def _infer(model: nn.Module, images: torch.Tensor) -> None:
     model.eval()(images)
 
 
-def _step(model: nn.Module, images: torch.Tensor, autocast: Callable[[], AbstractContextManager]) -> None:
+def _step(
+        model: nn.Module,
+        frozen: Frozen,
+        images: torch.Tensor,
+        autocast: Callable[[], AbstractContextManager],
+) -> None:
+    model.train()
+    frozen.rest()
     with autocast():
-        output = model.train()(images)
+        output = model(images)
     output.float().logsumexp(dim=-1).mean().backward()
     model.zero_grad()

@@ -150,7 +150,10 @@ def shots_of(study: StudyData) -> Dict[str, List[str]]:
 
 
 def draw_shots(study: StudyData) -> Optional['Figure']:
-    """Top-1 over the training images of each class: means over the seeds with standard deviations, and every seed."""
+    """Top-1 over the training images of each class: means over the seeds with standard deviations, and every seed.
+
+    A line joins what was tested on the same images.
+    """
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
     figure, ((axes,),) = _figure(1, 1, 4.2)
@@ -163,12 +166,14 @@ def draw_shots(study: StudyData) -> Optional['Figure']:
             runs = study.runs_of(cell)
             x = int(runs[0]['train_images']) / runs[0]['classes']
             top1 = [row['top1'] for row in runs]
-            points.append((x, *mean_and_sd(top1)))
+            points.append((x, *mean_and_sd(top1), runs[0]['val_images']))
             _draw_seeds(axes, x, top1, style['color'], 5)
-        xs, means, sds = zip(*sorted(points))
-        axes.errorbar(
-            xs, means, [sd or 0. for sd in sds], **style, ls=line, lw=1.2, markersize=4, capsize=2, elinewidth=0.8)
-        ends[start], places = means[-1], places | set(xs)
+        for images in {point[-1] for point in points}:
+            xs, means, sds, _ = zip(*sorted(point for point in points if point[-1] == images))
+            axes.errorbar(
+                xs, means, [sd or 0. for sd in sds], **style, ls=line, lw=1.2, markersize=4, capsize=2, elinewidth=0.8)
+            places |= set(xs)
+        ends[start] = max(points)[1]
     axes.set(xscale='log', xlabel='training images of each class', ylabel=METRICS['top1'])
     axes.set_xticks(sorted(places))
     axes.xaxis.set_major_formatter(ScalarFormatter())

@@ -61,7 +61,9 @@ def models_block(study: StudyData) -> str:
     Of cells that differ in the number of training images alone, that with the last number.
     """
     last = {f'-{question["shots"][-1]}' for question in study.questions.values() if question.get('shots')}
-    rows = [_model_row(study, cell) for cell in study.cells if cell.endswith(tuple(last or {''}))]
+    cells = [cell for cell in study.cells if cell.endswith(tuple(last or {''}))]
+    first = next((cell for cell in cells if cell in study.latency), cells[0])
+    rows = [_model_row(study, cell, first) for cell in cells]
     # of interest where the cells differ in it
     if len({row['classes'] for row in study.runs}) == 1:
         for row in rows:
@@ -69,10 +71,9 @@ def models_block(study: StudyData) -> str:
     return markdown_table(rows)
 
 
-def _model_row(study: StudyData, cell: str) -> Row:
+def _model_row(study: StudyData, cell: str, first: str) -> Row:
     runs = study.runs_of(cell)
     latency = study.latency.get(cell)
-    first = next(iter(study.latency), study.cells[0])
 
     def column(key: str, decimals: int, unit: float = 1.) -> str:
         values = [row[key] for row in runs]
@@ -313,4 +314,4 @@ QUESTIONS: Dict[str, Callable[[StudyData, Sequence[str]], List[str]]] = dict(
     sweep=_sweep,
     train_fine=_train_fine,
 )
-BLOCKS = ('setting', 'models', *(f'question{i}' for i in range(1, 7)))
+BLOCKS = ('setting', 'models', *(f'question{i}' for i in range(1, 8)))

@@ -86,7 +86,7 @@ TABLE = [
     source('nothing-named', '', 'name a model', code=2),
     source('source-missing', 'nowhere.pth', 'nowhere.pth'),
     source('source-unknown', 'test_resnet_ps', 'test_resnet_pst'),
-    source('source-without-weights', 'resnet18_pst', 'weights'),
+    source('source-without-weights', 'resnet34_pst', 'No pretrained weights exist for resnet34_pst'),
     source('source-garbage', 'bad.pth', 'bad.pth', write('bad.pth', b'\x80\x04garbage')),
     source('recipe-of-no-checkpoint', 'last.pth.tar --cross 2', 'does not tell how it was trained'),
     bad('average-that-is-not-there', '--use-ema', '--use-ema'),

@@ -53,7 +53,7 @@ TABLE = [
     BadInput('predict: nothing', ['predict'], 'source', code=2),
     BadInput('predict: missing model', ['predict', 'gone.pth.tar', 'photo.png'], 'gone.pth.tar'),
     BadInput('predict: unknown model', ['predict', 'resnet18_ptt', 'photo.png'], 'Did you mean resnet18_pst'),
-    BadInput('predict: no weights', ['predict', 'resnet18_pst', 'photo.png'], 'resnet18_pst'),
+    BadInput('predict: no weights', ['predict', 'resnet34_pst', 'photo.png'], 'weights exist for resnet34_pst'),
     BadInput('predict: no classifier', ['predict', 'headless.pth.tar', 'photo.png'], 'no classifier', headless),
     BadInput('predict: missing image', [*PREDICT, 'gone.png'], 'gone.png: there is no such file'),
     BadInput('predict: noise', [*PREDICT, 'noise.png'], 'noise.png: cannot identify', write('noise.png', b'noise')),

@@ -162,7 +162,7 @@ TABLE = [
     # a teacher
     bad('teacher-unknown', '--kd-model-name resnet181', 'resnet18'),
     bad('teacher-tag', '--kd-model-name resnet18.a1_in2k', 'resnet18.a1_in1k'),
-    bad('teacher-without-weights', '--kd-model-name resnet18_pst', 'resnet18_pst'),
+    bad('teacher-without-weights', '--kd-model-name resnet34_pst', 'resnet34_pst'),
     bad('teacher-of-other-classes', '--kd-model-name test_resnet_pst', 'knows 10 classes'),
     bad('teacher-missing', '--kd-model-name nowhere/last.pth.tar', 'nowhere/last.pth.tar'),
     bad('teacher-empty', '--kd-model-name start.pth', 'start.pth', EMPTY),

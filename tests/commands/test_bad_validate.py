@@ -90,7 +90,7 @@ TABLE = [
     named('model-unknown', '--model test_resnet_ps', 'test_resnet_pst'),
     named('model-pattern', '--model test_resnet*', "'test_resnet*'"),
     named('model-tag', '--model test_resnet.r160_in2k', 'test_resnet.r160_in1k'),
-    named('model-without-weights', '--model resnet18_pst', 'resnet18_pst'),
+    named('model-without-weights', '--model resnet34_pst', 'resnet34_pst'),
     named('model-empty', '--model ,', '--model'),
     named('models-one-unknown', '--model test_resnet_pst,bogus', 'bogus'),
     named('average-of-a-name', '--model test_resnet_pst --use-ema', '--use-ema'),

@@ -5,7 +5,8 @@ import torch
 from timm.optim import create_optimizer_v2
 from torchvision.models.detection import FCOS, RetinaNet, fcos_resnet50_fpn
 
-from pst_timm.detection import create_detector
+from pst_timm.checkpoints import create_model
+from pst_timm.detection import create_detector, models
 from pst_timm.detection.models import KINDS, NECKS, FloatAnchors
 from pst_timm.engine.protocols import Adjustable
 from pst_timm.utils.errors import PSTError
@@ -120,6 +121,19 @@ def test_trunks_of_several_families(trunk, levels):
     layers = [groups[n] for n in names if n.startswith('backbone.trunk.')]
     head = [groups[n] for n in names if n.startswith('head.')]
     assert len(set(layers)) > 2 and max(layers) < min(head)
+
+
+@pytest.mark.parametrize('trunk', ['resnet18_pst', 'test_resnet_pst', 'test_resnet_pst.digits'])
+def test_a_trunk_with_pst_begins_with_weights_of_imagenet_unless_a_tag_is_named(trunk, monkeypatch):
+    asked = []
+
+    def create(name, pretrained=False, pretrained_trunk=False, **kwargs):
+        asked.append((pretrained, pretrained_trunk))
+        return create_model(name, **kwargs)
+
+    monkeypatch.setattr(models, 'create_model', create)
+    create_detector('fcos', trunk, 'fpn', num_classes=2, pretrained_trunk=True)
+    assert asked[-1] == ((True, False) if '.' in trunk else (False, True))
 
 
 def test_maps_in_channels_last_order_are_turned():

@@ -223,8 +223,8 @@ def test_garbled_facts_are_one_sentence(run):
 
 
 def test_a_name_without_weights_is_said_to_be_random(caplog):
-    load_model('resnet18_pst')
-    assert 'resnet18_pst has no published weights, so these are random ones' in caplog.text
+    load_model('resnet34_pst')
+    assert 'resnet34_pst has no published weights, so these are random ones' in caplog.text
     caplog.clear()
     assert label_names(load_model('test_resnet_pst')) == list('0123456789') and not caplog.records
     with pytest.raises(PSTError, match='know 10 classes, not 4'):

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo
 from timm.models import get_pretrained_cfg
 
@@ -15,6 +16,7 @@ from pst_timm.checkpoints import label_names, read_checkpoint
 from pst_timm.checkpoints.building import load_model
 from pst_timm.cli import main
 from pst_timm.commands.list import bundled_weights
+from pst_timm.models.digest import digest_note
 from pst_timm.models.resnet_pst import WEIGHTS
 from scripts import bundle_tin200
 from scripts.bundle_weights import bundle, measure
@@ -64,7 +66,24 @@ def test_they_adapt_as_timms_do(name):
         features = served.forward_features(x.expand(-1, 3, -1, -1))
         assert relative_error(other.forward_features(x), features) < 1e-3
         maps = timm.create_model(name, pretrained=True, features_only=True).eval()(x.expand(-1, 3, -1, -1))
-        assert [m.shape[-1] for m in maps] == [32, 16, 8, 4, 2]
+        levels = served.forward_intermediates(x.expand(-1, 3, -1, -1), intermediates_only=True)
+    assert [m.shape[-1] for m in maps] == [32, 16, 8, 4, 2]
+    assert all(torch.equal(a, b) for a, b in zip(maps, levels, strict=True))
+
+
+@weights
+def test_a_replaced_file_is_noticed_and_a_file_of_ones_own_is_not(name, tmp_path):
+    tensors = load_file(file_of(name))
+    assert get_pretrained_cfg(name).notes == (digest_note(tensors),)
+    tensors['fc.bias'] += 1
+    save_file(tensors, tmp_path / 'other.safetensors')
+    own = dict(file=str(tmp_path / 'other.safetensors'))
+    arch = name.split('.')[0]
+    model = timm.create_model(arch, pretrained=True, pretrained_cfg_overlay=own)
+    assert torch.equal(model.fc.bias, tensors['fc.bias'].float())
+    cfg = dict(get_pretrained_cfg(name).to_dict(), **own)
+    with pytest.raises(RuntimeError, match='damaged or replaced'):
+        timm.create_model(arch, pretrained=True, pretrained_cfg=cfg)
 
 
 @weights
@@ -131,7 +150,8 @@ class TestPhotographs:
         coarse = self.record['metrics'][0]
         assert sum(by_class.values()) / len(by_class) == pytest.approx(coarse['top1'], abs=0.01)
         assert coarse['topk'] == 0 and coarse['top1'] >= 50
-        assert [row['topk'] for row in self.record['metrics'][1:]] == [8, 8]
+        assert [row['topk'] for row in self.record['metrics'][1:]] == [2, 2, 8, 8]
+        assert get_pretrained_cfg(self.name).notes == (self.record['notes'],)
 
     def test_classes_have_their_words(self):
         cfg, words = get_pretrained_cfg(self.name), ImageNetInfo()

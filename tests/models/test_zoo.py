@@ -131,8 +131,8 @@ def test_configuration(name):
     dict(pretrained_cfg_overlay=dict(num_classes=10)),
 ], ids=str)
 @pytest.mark.parametrize('name, missing', [
-    *((name, f'for {name} yet, only for {", ".join(BUNDLED.values())}.') for name in TABLE if name not in BUNDLED),
-    *((f'{name}.untrained', f'for {name}.untrained, only for {weights}.') for name, weights in BUNDLED.items()),
+    *((name, f'for {name} yet, only for {", ".join(BUNDLED.values())}:') for name in TABLE if name not in BUNDLED),
+    *((f'{name}.untrained', f'for {name}.untrained, only for {weights}:') for name, weights in BUNDLED.items()),
 ])
 def test_without_weights_pretrained_says_which_there_are_and_the_ways_on(name, missing, kwargs):
     if name.endswith('.untrained') and 'pretrained_cfg' in kwargs:

@@ -98,7 +98,7 @@ def test_how_an_image_looks():
 
 def test_a_model_that_cannot_answer_is_refused(tmp_path):
     with pytest.raises(PSTError, match='weights'):
-        open_subject('resnet18_pst', device='cpu')
+        open_subject('resnet34_pst', device='cpu')
     with pytest.raises(PSTError, match='no fine attention'):
         open_subject(str(plain_source(tmp_path)), topk=4, device='cpu')
 

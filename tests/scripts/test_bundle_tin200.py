@@ -1,4 +1,4 @@
-"""Weights of a run become a file of half the size, with the record and the card that were measured on them."""
+"""Weights of runs become a file of half the size, with the record and the card that were measured on them."""
 import hashlib
 import json
 
@@ -7,80 +7,109 @@ import torch
 import yaml
 
 from pst_timm.checkpoints import label_names, load_model, read_checkpoint
-from pst_timm.engine import train
+from pst_timm.models.digest import digest_note
 from scripts import bundle_tin200
 from scripts.bundle_tin200 import main
-from tests.engine.helpers import TINY, tiny_train_args, write_images
+from tests.engine.helpers import TINY, write_images
 from tests.helpers import relative_error
 
 WNIDS = ['n01443537', 'n01629819', 'n01641577']
+NAME = 'test_resnet_pst.tin200'
+
+
+def write_recipe(folder, name, **changes):
+    values = {**TINY, 'model': 'resnet18_pst', 'val_split': 'val', 'model_ema': True, 'img_size': 64, **changes}
+    (folder / f'{name}.yaml').write_text(yaml.safe_dump(values))
 
 
 @pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    data = write_images(tmp_path_factory.mktemp('images'), {'train': 12, 'val': 4}, classes=3)
+def place(tmp_path_factory):
+    """A folder with images, two recipes, and what the script made of them."""
+    folder = tmp_path_factory.mktemp('tin200')
+    write_images(folder / 'data', {'train': 12, 'val': 4}, classes=3)
     for split in ('train', 'val'):
         for i, name in enumerate(WNIDS):
-            (data / split / f'class{i}').rename(data / split / name)
-    return data
+            (folder / 'data' / split / f'class{i}').rename(folder / 'data' / split / name)
+    write_recipe(folder, 'short', epochs=1)
+    write_recipe(folder, 'long', epochs=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundle_tin200, 'CONFIGS', folder)
+        assert main(words(folder)) == 0
+        yield folder
 
 
-@pytest.fixture(scope='module')
-def runs(images, tmp_path_factory):
-    output = tmp_path_factory.mktemp('runs')
-    return [
-        train(tiny_train_args(
-            images, output / str(i), epochs=1 + i, val_split='val', model_ema=True, img_size=64)).output_dir
-        for i in range(2)]
+def words(folder, *more):
+    return ['--data-dir', str(folder / 'data'), '--output', str(folder / 'output'), '--folder', str(folder / 'package'),
+            '--records', str(folder / 'records'), '--recipes', 'short', 'long', '--model', 'test_resnet_pst', *more]
 
 
-def test_weights_record_and_card_agree(images, runs, tmp_path, capsys):
-    assert main(['--runs', *map(str, runs), '--data-dir', str(images), '--folder', str(tmp_path / 'package'),
-                 '--records', str(tmp_path / 'records')]) == 0
-    short, path = sorted((tmp_path / 'package').iterdir())
-    record = json.loads((tmp_path / 'records' / 'test_resnet_pst.tin200.json').read_text())
-    assert (path.name, record['weights']) == ('test_resnet_pst.tin200.safetensors', 'test_resnet_pst.tin200')
+def last_of(folder, recipe, model='test_resnet_pst'):
+    return folder / 'output' / f'{model}.tin200-{recipe}' / 'last.pth.tar'
+
+
+def test_weights_record_and_card_agree(place):
+    short, path = sorted((place / 'package').iterdir())
+    record = json.loads((place / 'records' / f'{NAME}.json').read_text())
+    assert (path.name, record['weights']) == (f'{NAME}.safetensors', NAME)
     assert json.loads(short.read_text()).items() <= {**record, **record['metrics'][0]}.items()
     assert record['sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert (record['images'], record['classes'], record['img_size']) == (12, 3, 64)
+    assert (record['images'], record['classes'], record['img_size'], record['seed']) == (12, 3, 64, 42)
     assert [stage['epochs'] for stage in record['stages']] == [1, 2] and record['stages'][1]['train_seconds'] > 0
+    assert record['command'].endswith(' --model test_resnet_pst --recipes short long')
     # the moving average of the last epoch, in half precision
-    weights, expected = load_model(path), load_model(runs[1] / 'last.pth.tar', use_ema=True)
-    assert label_names(weights) == WNIDS and read_checkpoint(path).weights['fc.weight'].dtype == torch.float16
+    weights, expected = load_model(path), load_model(last_of(place, 'long'), use_ema=True)
+    stored = read_checkpoint(path).weights
+    assert label_names(weights) == WNIDS and stored['fc.weight'].dtype == torch.float16
+    assert record['notes'] == digest_note(stored)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert relative_error(weights(x), expected(x)) < 1e-2
     coarse, *fine = record['metrics']
-    assert coarse['topk'] == 0 and fine and all(row['topk'] for row in fine)
+    assert coarse['topk'] == 0 and {row['topk'] for row in fine} == {2, 8}
     assert sum(record['top1_by_class'].values()) / 3 == pytest.approx(coarse['top1'], abs=0.01)
-    told = (tmp_path / 'records' / 'test_resnet_pst.tin200.md').read_text()
-    assert f'{coarse["top1"]:.2f}' in told and 'goldfish' in told and 'hf-hub' not in told
-    assert "timm.create_model('test_resnet_pst.tin200', pretrained=True)" in told
-    texts = (told, json.dumps(record), str(path.read_bytes()))
-    assert not any(str(folder) in text for text in texts for folder in (images, runs[0].parents[1], tmp_path))
+    twin = record['twin']
+    assert twin['model'] == 'test_resnet'
+    assert twin['difference'] == pytest.approx(coarse['top1'] - twin['top1'], abs=0.01)
+    assert twin['over_images'][0] <= twin['difference'] <= twin['over_images'][1]
+    told = (place / 'records' / f'{NAME}.md').read_text()
+    assert all(f'{row["top1"]:.2f}' in told for row in (*record['metrics'], twin))
+    assert 'goldfish' in told and 'hf-hub' not in told and 'config.json' not in told
+    assert f"timm.create_model('{NAME}', pretrained=True)" in told
+    assert not any(str(place) in text for text in (told, json.dumps(record), str(path.read_bytes())))
 
 
-def test_stages_are_trained_in_order_and_once(images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bundle_tin200, 'CONFIGS', tmp_path)
-    for i, name in enumerate(('short', 'long')):
-        (tmp_path / f'{name}.yaml').write_text(yaml.safe_dump(
-            {**TINY, 'epochs': 1 + i, 'val_split': 'val', 'model_ema': True, 'model': 'resnet10t'}))
-    words = ['--data-dir', str(images), '--output', str(tmp_path / 'output'), '--folder', str(tmp_path / 'package'),
-             '--records', str(tmp_path), '--recipes', 'short', 'long', '--model', 'test_resnet_pst', '--seed', '7']
-    assert main(words) == 0
-    folders = [tmp_path / 'output' / f'test_resnet_pst.tin200-{name}' for name in ('short', 'long')]
-    last = [folder / 'last.pth.tar' for folder in folders]
-    assert str(last[0]) in (folders[1] / 'args.yaml').read_text()
-    record = json.loads((tmp_path / 'test_resnet_pst.tin200.json').read_text())
-    assert record['command'].endswith('--recipes short long --model test_resnet_pst --seed 7') and record['seed'] == 7
-    times = [path.stat().st_mtime_ns for path in last]
-    assert main(words) == 0 and times == [path.stat().st_mtime_ns for path in last]
-    # one that is not at its end goes on
-    (tmp_path / 'long.yaml').write_text((tmp_path / 'long.yaml').read_text().replace('epochs: 2', 'epochs: 3'))
-    assert main(words) == 0 and times[0] == last[0].stat().st_mtime_ns and times[1] < last[1].stat().st_mtime_ns
+def test_stages_go_on_from_one_another_and_are_trained_once(place, capsys):
+    runs = []
+    for model in ('test_resnet_pst', 'test_resnet'):
+        first, second = (last_of(place, recipe, model) for recipe in ('short', 'long'))
+        assert str(first) in (second.parent / 'args.yaml').read_text()
+        runs += first, second
+    times = [path.stat().st_mtime_ns for path in runs]
+    record = (place / 'records' / f'{NAME}.json').read_bytes()
+    assert main(words(place)) == 0 and times == [path.stat().st_mtime_ns for path in runs]
+    assert json.loads(record) == json.loads((place / 'records' / f'{NAME}.json').read_bytes())
+    # what an entry of default_cfgs needs
+    assert json.loads(record)['notes'] in capsys.readouterr().out
 
 
-def test_a_run_that_is_none_is_one_sentence(images, tmp_path, capsys):
-    assert main(['--runs', str(tmp_path / 'none'), '--data-dir', str(images), '--folder', str(tmp_path), '--records',
-                 str(tmp_path)]) == 1
-    assert 'last.pth.tar' in capsys.readouterr().err and bundle_tin200.TAG == 'tin200'
+@pytest.mark.parametrize('changes', [dict(lr=0.01), dict(epochs=3), dict(seed=7)], ids=str)
+def test_a_run_of_another_recipe_is_refused(place, capsys, changes):
+    write_recipe(place, 'long', **{'epochs': 2, **changes})
+    try:
+        assert main(words(place)) == 1
+    finally:
+        write_recipe(place, 'long', epochs=2)
+    said = capsys.readouterr().err
+    assert 'test_resnet_pst.tin200-long was trained with other settings' in said and next(iter(changes)) in said
+
+
+def test_data_that_will_not_do_leave_what_is_there(place, tmp_path, capsys):
+    before = {path: path.read_bytes() for name in ('package', 'records') for path in (place / name).iterdir()}
+    assert main([*words(place), '--data-dir', str(tmp_path)]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_model_without_pst_is_refused(place, capsys):
+    assert main(words(place, '--model', 'resnet18')) == 1
+    assert 'resnet18 has no PST' in capsys.readouterr().err

@@ -17,6 +17,7 @@ from pst_timm.study.results import load_study
 from pst_timm.study.runner import finished
 from pst_timm.study.tables import study_block
 from pst_timm.utils.errors import PSTError
+from pst_timm.utils.files import read_csv
 from pst_timm.utils.timing import time_in_turn
 from tests.engine.helpers import write_images
 from tests.study.study_folder import write_study
@@ -104,11 +105,14 @@ def test_mistakes(data, tmp_path, changes, message):
 
 
 def test_cells_train_on_few_images_and_the_report_says_so(data, tmp_path):
-    study = read_study(str(write_config(tmp_path, seeds=[0], **SHOTS)), str(data))
+    train = dict(TOY['train'], val_interval=100)
+    study = read_study(str(write_config(tmp_path, seeds=[0], train=train, **SHOTS)), str(data))
     output = tmp_path / 'output'
     for cell in study.cells:
         run_cell(cell, str(data), output, 'cpu')
         assert finished(cell, output)
+        # once is enough
+        assert not any(row['eval_top1'] for row in read_csv(output / cell.id / 'summary.csv'))
     folder = tmp_path / 'results'
     collect(study, output, folder)
     found = load_study(folder)
@@ -123,6 +127,24 @@ def test_cells_train_on_few_images_and_the_report_says_so(data, tmp_path):
     assert draw_plots(found, folder) == [folder / 'shots.png'] and (folder / 'shots.png').stat().st_size > 10_000
 
 
+def test_other_weights_to_begin_with_make_another_cell(data, tmp_path):
+    start = tmp_path / 'start.safetensors'
+    cells = dict(given=dict(model='test_resnet_pst', initial_checkpoint=str(start)), fresh=TOY['cells']['pst'],
+                 named=dict(model='test_resnet_pst', pretrained=True))
+    question = dict(title='?', kind='compare', of='given', against=['fresh', 'named'])
+    config = str(write_config(tmp_path, seeds=[0], cells=cells, sweep={}, probe={}, questions={1: question}))
+
+    def settings():
+        return {cell.name: cell.settings for cell in read_study(config, str(data)).cells}
+
+    start.write_bytes(b'one')
+    first = settings()
+    assert 'start' not in first['fresh'] and 'digits weights sha256 ' in first['named']['start']
+    start.write_bytes(b'another')
+    second = settings()
+    assert {name for name in cells if first[name] != second[name]} == {'given'}
+
+
 def test_cells_of_one_network_are_timed_as_one(data, tmp_path, monkeypatch):
     timed = []
 
@@ -134,9 +156,11 @@ def test_cells_of_one_network_are_timed_as_one(data, tmp_path, monkeypatch):
     cells = dict(TOY['cells'], frozen=dict(TOY['cells']['pst'], freeze_trunk=True))
     study = read_study(str(write_config(tmp_path, **SHOTS, cells=cells)), str(data))
     rows = latency.measure_latency(study, 'cpu')
-    assert timed == [2, 2] and [row['cell'] for row in rows] == study.names
+    assert timed == [3, 3] and [row['cell'] for row in rows] == study.names
     by_cell = {row.pop('cell'): row for row in rows}
-    assert by_cell['plain-4'] == by_cell['plain-all'] != by_cell['pst-4'] == by_cell['frozen-all']
+    for name in cells:
+        assert by_cell[f'{name}-4'] == by_cell[f'{name}-all']
+    assert len({row['train_ms'] for row in by_cell.values()}) == 3
     assert by_cell[study.names[0]]['ratio'] == by_cell[study.names[0]]['train_ratio'] == 1
 
 
