@@ -14,7 +14,6 @@ from typing import Any, Dict, List, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
-from timm.data import ImageNetInfo
 from timm.layers import LayerType
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -171,20 +170,8 @@ def _create_resnet_pst(variant: str, pretrained: bool = False, **kwargs) -> ResN
     return build_pst(ResNetPST, variant, variant.removesuffix('_pst'), pretrained, **kwargs)
 
 
-def _tin200() -> Dict[str, Any]:
-    """Names and words of the classes of Tiny ImageNet, in the order of the outputs."""
-    names, info = (WEIGHTS / 'tin200_synsets.txt').read_text(encoding='utf-8').split(), ImageNetInfo()
-    return dict(
-        num_classes=len(names), label_names=tuple(names),
-        label_descriptions={name: info.label_name_to_description(name) for name in names})
-
-
 default_cfgs = generate_default_cfgs({
     'resnet18_pst.untrained': pst_cfg(),
-    'resnet18_pst.tin200': pst_cfg(
-        file=str(WEIGHTS / 'resnet18_pst.tin200.safetensors'), **_tin200(),
-        notes=('weights sha256 e8a6dd02af7ae85f0f285478f1778cefcac5823e3bcc292d3f2c1031f9d1c1d5',),
-        input_size=(3, 96, 96), pool_size=(3, 3), crop_pct=1.0),
     'resnet26_pst.untrained': pst_cfg(),
     'resnet34_pst.untrained': pst_cfg(),
     'resnet50_pst.untrained': pst_cfg(),
