@@ -15,7 +15,6 @@ from timm.data import create_transform
 from pst_timm.checkpoints import load_model, preprocessing
 from pst_timm.checkpoints.folder import save_folder
 from pst_timm.data.datasets import create_eval_dataset
-from pst_timm.data.drift import accuracy_interval
 from pst_timm.deploy.cascade import CascadeClassifier
 from pst_timm.deploy.cascade_fit import fit
 from pst_timm.deploy.finetune import finetune, finetune_flags
@@ -26,6 +25,7 @@ from pst_timm.deploy.slim import REPORT as SLIM_REPORT
 from pst_timm.deploy.slim import Settings, slim
 from pst_timm.engine import validate, validate_args
 from pst_timm.metrics.answers import unpack_answers
+from pst_timm.metrics.binomial import binomial_interval
 from pst_timm.metrics.intervals import paired_interval
 from pst_timm.utils.errors import PSTError
 
@@ -200,7 +200,7 @@ def accuracy_of(candidate: Candidate, shop: Workshop) -> Row:
         **{'model' if timm.is_model(candidate.source) else 'checkpoint': candidate.source})
     [found] = validate(args, open_source)
     images = len(create_eval_dataset(args, args.split, None))
-    interval = accuracy_interval(round(found['top1'] * images / 100), images)
+    interval = binomial_interval(round(found['top1'] * images / 100), images)
     return dict(
         top1=found['top1'], interval=[100 * end for end in interval], ece=found['ece'], images=images,
         answers=found['answers'], shares=[found[key] / 100 for key in sorted(found) if key.endswith('_share')] or [1.])

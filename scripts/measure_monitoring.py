@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 from scipy.special import softmax
 
-from pst_timm.data.drift import Batch, Result, Summary, accuracy_interval, drift_tests, estimated_accuracy, summarize
+from pst_timm.data.drift import Batch, Result, Summary, drift_tests, estimated_accuracy, summarize
 from pst_timm.data.samples import LOOKS, Samples, look_of
+from pst_timm.metrics.binomial import binomial_interval
 from pst_timm.review.answers import Outputs, Subject, answers, open_labelled, open_subject
 from pst_timm.utils.files import write_csv, write_json, write_whole
 
@@ -212,7 +213,7 @@ def false_alarms(name: str, found: Answers, classes: int, tally: Tally) -> List[
     for images, fresh in ((500, True), (500, False), (100, True)):
         halves = 'new halves for each draw' if fresh else 'one reference for all draws'
         cell = tally.count(f'{name} {images} {halves}', unmoved(found[CLEAN, 0], classes, images, fresh))
-        low, high = accuracy_interval(cell['alerts'], cell['draws'])
+        low, high = binomial_interval(cell['alerts'], cell['draws'])
         rows.append({
             'data': name, 'reference': halves, 'images': images, 'draws': cell['draws'], 'alerts': cell['alerts'],
             'share': cell['alerts'] / cell['draws'], '95% interval': f'{low:.3f} to {high:.3f}'})

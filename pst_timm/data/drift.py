@@ -14,7 +14,7 @@ from pst_timm.metrics.intervals import holm
 from pst_timm.utils.errors import PSTError
 
 __all__ = [
-    'DIMENSIONS', 'MOST_EMBEDDINGS', 'MOST_ROWS', 'Batch', 'Result', 'Summary', 'accuracy_interval', 'accuracy_test',
+    'DIMENSIONS', 'MOST_EMBEDDINGS', 'MOST_ROWS', 'Batch', 'Result', 'Summary', 'accuracy_test',
     'atc_threshold', 'distribution_test', 'drift_tests', 'estimated_accuracy', 'ks_resolution',
     'median_distance', 'mmd_test', 'permutation_p', 'projection_to', 'shares_test', 'summarize']
 
@@ -323,18 +323,6 @@ def accuracy_test(right: int, images: int, new_right: int, new_images: int) -> T
     """
     p = _stats().hypergeom.cdf(new_right, images + new_images, right + new_right, new_images)
     return right / images - new_right / new_images, float(p)
-
-
-def accuracy_interval(right: int, images: int, level: float = 0.95) -> Tuple[float, float]:
-    """The exact interval (Clopper and Pearson) of a share.
-
-    Raises:
-        PSTError: If scipy is not installed.
-    """
-    beta, tail = _stats().beta, (1 - level) / 2
-    low = float(beta.ppf(tail, right, images - right + 1)) if right else 0.
-    high = float(beta.ppf(1 - tail, right + 1, images - right)) if right < images else 1.
-    return low, high
 
 
 def _stats() -> ModuleType:

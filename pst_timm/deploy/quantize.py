@@ -17,6 +17,7 @@ from timm.data import resolve_data_config
 from pst_timm.checkpoints import load_model
 from pst_timm.data.samples import NO_LABEL
 from pst_timm.models import reparameterize
+from pst_timm.utils.cost import weight_bytes
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import check_output, write_json, write_whole
 from pst_timm.utils.onnx_file import onnx_session, pack_onnx
@@ -193,7 +194,7 @@ def quantize(
         job.write(kept, info)
     deployed = open_source(output)
     latency = job.time(model, deployed, level) if timing else {}
-    float_bytes = sum(t.nbytes for t in folded.state_dict().values())
+    float_bytes = weight_bytes(folded)
     found = QuantizeResult(
         output, sum(path.stat().st_size for path in files if path != report_of(output)), float_bytes, kept,
         reference.compare(deployed) if reference is not None else None,

@@ -18,8 +18,8 @@ from timm.data import resolve_data_config
 from pst_timm.checkpoints import label_names, load_model
 from pst_timm.data.datasets import check_class_names, check_classes, class_names, create_eval_dataset
 from pst_timm.engine import validate, validate_args
-from pst_timm.metrics.binomial import binomial_upper
-from pst_timm.utils.cost import count_gmacs
+from pst_timm.metrics.binomial import binomial_interval
+from pst_timm.utils.cost import count_gmacs, weight_bytes
 from pst_timm.utils.errors import Interrupted, PSTError
 from pst_timm.utils.files import write_json
 
@@ -221,7 +221,7 @@ def slim(
     run.work.mkdir(parents=True, exist_ok=True)
     data = None if data_dir is None else set_aside(
         data_dir, settings.train_split, run.work, settings.held_out, settings.seed)
-    first = Step(ORIGINAL, True, bytes=_weight_bytes(model))
+    first = Step(ORIGINAL, True, bytes=weight_bytes(model))
     if data is not None:
         first.held_out, held = run.accuracy(model, str(data), HELD, ORIGINAL)
     run.add(first, model)
@@ -235,8 +235,8 @@ def slim(
             if step.name in run.models:
                 step.top1, count = run.accuracy(run.models[step.name], data_dir, settings.val_split, step.name)
                 right = round(step.top1 * count / 100)
-                step.interval = (
-                    100 * (1 - binomial_upper(count - right, count, 0.025)), 100 * binomial_upper(right, count, 0.025))
+                low, high = binomial_interval(right, count)
+                step.interval = 100 * low, 100 * high
                 images['validation'] = count
     _time(run)
     report = Report(source, images, asdict(settings), run.steps)
@@ -284,11 +284,6 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _weight_bytes(model: nn.Module) -> int:
-    """Bytes of the weights, whatever else lies beside them in a file."""
-    return sum(tensor.nbytes for tensor in model.state_dict().values())
-
-
 def _images(run: _Slimming, model: nn.Module, data: Optional[Path]) -> List[torch.Tensor]:
     """Batches of training images as a model takes them; noise without data."""
     s = run.settings
@@ -323,7 +318,7 @@ def _prune(run: _Slimming, data: Optional[Path], train_flags: Mapping[str, Any])
             run.add(step)
             continue
         place.rename(run.folder / PRUNED)
-        step.path, step.bytes = PRUNED, _weight_bytes(found.model)
+        step.path, step.bytes = PRUNED, weight_bytes(found.model)
         run.add(step, found.model)
         return found.model
     return run.original

@@ -2,7 +2,7 @@
 from .agreement import Agreement, compare_logits
 from .answers import Answers, pack_answers, unpack_answers
 from .base import Metric
-from .binomial import binomial_tail, binomial_upper, drop_p_value
+from .binomial import binomial_interval, binomial_tail, binomial_upper, drop_p_value
 from .calibration import Calibration, Refit, calibration_error, fit_temperature, refit_temperature
 from .classification import ClassReport, RealLabels
 from .failure import failure_auroc
@@ -21,8 +21,8 @@ from .intervals import (
 
 __all__ = [
     'Agreement', 'Answers', 'Calibration', 'ClassReport', 'Difference', 'Interval', 'Metric', 'PairedTest',
-    'RealLabels', 'Refit', 'binomial_tail', 'binomial_upper', 'calibration_error', 'compare_logits',
-    'detectable_difference', 'drop_p_value', 'failure_auroc', 'fit_temperature', 'holm', 'image_interval',
-    'mcnemar', 'mean_and_sd', 'pack_answers', 'paired_difference', 'refit_temperature', 'seed_interval',
-    'unpack_answers',
+    'RealLabels', 'Refit', 'binomial_interval', 'binomial_tail', 'binomial_upper', 'calibration_error',
+    'compare_logits', 'detectable_difference', 'drop_p_value', 'failure_auroc', 'fit_temperature', 'holm',
+    'image_interval', 'mcnemar', 'mean_and_sd', 'pack_answers', 'paired_difference', 'refit_temperature',
+    'seed_interval', 'unpack_answers',
 ]

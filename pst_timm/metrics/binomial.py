@@ -4,7 +4,9 @@ from functools import lru_cache
 
 import numpy as np
 
-__all__ = ['binomial_tail', 'binomial_upper', 'drop_p_value', 'fewest_images']
+from .intervals import LEVEL, Interval
+
+__all__ = ['binomial_interval', 'binomial_tail', 'binomial_upper', 'drop_p_value', 'fewest_images']
 
 SLACK = 0.005  # of the level of `drop_p_value`, spent on the bound of how many answers change
 
@@ -48,6 +50,12 @@ def binomial_upper(count: int, n: int, alpha: float) -> float:
         else:
             high = middle
     return high
+
+
+def binomial_interval(count: int, n: int, level: float = LEVEL) -> Interval:
+    """The interval of Clopper and Pearson for the chance p of a success, of which there were `count` in n trials."""
+    tail = (1 - level) / 2
+    return Interval(1 - binomial_upper(n - count, n, tail), binomial_upper(count, n, tail))
 
 
 def drop_p_value(lost: int, gained: int, images: int, drop: float) -> float:

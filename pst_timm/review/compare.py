@@ -16,6 +16,7 @@ from pst_timm.metrics.intervals import (
     mcnemar,
     paired_interval,
 )
+from pst_timm.utils.cost import weight_bytes
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.markdown import plain
 from pst_timm.utils.timing import median_ratio, time_in_turn
@@ -193,7 +194,6 @@ def _order(names: Sequence[List[str]], sources: Sequence[str]) -> List[int]:
 
 def _side(subject: Subject, logits: np.ndarray, labels: np.ndarray, times: Optional[List[float]]) -> Side:
     x, y = torch.from_numpy(logits).double(), torch.from_numpy(labels)
-    tensors = subject.model.state_dict().values()
     return Side(
         subject.source,
         subject.name,
@@ -203,7 +203,7 @@ def _side(subject: Subject, logits: np.ndarray, labels: np.ndarray, times: Optio
         100 * calibration_error(x, y),
         1000 * statistics.median(times) if times else None,
         sum(p.numel() for p in subject.model.parameters()),
-        sum(t.numel() * t.element_size() for t in tensors) / 2 ** 20,
+        weight_bytes(subject.model) / 2 ** 20,
     )
 
 

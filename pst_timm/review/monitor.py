@@ -23,13 +23,13 @@ from pst_timm.data.drift import (
     Batch,
     Result,
     Summary,
-    accuracy_interval,
     drift_tests,
     estimated_accuracy,
     ks_resolution,
     summarize,
 )
 from pst_timm.data.samples import LOOKS, NO_LABEL, Samples
+from pst_timm.metrics.binomial import binomial_interval
 from pst_timm.metrics.calibration import confidence_error, fit_temperature
 from pst_timm.models.digest import digest_note
 from pst_timm.utils.errors import PSTError
@@ -404,7 +404,7 @@ def check(
     measured = interval = None
     if len(batch.right):
         right = int(batch.right.sum())
-        measured, interval = right / len(batch.right), accuracy_interval(right, len(batch.right))
+        measured, interval = right / len(batch.right), binomial_interval(right, len(batch.right))
     return Report(
         any(result.alert for result in tests),
         alpha,

@@ -16,6 +16,7 @@ from .timing import Call
 
 __all__ = [
     'check_image_memory', 'count_activations', 'count_gmacs', 'layer_gmacs', 'measure_activations', 'peak_memory',
+    'weight_bytes',
 ]
 
 LEAST_BYTES = 3 * 4 + 64 // 4 * 4  # of a pixel: the image, and the first maps of a network, in single precision
@@ -116,3 +117,8 @@ def measure_activations(call: Call) -> Tuple[int, int]:
     with torch.no_grad(), _CountActivations() as counter:
         call()
     return counter.total, counter.largest
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the weights and buffers of a model, whatever else would lie beside them in a file."""
+    return sum(tensor.nbytes for tensor in model.state_dict().values())

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Sequence, Tuple
 import torch
 import torch.nn as nn
 
+from .cost import weight_bytes
 from .errors import PSTError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def onnx_graph(
         import onnxscript  # noqa: F401
     except ImportError as e:
         raise PSTError(f"ONNX files cannot be written ({e}): pip install 'pst_timm[export]'.") from None
-    size = sum(t.nbytes for t in model.state_dict().values())
+    size = weight_bytes(model)
     if size > MOST_ONNX:
         raise PSTError(
             f'The weights take {size / 2 ** 30:.1f} GiB, an ONNX file holds at most 2: {advice}.')

@@ -146,12 +146,6 @@ def test_accuracy_is_compared_by_fishers_exact_test(right, images, new_right, ne
     assert fall == pytest.approx(right / images - new_right / new_images)
 
 
-@pytest.mark.parametrize('right, images', [(0, 20), (20, 20), (7, 20), (999, 1000)])
-def test_interval_is_the_exact_one(right, images):
-    expected = stats.binomtest(right, images).proportion_ci(0.95, 'exact')
-    assert drift.accuracy_interval(right, images) == pytest.approx((expected.low, expected.high))
-
-
 def test_estimated_accuracy_by_hand():
     confidence = np.array([0.9, 0.8, 0.7, 0.6, 0.5])
     right = np.array([True, True, False, True, False])

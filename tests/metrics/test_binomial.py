@@ -3,9 +3,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import beta, binom, multinomial
+from scipy.stats import beta, binom, binomtest, multinomial
 
-from pst_timm.metrics.binomial import SLACK, binomial_tail, binomial_upper, drop_p_value, fewest_images
+from pst_timm.metrics.binomial import (
+    SLACK,
+    binomial_interval,
+    binomial_tail,
+    binomial_upper,
+    drop_p_value,
+    fewest_images,
+)
 
 
 @settings(deadline=None, derandomize=True)
@@ -21,6 +28,13 @@ def test_the_upper_bound_is_that_of_clopper_and_pearson(n, share, alpha):
     count = round(share * n)
     expected = beta.ppf(1 - alpha, count + 1, n - count) if count < n else 1.
     assert binomial_upper(count, n, alpha) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize('count, n', [(0, 20), (20, 20), (7, 20), (999, 1000), (1, 1)])
+def test_the_interval_is_the_exact_one(count, n):
+    for level in (0.95, 0.8):
+        expected = binomtest(count, n).proportion_ci(level, 'exact')
+        assert binomial_interval(count, n, level) == pytest.approx((expected.low, expected.high), rel=1e-6)
 
 
 def test_beyond_all_trials_there_is_nothing():
