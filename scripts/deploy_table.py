@@ -12,7 +12,7 @@ import torch.nn as nn
 from pst_timm.deploy.cascade import CascadeClassifier
 from pst_timm.deploy.latency import NOT_MEASURABLE, energy, make_call, peak_memory_of, time_models
 from pst_timm.deploy.runtime import Deployed
-from pst_timm.utils.cost import count_gmacs
+from pst_timm.utils.cost import count_gmacs, weight_bytes
 from pst_timm.utils.devices import hardware_name
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import write_csv, write_json
@@ -92,7 +92,7 @@ def file_bytes(source: str, model: nn.Module) -> int:
     path = Path(source)
     if isinstance(model, Deployed):
         return path.stat().st_size + (path.with_suffix('.bin').stat().st_size if path.suffix == '.xml' else 0)
-    return sum(t.nbytes for t in model.state_dict().values())
+    return weight_bytes(model)
 
 
 def counts_of(model: nn.Module, input_size: Sequence[int]) -> Row:

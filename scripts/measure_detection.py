@@ -20,7 +20,7 @@ import torch
 from pst_timm.detection import job
 from pst_timm.detection.checkpoint import open_detector
 from pst_timm.detection.datasets import BoxDataset, open_boxes
-from pst_timm.detection.evaluation import ImageMatches, detections_of, match, shown
+from pst_timm.detection.evaluation import METRICS, ImageMatches, detections_of, match, shown
 from pst_timm.detection.flags import TRAIN_FLAGS, train_args, validate_args
 from pst_timm.detection.intervals import Estimate, ap_differences, ap_intervals
 from pst_timm.detection.validation import evaluate_detector
@@ -102,7 +102,7 @@ def summary(found: Dict[str, List[ImageMatches]], runs: Sequence[Dict[str, Any]]
         known = ap_intervals(matches)
         row = dict(
             detector=name, seeds=len(own), AP=told(known['ap']), AP50=told(known['ap50']), AP75=shown(each['ap75']))
-        row.update({key.removeprefix('ap_'): shown(value) for key, value in each.items() if key not in COMMON})
+        row.update({key.removeprefix('ap_'): shown(value) for key, value in each.items() if key not in METRICS})
         twins = found.get(TWIN, [])
         if name != TWIN and len(twins) == len(matches):
             over = ap_differences(matches, twins)
@@ -110,11 +110,6 @@ def summary(found: Dict[str, List[ImageMatches]], runs: Sequence[Dict[str, Any]]
         rows.append(row)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return [{key: row.get(key, '-') for key in columns} for row in rows]
-
-
-COMMON = {
-    'ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large', 'ar1', 'ar10', 'ar100', 'ar_small', 'ar_medium',
-    'ar_large'}
 
 
 def told(estimate: Estimate, sign: str = '') -> str:

@@ -299,18 +299,23 @@ def _cannot_open(args: Namespace, split: str, error: Exception) -> NoReturn:
     ) from error
 
 
+def find_split(root: Path, split: str) -> Optional[Path]:
+    """What a folder has for a split, by its name or another usual one of the same; None if it has nothing."""
+    alike = next((names for names in (TRAINING, VALIDATION) if split in names), ())
+    return next((root / name for name in (split, *alike) if name and (root / name).exists()), None)
+
+
 def _split_folder(root: Path, split: str) -> Path:
     """The folder of a split; the root itself where there are no splits at all, as timm has it."""
     if '[' in split:
         raise PSTError(f'{split!r} takes a part of a split, which folders do not offer: name a whole one.')
-    alike = next((names for names in (TRAINING, VALIDATION) if split in names), ())
-    found = next((root / name for name in (split, *alike) if (root / name).exists()), None)
+    found = find_split(root, split)
     if found is not None:
         if not found.is_dir():
             raise PSTError(f'{found} is not a folder: --data-dir must name a folder of splits, or a .tar file itself.')
         return found
     others = sorted(p.name for p in root.iterdir() if p.is_dir())
-    if not alike or set(others) & {*TRAINING, *VALIDATION, 'test'}:
+    if split not in (*TRAINING, *VALIDATION) or set(others) & {*TRAINING, *VALIDATION, 'test'}:
         have = f'it has {listed(others, 10)}' if others else 'it has no folders'
         raise PSTError(
             f'{root} has no {split!r} split; {have}. Name one of these with --train-split, --val-split or, in '

@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
 import torch
 from timm.data import FastCollateMixup, Mixup, create_loader
 from timm.utils import is_primary
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from pst_timm.utils.devices import available_cores
 from pst_timm.utils.errors import PSTError
@@ -121,6 +121,10 @@ def open_train_splits(args: Namespace, in_chans: int) -> TrainSplits:
     dataset_eval = create_eval_dataset(args, args.val_split, args.val_num_samples)
     check_class_names(
         class_names(dataset_eval), names, f'the {args.val_split!r} split', f'the {args.train_split!r} split')
+    if args.tta > 1 and args.distributed:
+        raise PSTError(
+            f'--tta {args.tta} needs all copies of an image in one process, and several processes deal them out: leave '
+            f'it out, or evaluate with one process.')
     if args.tta > 1 and hasattr(dataset_eval, '__len__') and len(dataset_eval) % args.tta:
         raise PSTError(
             f'--tta {args.tta}: the {len(dataset_eval)} images of the {args.val_split!r} split are not so many copies '
@@ -184,6 +188,8 @@ def create_train_data(
         create(auto_augment=args.rare_aa)
         _augment_rare(args, dataset, splits.images)
     loader = create(auto_augment=args.aa)
+    if isinstance(loader.sampler, DistributedSampler):  # which timm gives no seed
+        loader.sampler.seed = args.seed
     if splits.images is not None and splits.images.chances is not None:
         loader = draw_with(loader, splits.images.chances, args.seed)
     if len(loader) == 0:

@@ -1,4 +1,5 @@
 """Write a model for deployment: ONNX, TorchScript or an exported program, and check that it answers alike."""
+import copy
 import io
 import json
 import os
@@ -93,7 +94,7 @@ def export(
             'leave out --dynamic, or choose --format torchscript.')
     any_batch = dynamic or format == 'torchscript'
     info = json.dumps(metadata(model, class_names, img_size, dtype, None if any_batch else 1))
-    model = reparameterize(model) if reparam else model
+    model = reparameterize(model) if reparam else copy.deepcopy(model)
     model = model.eval().to(dtype)
     channels, side, _ = resolve_data_config({}, model=model)['input_size']
     side = img_size or side

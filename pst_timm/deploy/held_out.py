@@ -25,7 +25,7 @@ def set_aside(data_dir: str, split: str, folder: Path, share: float = 0.2, seed:
         data_dir: Folder with the splits.
         split: The split to deal.
         folder: Where the folder of links is made.
-        share: Share that is set aside, from 0 to 0.5.
+        share: Share that is set aside: a half, a third, and so on.
         seed: Seed of the draw.
 
     Returns:
@@ -34,13 +34,18 @@ def set_aside(data_dir: str, split: str, folder: Path, share: float = 0.2, seed:
     Raises:
         PSTError: If the images have no files of their own, a class has too few of them, or nothing can be written.
     """
+    folds = max(2, round(1 / share))
+    if abs(share * folds - 1) > 0.02:
+        raise PSTError(
+            f'{share:g} of the images cannot be set aside, one in two, three or any other number can: choose '
+            f'{1 / folds:.3g}, or another such share.')
     dataset = create_eval_dataset(validate_args(data_dir=data_dir, split=split), split, None)
     names, labels = class_names(dataset), labels_of(dataset)
     if not (isinstance(dataset, ImageDataset) and isinstance(dataset.reader, FolderReader)) or not names:
         raise PSTError(
             f'Images of the {split!r} split of {data_dir} are set aside by links, for which it must be a folder of '
             f'class folders: unpack it first.')
-    held = stratified_folds(labels, max(2, round(1 / share)), seed) == 0
+    held = stratified_folds(labels, folds, seed) == 0
     for label, name in enumerate(names):
         if len(np.unique(held[labels == label])) < 2:
             raise PSTError(

@@ -228,6 +228,11 @@ def _wrong_in_training(args: Namespace) -> Iterator[str]:
         yield (
             f'--tta {args.tta} needs all copies of an image in one batch, and {batch} is no multiple of it: choose '
             f'another --validation-batch-size.')
+    mixed_in_workers = args.workers and not (args.no_prefetcher or args.data_on_device)
+    if args.mixup_off_epoch and args.use_multi_epochs_loader and mixed_in_workers:
+        yield (
+            '--mixup-off-epoch cannot reach the workers that --use-multi-epochs-loader keeps: leave one of them out, '
+            'or add --no-prefetcher.')
     if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size % 2:
         yield f'Mixup and CutMix need an even --batch-size, got {args.batch_size}.'
     yield from _wrong_in_balance(args)

@@ -23,15 +23,16 @@ class Frozen:
             model: The model, whose parameters are switched off here.
             names: Names of modules or parameters, with everything below them.
         """
-        self.modules = [m for n, m in model.named_modules() if _below(n, names)]
+        self.model, self.names = model, names
         self.parameters = [p for n, p in model.named_parameters() if _below(n, names)]
         for p in self.parameters:
             p.requires_grad_(False)
 
     def rest(self) -> None:
         """Put the frozen modules into inference mode; call it after every `train()`."""
-        for m in self.modules:
-            m.eval()
+        for name, module in self.model.named_modules():  # found anew: those of --sync-bn take the place of others
+            if _below(name, self.names):
+                module.eval()
 
 
 def _below(name: str, names: Set[str]) -> bool:

@@ -105,7 +105,7 @@ class Calibration(Metric):
         self.targets: List[torch.Tensor] = []
 
     def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        self.logits.append(output.double().cpu())
+        self.logits.append(output.cpu().double())  # not every device has double precision
         self.targets.append(target.cpu())
 
     def results(self) -> Dict[str, Any]:

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from pst_timm.checkpoints import attention_settings, rules
 from pst_timm.checkpoints.schema import check_facts, parse_json
 from pst_timm.checkpoints.trust import check_ordinary
+from pst_timm.data.datasets import find_split
 from pst_timm.data.drift import (
     DIMENSIONS,
     MOST_EMBEDDINGS,
@@ -320,8 +321,7 @@ def open_images(subject: Subject, data_dir: Path, split: str = 'validation', lab
             if labels or not data_dir.is_dir():
                 raise
             _logger.warning(f'The folders are not taken for labels: {e}')
-    inside = data_dir / split
-    return open_loose(subject, [inside if split and inside.is_dir() else data_dir])
+    return open_loose(subject, [find_split(data_dir, split) or data_dir])
 
 
 def read_answers(path: Path, class_names: Sequence[str]) -> Batch:

@@ -22,6 +22,7 @@ from typing import Deque, Dict, Iterable, List, Optional
 import torch
 from tqdm import tqdm
 
+from pst_timm.utils.devices import available_cores
 from pst_timm.utils.errors import PSTError, did_you_mean
 from pst_timm.utils.files import write_text
 from pst_timm.utils.locks import Locked, locked
@@ -97,7 +98,7 @@ def make_slots(device: str, jobs: int, cells: int) -> List[Slot]:
         return [Slot('cuda', {'CUDA_VISIBLE_DEVICES': gpus[i % len(gpus)]}) for i in range(count)]
     if device != 'cpu':
         return [Slot(device, {}) for _ in range(min(jobs or 1, cells))]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    cores = available_cores()
     count = min(jobs or cores, cells)
     threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, cores // count))
     return [Slot('cpu', {'OMP_NUM_THREADS': threads}) for _ in range(count)]

@@ -80,7 +80,7 @@ def busy_cores(seconds: float = 0.2) -> float:
         (busy, total), _ = _core_ticks(), time.sleep(seconds)
         busy_after, total_after = _core_ticks()
         return available_cores() * (busy_after - busy) / (total_after - total)
-    except (OSError, ValueError, ZeroDivisionError):  # not Linux, or a Linux that does not tell
+    except (AttributeError, OSError, ValueError, ZeroDivisionError):  # not Linux, or a Linux that does not tell
         return os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0.
 
 

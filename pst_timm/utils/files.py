@@ -140,7 +140,7 @@ def read_csv(path: os.PathLike) -> List[Dict[str, str]]:
         PSTError: If the file cannot be read, has no header, or has a row of another length.
     """
     try:
-        with open(path, newline='', encoding='utf-8') as f:
+        with open(path, newline='', encoding='utf-8-sig') as f:  # some spreadsheets begin with a mark
             reader = csv.DictReader(f)
             if not reader.fieldnames:
                 raise PSTError(f'{path} is empty: its first line must name the columns.')

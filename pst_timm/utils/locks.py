@@ -61,10 +61,15 @@ def locked(path: os.PathLike, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         if handle in _held:  # not in a child
-            if _is_at(path, handle):  # removed while it is held, or it could be the lock of another
-                path.unlink(missing_ok=True)
             _held.remove(handle)
-            os.close(handle)
+            if fcntl is None:  # where nothing is held, an open file may not be removed
+                os.close(handle)
+                with suppress(OSError):
+                    path.unlink()
+            else:
+                if _is_at(path, handle):  # removed while it is held, or it could be the lock of another
+                    path.unlink(missing_ok=True)
+                os.close(handle)
 
 
 def _acquire(path: Path, wait: bool) -> int:

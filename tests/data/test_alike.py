@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from PIL import EpsImagePlugin, Image
 from timm.data import resolve_data_config
 
@@ -372,3 +373,20 @@ def test_what_cannot_fit_on_the_device_is_known_before_it_is_read(images, tmp_pa
     args.num_classes = 3
     with pytest.raises(PSTError, match=f'--data-on-device: {message}'):
         create_train_data(args, open_train_splits(args, 3), config, torch.float32)
+
+
+def test_several_processes_draw_by_the_seed_and_do_not_average_views(images, tmp_path):
+    orders = []
+    dist.init_process_group('gloo', (tmp_path / 'meet').as_uri(), rank=0, world_size=1)
+    try:
+        for seed in (1, 1, 2):
+            args, config = resolved(tiny_train_args(images, tmp_path, seed=seed))
+            args.distributed, args.num_classes = True, 3
+            data = create_train_data(args, open_train_splits(args, 3), config, torch.float32)
+            orders.append(list(data.train.sampler))
+    finally:
+        dist.destroy_process_group()
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2])
+    args.tta = 2
+    with pytest.raises(PSTError, match='--tta 2 needs all copies of an image in one process'):
+        open_train_splits(args, 3)

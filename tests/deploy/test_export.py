@@ -120,3 +120,9 @@ def test_open_sizes_are_refused_where_the_trunk_rounds_down(tmp_path):
     with pytest.raises(PSTError, match='rounds sizes down'):
         export(model, tmp_path / 'm.onnx', dynamic=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_model_that_is_exported_stays_as_it_is(tmp_path):
+    model = timm.create_model('test_resnet_pst', num_classes=3).train()
+    export(model, tmp_path / 'model.ts', 'torchscript', dtype=torch.bfloat16, reparam=False)
+    assert model.training and model.fc.weight.dtype == torch.float32

@@ -40,6 +40,8 @@ def test_what_cannot_be_set_aside_is_said(tmp_path, images):
         set_aside(str(data), 'train', tmp_path)
     with pytest.raises(PSTError, match='no \'nothing\' split'):
         set_aside(str(images), 'nothing', tmp_path)
+    with pytest.raises(PSTError, match=r'0\.4 of the images cannot be set aside.* choose 0\.5'):
+        set_aside(str(images), 'train', tmp_path, 0.4)
     (tmp_path / 'file').write_text('')
     with pytest.raises(PSTError, match='Cannot write to'):
         set_aside(str(images), 'train', tmp_path / 'file')

@@ -1,5 +1,6 @@
 """Flags are timm's, and a mistake is named before any work starts."""
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -244,3 +245,20 @@ def test_what_a_checkpoint_may_know_better_is_unset():
         'model', 'num_classes', 'in_chans', 'img_size', 'input_size', 'crop_pct', 'mean', 'std', 'interpolation',
         'crop_mode', 'gp', 'model_kwargs', 'use_ema')
     assert not [key for key in keys if getattr(args, key)]
+
+
+def test_the_page_names_the_flags_that_timm_does_not_have():
+    page = (HERE.parents[1] / 'docs' / 'training.md').read_text()
+    [row] = [line for line in page.splitlines() if line.startswith('| further flags |')]
+    for told, name, groups in zip(row.split('; in validation '), ('train', 'validate'), (TRAIN_FLAGS, VALIDATE_FLAGS)):
+        theirs = {key_of(timm_flag) for timm_flag in timm_flags(name)}
+        ours = {flag.names[0] for key, flag in our_flags(groups).items() if key not in theirs}
+        assert set(re.findall(r'--[a-z-]+', told)) == ours
+
+
+def test_what_the_kept_workers_would_not_hear_is_refused():
+    wrong = dict(mixup=0.2, mixup_off_epoch=1, use_multi_epochs_loader=True)
+    with pytest.raises(PSTError, match='--mixup-off-epoch cannot reach the workers'):
+        train_args(**wrong)
+    for right in (dict(workers=0), dict(no_prefetcher=True), dict(mixup_off_epoch=0)):
+        train_args(**{**wrong, **right})

@@ -4,6 +4,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.models import load_checkpoint
 
 from pst_timm.checkpoints import create_model, load_model, read_checkpoint
@@ -116,6 +117,22 @@ def test_frozen_parts_stay_bitwise_and_the_rest_moves(run, start, values, still)
     rest = [k for k in after if not k.startswith(still) and not k.startswith('pst.blocks.0.attn.gate')]
     # batch norms that train move their statistics too
     assert moved == set(rest)
+
+
+@pytest.mark.parametrize('model, flags', [
+    ('resnet10t', dict(freeze=['stem'])), ('test_resnet_pst', dict(freeze_trunk=True)),
+    ('test_efficientnet', dict(linear_probe=True))])
+def test_what_is_frozen_rests_behind_synchronised_batch_norms_too(model, flags):
+    args = train_args(model=model, device_modules=['pst_timm'], **flags)
+    net = timm.create_model(model, num_classes=3)
+    frozen = transfer.apply_transfer(args, net)
+    net = convert_sync_batchnorm(net)
+    net.train()
+    frozen.rest()
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    resting = [m for m in norms if not m.training]
+    assert resting and all(not p.requires_grad for m in resting for p in m.parameters())
+    assert all(m.weight.requires_grad for m in norms if m.training)
 
 
 def test_linear_probe_moves_the_classifier_alone(run, start):

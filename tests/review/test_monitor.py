@@ -2,6 +2,7 @@
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -230,6 +231,16 @@ def test_labels_are_taken_where_folders_are_classes(subject, place, tmp_path):
         open_images(subject, days, labels=True)
     assert open_images(subject, place[2], labels=False).class_names is None
     assert len(open_images(subject, place[2], labels=False)) == 72  # those of the split
+    # whatever it is called
+    assert len(open_images(subject, place[2], split='val', labels=False)) == 72
+    (place[2] / 'validation').rename(place[2] / 'val')
+    (place[2] / 'train').mkdir()
+    open_image(next(place[3].rglob('*.png'))).save(place[2] / 'train' / '0.png')
+    try:
+        assert len(open_images(subject, place[2], labels=False)) == 72
+    finally:
+        shutil.rmtree(place[2] / 'train')
+        (place[2] / 'val').rename(place[2] / 'validation')
 
 
 def test_a_model_without_names_takes_those_of_the_reference(place, tmp_path):

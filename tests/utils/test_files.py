@@ -156,3 +156,8 @@ def test_an_output_is_checked_before_the_work(name, kwargs, told, tmp_path):
         with pytest.raises(PSTError, match=told):
             check_output(tmp_path / name, **kwargs)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_mark_at_the_beginning_is_no_part_of_the_first_column(tmp_path):
+    (tmp_path / 'rows.csv').write_text('image,label\n1.png,cat\n', encoding='utf-8-sig')
+    assert read_csv(tmp_path / 'rows.csv') == [{'image': '1.png', 'label': 'cat'}]

@@ -4,9 +4,11 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+from pst_timm.utils import locks
 from pst_timm.utils.locks import Locked, locked
 
 HOLDER = """
@@ -74,3 +76,20 @@ def test_a_folder_that_is_gone_or_made_anew_is_left_alone(tmp_path):
         path.unlink()
         path.write_text('of another')
     assert path.read_text() == 'of another'
+
+
+def test_where_there_are_no_locks_and_no_open_file_is_removed(tmp_path, monkeypatch, caplog):
+    closed = []
+    monkeypatch.setattr(locks, 'fcntl', None)
+    monkeypatch.setattr(locks.os, 'close', lambda handle, close=os.close: (closed.append(handle), close(handle)))
+    unlink = Path.unlink
+
+    def unlink_closed(path, *args, **kwargs):
+        if not closed:
+            raise PermissionError(13, 'in use by another process')
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, 'unlink', unlink_closed)
+    with locked(tmp_path / 'lock'):
+        assert 'cannot be locked' in caplog.text
+    assert len(closed) == 1 and not (tmp_path / 'lock').exists()

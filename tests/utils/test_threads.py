@@ -52,3 +52,7 @@ def test_a_machine_that_does_not_tell_is_judged_by_its_load(monkeypatch):
     for wrong in (lambda: (5, 5), lambda: (_ for _ in ()).throw(OSError)):
         monkeypatch.setattr(devices, '_core_ticks', wrong)
         assert busy_cores(0.) == 3.5
+    monkeypatch.undo()
+    monkeypatch.setattr(devices.os, 'getloadavg', lambda: (2.5, 0., 0.), raising=False)
+    monkeypatch.delattr(devices.os, 'sched_getaffinity')  # as on macOS and Windows
+    assert busy_cores(0.) == 2.5
