@@ -12,7 +12,9 @@ _ROOMS = {
     'TrunkLoad': 'models', 'create_pst': 'models', 'inspect_tokens': 'models', 'reparameterize': 'models',
     'load_model': 'checkpoints', 'load_trunk': 'checkpoints', 'publish': 'hub', 'register_weights': 'hub',
 }
-_SUBPACKAGES = ('checkpoints', 'engine', 'hub', 'layers', 'models')
+_SUBPACKAGES = (
+    'benchmark', 'checkpoints', 'data', 'deploy', 'detection', 'engine', 'hub', 'layers', 'metrics', 'models', 'review',
+    'study', 'utils', 'visualize')
 
 __all__ = [*_ROOMS, *_SUBPACKAGES, '__version__']
 

@@ -193,3 +193,9 @@ def test_every_pair_of_the_neck_is_a_conv_and_a_norm():
     for pair in pairs.values():
         names = {name for name, _ in pair.named_parameters()}
         assert names == {'conv.weight', 'bn.weight', 'bn.bias'}
+
+
+def test_every_room_is_reached_through_the_package():
+    names = sorted(path.parent.name for path in PACKAGE.glob('*/__init__.py'))
+    hidden = [name for name in names if name not in (*pst_timm._SUBPACKAGES, 'commands')]
+    assert hidden == [] and callable(pst_timm.deploy.loading.load_exported) and pst_timm.detection.open_detector

@@ -11,7 +11,7 @@ import torch.nn as nn
 from timm.data import resolve_data_config, resolve_input_data_config
 from timm.models import get_pretrained_cfg, get_pretrained_cfg_value, resolve_pretrained_cfg
 
-from pst_timm.models import PRETRAINED_TRUNK, copy_trunk, pretrained_name, reparameterize
+from pst_timm.models import PRETRAINED_TRUNK, adopt_preprocessing, copy_trunk, pretrained_name, reparameterize
 from pst_timm.models.digest import check_digest, drop_digest
 from pst_timm.utils.errors import PSTError, did_you_mean
 
@@ -70,6 +70,10 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         model = _create_from_config(name, **kwargs) if ':' in name else _create_checked(name, name, **kwargs)
         if which:
             _begin_trunk(model, which)
+            if ':' not in name:
+                cfg, plain = kwargs.get('pretrained_cfg'), getattr(model, 'model', model).plain_name
+                given = {**(cfg if isinstance(cfg, dict) else {}), **overlay}
+                adopt_preprocessing(model, pretrained_name(plain, which), given)
         return model
     except PSTError as e:
         if str(e).startswith(name):

@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError
+from timm.data import resolve_input_data_config
 from timm.models import save_for_hf
 
 from pst_timm.metrics.agreement import compare_logits
@@ -115,7 +116,7 @@ def _timms_cfg(model: nn.Module) -> Iterator[None]:
 
 @torch.inference_mode()
 def _check_reloaded(model: nn.Module, folder: Path) -> None:
-    x = torch.randn(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, *resolve_input_data_config(model)['input_size'], generator=torch.Generator().manual_seed(0))
     expected = model.eval()(x)
     try:
         got = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(x)

@@ -30,4 +30,4 @@ def _convert(args: argparse.Namespace) -> None:
     print(f'Written: {done.path} ({done.path.stat().st_size / 2 ** 20:.1f} MiB, {args.dtype}, '
           f'{"moving average (EMA)" if done.ema else "no EMA"}).')
     print(f'Logits differ from the source by {done.difference:.1e} of the largest one, top-1 agrees for '
-          f'{done.agreement:.0%} of 16 random images.')
+          f'{done.agreement:.0%} of a few random images.')

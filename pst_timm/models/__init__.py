@@ -5,9 +5,9 @@ from .fusion import PSTModel
 from .inspection import Inspection, inspect_tokens
 from .reparameterize import reparameterize
 from .resnet_pst import ResNetPST
-from .trunk import PRETRAINED_TRUNK, TrunkLoad, copy_trunk, pretrained_name
+from .trunk import PRETRAINED_TRUNK, TrunkLoad, adopt_preprocessing, copy_trunk, pretrained_name
 
 __all__ = [
-    'PRETRAINED_TRUNK', 'BackbonePST', 'Inspection', 'PSTModel', 'ResNetPST', 'TrunkLoad', 'copy_trunk', 'create_pst',
-    'inspect_tokens', 'pretrained_name', 'reparameterize',
+    'PRETRAINED_TRUNK', 'BackbonePST', 'Inspection', 'PSTModel', 'ResNetPST', 'TrunkLoad', 'adopt_preprocessing',
+    'copy_trunk', 'create_pst', 'inspect_tokens', 'pretrained_name', 'reparameterize',
 ]

@@ -23,6 +23,7 @@ from pst_timm.utils.cost import count_gmacs
 from pst_timm.utils.errors import did_you_mean
 
 from .fusion import PSTModel, build_pst, pst_cfg
+from .trunk import PRETRAINED_TRUNK, pretrained_name
 
 __all__ = ['BackbonePST', 'create_pst', 'fitting_width']
 
@@ -201,7 +202,7 @@ class BackbonePST(PSTModel):
     @torch.jit.ignore
     def tokens(self, img_size: Union[int, Tuple[int, int]]) -> int:
         """How many coarse tokens there are to select from, see `PSTModel.tokens`."""
-        if not self.rounds_down or not self.attentions():
+        if not self.attentions():
             return super().tokens(img_size)
         height, width = _level_shapes(self.trunk, self._last_two(), (self.in_chans, *to_2tuple(img_size)))[1][2:]
         return height * width
@@ -477,7 +478,10 @@ def backbone_pst(pretrained: bool = False, **kwargs) -> BackbonePST:
     kwargs = dict(model_args, **kwargs)
     _check_name(kwargs['trunk'])
     if not kwargs.get('pretrained_cfg'):
-        kwargs['pretrained_cfg_overlay'] = {**_cfg_of(kwargs['trunk']), **(kwargs.get('pretrained_cfg_overlay') or {})}
+        trunk, which = kwargs['trunk'], kwargs.get(PRETRAINED_TRUNK)
+        kwargs['pretrained_cfg_overlay'] = {
+            **_cfg_of(pretrained_name(trunk, which) if which else trunk),
+            **(kwargs.get('pretrained_cfg_overlay') or {})}
     return _create_backbone_pst('backbone_pst', pretrained=pretrained, **kwargs)
 
 

@@ -22,7 +22,7 @@ from pst_timm.layers import Concat, ConvNorm, PyramidSparseAttention, PyramidSpa
 
 from .digest import check_digest, drop_digest
 from .settings import AttentionSettings
-from .trunk import load_pretrained_trunk
+from .trunk import adopt_preprocessing, load_pretrained_trunk, pretrained_name
 
 __all__ = ['PSTModel', 'build_pst', 'pst_cfg']
 
@@ -366,7 +366,9 @@ def build_pst(
         overlay = kwargs.get('pretrained_cfg_overlay') or {}
         if SOURCES & set(overlay):  # the checksum of the default weights says nothing of others
             kwargs['pretrained_cfg_overlay'] = {'notes': (), **overlay}
-    elif not kwargs.get('pretrained_cfg'):
+    cfg = kwargs.get('pretrained_cfg')
+    given = {**(cfg if isinstance(cfg, dict) else {}), **(kwargs.get('pretrained_cfg_overlay') or {})}
+    if not pretrained and not kwargs.get('pretrained_cfg'):
         # weights that were not asked for decide neither class count nor input size
         kwargs['pretrained_cfg'] = 'untrained'
     model = build_model_with_cfg(
@@ -381,6 +383,7 @@ def build_pst(
     getattr(model, 'model', model).plain_name = plain  # features_only wraps the network
     if pretrained_trunk:
         load_pretrained_trunk(model, plain, pretrained_trunk, kwargs.get('cache_dir'))
+        adopt_preprocessing(model, pretrained_name(plain, pretrained_trunk), given)
     return model
 
 

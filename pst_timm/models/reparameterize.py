@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import torch.fx
 import torch.nn as nn
-from timm.layers import get_notrace_functions, get_notrace_modules
+from timm.layers import FrozenBatchNormAct2d, get_notrace_functions, get_notrace_modules
 from timm.models import reparameterize_model
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.feature_extraction import NodePathTracer
@@ -14,6 +14,8 @@ from pst_timm.layers import FusedConvAct, Pair, SplitConvAct
 from .fusion import PSTModel
 
 __all__ = ['reparameterize']
+
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNormAct2d)
 
 
 def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
@@ -37,7 +39,9 @@ def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
     for wrapped in ('module', '_orig_mod'):
         if isinstance(getattr(model, wrapped, None), nn.Module):
             raise ValueError(f'{type(model).__name__} wraps the model to fold: pass its .{wrapped}.')
-    if not inplace:
+    if inplace:
+        reparameterize(model)  # a copy, so that an error leaves the model as it is
+    else:
         model = deepcopy(model)
     hooked = {name: m for name, m in model.named_modules() if m._forward_hooks}
     model = reparameterize_model(model.eval(), inplace=True)
@@ -67,7 +71,7 @@ def _fold_batch_norms(model: nn.Module) -> None:
     calls = Counter(node.target for node in graph.nodes if node.op == 'call_module')
     modules = dict(model.named_modules())
     for node in graph.nodes:
-        if node.op != 'call_module' or not isinstance(modules[node.target], (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        if node.op != 'call_module' or not isinstance(modules[node.target], NORMS):
             continue
         norm, source = modules[node.target], node.args[0]
         if norm.running_var is None or source.op != 'call_module' or len(source.users) > 1:

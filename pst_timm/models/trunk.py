@@ -1,6 +1,6 @@
 """The weights of a plain timm model in the trunk of the model with PST that is made of it."""
 import re
-from typing import Dict, List, NamedTuple, Optional, Set, Tuple, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple, Union
 
 import timm
 import torch
@@ -17,6 +17,7 @@ NESTED = 'trunk.'  # where a model of any other trunk keeps it
 OPTIONAL = '.num_batches_tracked'
 # the argument of timm.create_model for what a model begins with; it has no say in what the model is like
 PRETRAINED_TRUNK = 'pretrained_trunk'
+PREPROCESSING = ('crop_pct', 'interpolation', 'mean', 'std')
 
 
 class TrunkLoad(NamedTuple):
@@ -127,7 +128,12 @@ def _adapt_input(net: nn.Module, weights: Dict[str, torch.Tensor], target: Dict[
     names = [f'{name}.weight' for name in convs] or [next((k for k, v in target.items() if v.ndim == 4), '')]
     for k in names:
         if k in weights and weights[k].ndim == 4 and weights[k].shape[1] != target[k].shape[1]:
-            weights[k] = adapt_input_conv(target[k].shape[1], weights[k])
+            try:
+                weights[k] = adapt_input_conv(target[k].shape[1], weights[k])
+            except NotImplementedError:
+                raise ValueError(
+                    f'{k} reads {weights[k].shape[1]} channels and the model {target[k].shape[1]}: only weights of one '
+                    f'or three channels can be fitted to another number.') from None
 
 
 def first_convs(model: nn.Module) -> Tuple[str, ...]:
@@ -156,6 +162,20 @@ def pretrained_name(trunk: str, which: Union[bool, str]) -> str:
             f'{PRETRAINED_TRUNK}={which!r}: timm has no weights {name}.{did_you_mean(name, tags)} The tags of {trunk}: '
             f'{", ".join(tag.split(".", 1)[1] for tag in tags) or "none"}.')
     return name
+
+
+def adopt_preprocessing(model: nn.Module, name: str, given: Mapping[str, Any]) -> None:
+    """Prepare images as the weights in the trunk know them.
+
+    Args:
+        model: The model, or a feature extractor.
+        name: The name that timm has for the weights.
+        given: Pretrained configuration that the caller gave, which stays as it is.
+    """
+    told = timm.get_pretrained_cfg(name)
+    for part in (model, getattr(model, 'model', model)):
+        if getattr(part, 'pretrained_cfg', None):
+            part.pretrained_cfg.update({key: getattr(told, key) for key in PREPROCESSING if key not in given})
 
 
 def load_pretrained_trunk(

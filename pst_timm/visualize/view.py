@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Iterable, List, Optional, Sequence, Tuple
 
 import torch
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform, resolve_input_data_config
 
 from pst_timm.checkpoints import label_names
 from pst_timm.data.images import find_images, open_image
@@ -58,7 +58,7 @@ def look(
         names = label_names(model) or [f'class {i}' for i in range(model.num_classes)]
     if len(names) != model.num_classes:
         raise PSTError(f'{len(names)} class names for a model of {model.num_classes} classes.')
-    config = resolve_data_config({'img_size': img_size} if img_size else {}, model=model)
+    config = resolve_input_data_config(model, {'img_size': img_size} if img_size else {})
     channels = config['input_size'][0]
     x = create_transform(**config)(open_image(path, 'L' if channels == 1 else 'RGB'))[None]
     coarse, fine, blocks = inspect_tokens(model, x.to(next(model.parameters())), topk, fusion)

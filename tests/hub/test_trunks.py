@@ -57,6 +57,27 @@ def test_every_model_of_the_zoo_takes_it(make, hub):
     assert model.num_classes == 1000 and model.pretrained_cfg['tag'] == 'untrained'
 
 
+@BUILDERS
+def test_images_are_prepared_as_the_weights_know_it(make, hub):
+    name = 'mobilenetv4_conv_small.e3600_r256_in1k'
+    hub.create(f'timm/{name}')
+    weights = timm.create_model('mobilenetv4_conv_small').state_dict()
+    hub.commit(f'timm/{name}', 'main', 'weights', {'model.safetensors': save(weights)})
+    half = (0.5, 0.5, 0.5)
+    assert timm.get_pretrained_cfg(name).mean == half
+    plain = make('mobilenetv4_conv_small_pst')
+    for arch, kwargs in (
+            ('mobilenetv4_conv_small_pst', {}), ('mobilenetv4_conv_small_pst', dict(features_only=True)),
+            ('backbone_pst', dict(trunk='mobilenetv4_conv_small'))):
+        model = make(arch, pretrained_trunk='e3600_r256_in1k', **kwargs)
+        assert tuple(model.pretrained_cfg['mean']) == tuple(model.pretrained_cfg['std']) == half, arch
+    told = make(
+        'mobilenetv4_conv_small_pst', pretrained_trunk='e3600_r256_in1k', pretrained_cfg_overlay=dict(mean=(0, 0, 0)))
+    assert told.pretrained_cfg['mean'] == (0, 0, 0) and tuple(told.pretrained_cfg['std']) == half
+    for key in ('mean', 'input_size'):  # of others nothing has changed
+        assert make('mobilenetv4_conv_small_pst').pretrained_cfg[key] == plain.pretrained_cfg[key]
+
+
 def test_by_name_and_by_tag(source):
     model = pst_timm.create_pst(PLAIN)
     assert not is_begun(model, source)
@@ -151,3 +172,11 @@ def test_a_file_cannot_ask_for_what_is_not_there(args, words, tmp_path):
     (tmp_path / 'model' / 'config.json').write_text(json.dumps(config))
     with pytest.raises(PSTError, match=words):
         load_model(tmp_path / 'model')
+
+
+def test_a_folder_of_a_grey_model_made_by_name(tmp_path):
+    model = timm.create_model('test_resnet_pst', pretrained=True, in_chans=1).eval()
+    save_folder(model, tmp_path / 'model')
+    x = torch.rand(1, 1, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / 'model')(x), model(x))

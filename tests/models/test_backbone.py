@@ -203,7 +203,7 @@ class TestHabits:
             torch.jit.script(model)
 
     def test_tokens_are_those_that_the_layers_see(self):
-        for trunk in ('test_convnext', 'test_efficientnet'):
+        for trunk in ('test_convnext', 'test_efficientnet', 'poolformer_s12'):
             model = create(trunk)
             for size in ((80, 112), (97, 64), (64, 64)):
                 [block] = pst_timm.inspect_tokens(model, images(size), topk=10 ** 6).blocks

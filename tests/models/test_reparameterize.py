@@ -6,7 +6,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import convert_sync_batchnorm
+from timm.layers import FrozenBatchNormAct2d, convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -135,6 +135,25 @@ def test_hooks_that_would_be_lost_are_an_error(name):
     model.get_submodule(name).register_forward_hook(lambda module, args, out: None)
     with pytest.raises(ValueError, match=f'{name} is replaced.*hooks'):
         pst_timm.reparameterize(model)
+
+
+def test_an_error_leaves_the_model_as_it_was():
+    model = build()
+    model.pst_cat.register_forward_hook(lambda module, args, out: None)
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match='pst_cat is replaced'):
+        pst_timm.reparameterize(model, inplace=True)
+    assert dict(model.named_modules()) == before
+
+
+@torch.no_grad()
+def test_frozen_batch_norms_are_folded_too():
+    model = randomize(build(topk=3)).eval()
+    freeze_batch_norm_2d(model)
+    folded = pst_timm.reparameterize(model)
+    x = torch.randn(2, 3, 64, 96)
+    assert relative_error(folded(x), model(x)) < 1e-5
+    assert not any(isinstance(m, FrozenBatchNormAct2d) for m in folded.modules())
 
 
 def test_hooks_elsewhere_stay():

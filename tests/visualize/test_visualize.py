@@ -189,6 +189,11 @@ def test_a_grey_model_takes_grey_images(photo):
     np.testing.assert_allclose(look(model, photo, 1).pixels[..., 1], noise((64, 64)) / 255, atol=1e-5)
 
 
+def test_a_grey_model_made_by_name_takes_them_too(photo):
+    Image.fromarray(noise((64, 64))).save(photo)
+    assert look(timm.create_model('test_resnet_pst', in_chans=1).eval(), photo, 1).pixels.shape[:2] == (160, 160)
+
+
 def test_the_caption_names_model_k_and_fusion(photo, folder):
     model = build(fine_fusion='joint')
     view = look(model, photo, 2, img_size=96)
