@@ -24,7 +24,7 @@ from .trust import check_model_args, check_size, is_local_arch
 
 __all__ = [
     'build_model', 'check_model_name', 'create_model', 'label_names', 'load_model', 'open_checkpoint', 'plain_weights',
-    'preprocessing', 'temperature_of',
+    'preprocessing', 'temperature_of', 'told_args',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -214,13 +214,7 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
         raise PSTError(
             f'{checkpoint.path} does not name a known architecture (arch: {arch!r}). Name it with --model, or use a '
             f'training checkpoint or a .safetensors file beside its config.json.')
-    told = {
-        'global_pool': checkpoint.args.get('gp') or None,
-        **checkpoint.model_args,
-        **(checkpoint.args.get('model_kwargs') or {}),
-    }
-    # what its trunk began with is long overwritten
-    told = {k: v for k, v in told.items() if k not in model_kwargs and k != PRETRAINED_TRUNK}
+    told = {k: v for k, v in told_args(checkpoint).items() if k not in model_kwargs}
     kwargs = {
         'num_classes': _size(weights, arch, 'classifier', 0) or checkpoint.pretrained_cfg.get('num_classes'),
         'in_chans': _size(weights, arch, 'first_conv', 1) or (checkpoint.pretrained_cfg.get('input_size') or [None])[0],
@@ -260,6 +254,17 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
         raise PSTError(f'{checkpoint.path}: {e}') from None
     drop_digest(model)
     return model.eval()
+
+
+def told_args(checkpoint: Checkpoint) -> Dict[str, Any]:
+    """The arguments of `timm.create_model` that a checkpoint tells; unchecked."""
+    told = {
+        'global_pool': checkpoint.args.get('gp') or None,
+        **checkpoint.model_args,
+        **(checkpoint.args.get('model_kwargs') or {}),
+    }
+    # what its trunk began with is long overwritten
+    return {k: v for k, v in told.items() if v is not None and k != PRETRAINED_TRUNK}
 
 
 def _data_config(checkpoint: Checkpoint, model: nn.Module) -> Dict[str, Any]:

@@ -171,6 +171,16 @@ def test_a_tag_is_refused_where_it_could_not_load(hub, tmp_path, registry):
     assert timm.list_pretrained('*pst*') == ['test_resnet_pst.digits']
 
 
+def test_arguments_that_change_no_shape_are_not_dropped(hub, tmp_path, registry):
+    for name, kwargs in (('acme/max', {'global_pool': 'max'}), ('acme/fine', {'topk': 4, 'train_topk': 4})):
+        facts = {'arch': 'test_resnet_pst', 'model_args': kwargs, 'pretrained_cfg': {'input_size': (3, 64, 64)}}
+        publish(save_checkpoint(tmp_path / 'last.pth.tar', build(**kwargs), facts=facts), name)
+    with pytest.raises(PSTError, match=r"arguments \({'global_pool': 'max'}\), .* load it as 'hf-hub:acme/max'"):
+        pst_timm.register_weights('test_resnet_pst.max', hf_hub_id='acme/max')
+    pst_timm.register_weights('test_resnet_pst.fine', hf_hub_id='acme/fine')
+    assert torch.equal(logits(timm.create_model('test_resnet_pst.fine', pretrained=True)), logits(build()))
+
+
 def test_the_server_keeps_what_it_got_on_disk(hub, published):
     stored = json.loads((hub.folder / 'repositories' / f'{REPO}.json').read_text())
     files = stored['commits'][stored['branches']['main']]['files']

@@ -1,13 +1,19 @@
 """Weights of one's own behind timm's names."""
+import re
+import shlex
+
 import pytest
 import timm
 import torch
 from timm.models import get_pretrained_cfg, is_model_pretrained
 
 import pst_timm
+from pst_timm import cli
 from pst_timm.checkpoints.conversion import convert
+from pst_timm.checkpoints.folder import save_folder
+from pst_timm.models import resnet_pst
 from pst_timm.utils.errors import PSTError
-from tests.checkpoints.helpers import build, images, logits, save_checkpoint
+from tests.checkpoints.helpers import build, images, logits, run_args, save_checkpoint
 from tests.helpers import randomize
 
 pytestmark = pytest.mark.usefixtures('registry')
@@ -89,3 +95,110 @@ def test_mistakes_are_named(tmp_path):
         with pytest.raises(PSTError, match=message):
             pst_timm.register_weights(name, **kwargs)
     assert timm.list_pretrained() == before
+
+
+@pytest.mark.parametrize('kwargs', [
+    {'global_pool': 'max'}, {'output_stride': 16}, {'pst_act_layer': 'relu'}, {'act_layer': 'silu'},
+], ids=str)
+def test_arguments_that_change_no_shape_are_not_dropped(tmp_path, kwargs):
+    """The folder tells them, and a tag has no place for them."""
+    model = build(**kwargs)
+    save_folder(model, tmp_path / 'folder')
+    plain = build()
+    plain.load_state_dict(model.state_dict())
+    assert not torch.equal(logits(plain), logits(model))
+    [argument] = kwargs
+    before = timm.list_pretrained()
+    with pytest.raises(PSTError, match=rf'test_resnet_pst with other arguments \(.*{argument}.*a tag does not') as e:
+        pst_timm.register_weights('test_resnet_pst.other', file=tmp_path / 'folder')
+    assert timm.list_pretrained() == before
+    # the way on that it names
+    source = re.search(r"load_model\('(.*)'\)", str(e.value))[1]
+    assert torch.equal(logits(pst_timm.load_model(source)), logits(model))
+
+
+def test_numbers_that_no_layer_shows_are_seen(tmp_path):
+    save_folder(timm.create_model('test_vit', num_heads=4), tmp_path / 'folder')
+    with pytest.raises(PSTError, match=r"test_vit with other arguments .*'num_heads': 4"):
+        pst_timm.register_weights('test_vit.mine', file=tmp_path / 'folder')
+
+
+@pytest.mark.parametrize('entries', [
+    {'args': run_args(gp='max')}, {'args': run_args(model_kwargs={'global_pool': 'max'})},
+    {'facts': {'arch': 'test_resnet_pst', 'model_args': {'global_pool': 'max'}}},
+], ids=['a flag', 'a keyword', 'facts'])
+def test_what_a_run_tells_is_heeded(tmp_path, entries):
+    path = save_checkpoint(tmp_path / 'last.pth.tar', build(global_pool='max'), **entries)
+    with pytest.raises(PSTError, match=r"other arguments .*'global_pool': 'max'"):
+        pst_timm.register_weights('test_resnet_pst.other', file=path)
+
+
+def test_arguments_without_a_say_are_no_hindrance(tmp_path):
+    """Those of training, those that a tag has a place for, and those that are what the architecture has."""
+    model = build(
+        topk=4, fine_fusion='joint', train_topk=2, train_fine_prob=0.5, drop_rate=0.1, drop_path_rate=0.1,
+        pst_zero_init=True, zero_init_last=False, in_chans=1, global_pool='avg', pst_width=64, pst_head_dim=16,
+        pretrained_cfg_overlay={'input_size': (1, 64, 64)})
+    save_folder(model, tmp_path / 'folder')
+    pst_timm.register_weights('test_resnet_pst.mine', file=tmp_path / 'folder', default=True)
+    served = timm.create_model('test_resnet_pst', pretrained=True)
+    model.set_topk(0)
+    x = images(channels=1)
+    assert torch.equal(logits(served, x), logits(model, x)) and served.get_classifier().out_features == 3
+
+
+def test_any_trunk_that_is_not_the_default_is_refused_in_words(tmp_path):
+    model = randomize(pst_timm.create_pst('test_efficientnet', num_classes=3)).eval()
+    save_folder(model, tmp_path / 'folder')
+    with pytest.raises(PSTError, match=r"backbone_pst with other arguments .*'trunk': 'test_efficientnet'"):
+        pst_timm.register_weights('backbone_pst.mine', file=tmp_path / 'folder')
+
+
+def tags_of(arch):
+    return list(resnet_pst.default_cfgs[arch].tags)
+
+
+def test_a_tag_that_is_replaced_keeps_its_place(tmp_path):
+    first, again = randomize(build(), seed=1), randomize(build(), seed=2)
+    path = save_checkpoint(tmp_path / 'last.pth.tar', first)
+    for tag, default in (('x', True), ('y', None)):
+        pst_timm.register_weights(f'test_resnet_pst.{tag}', file=path, default=default)
+    assert tags_of('test_resnet_pst') == ['x', 'digits', 'y', 'untrained']
+    other = save_checkpoint(tmp_path / 'other.pth.tar', again)
+    for tag, default in (('x', None), ('y', None), ('y', False)):
+        pst_timm.register_weights(f'test_resnet_pst.{tag}', file=other, default=default)
+        assert tags_of('test_resnet_pst') == ['x', 'digits', 'y', 'untrained']
+    assert torch.equal(logits(timm.create_model('test_resnet_pst', pretrained=True)), logits(again))
+    pst_timm.register_weights('test_resnet_pst.x', file=other, default=False)
+    assert tags_of('test_resnet_pst') == ['digits', 'y', 'x', 'untrained']
+
+
+def test_the_only_weights_registered_again_stay_the_default(tmp_path):
+    model = randomize(timm.create_model('resnet26_pst', num_classes=3))
+    path = save_checkpoint(tmp_path / 'last.pth.tar', model, arch='resnet26_pst')
+    for tag, tags in (('x', 'x'), ('x', 'x'), ('y', 'xy'), ('x', 'xy')):
+        pst_timm.register_weights(f'resnet26_pst.{tag}', file=path)
+        assert tags_of('resnet26_pst') == [*tags, 'untrained']
+    assert torch.equal(timm.create_model('resnet26_pst', pretrained=True).fc.weight, model.fc.weight)
+    pst_timm.register_weights('resnet34_pst.x', file=save_checkpoint(
+        tmp_path / 'other.pth.tar', timm.create_model('resnet34_pst', num_classes=3), arch='resnet34_pst'),
+        default=False)
+    assert tags_of('resnet34_pst') == ['untrained', 'x']
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda weights: {'model_state_dict': weights},
+    lambda weights: {f'model.{k}': v for k, v in weights.items()},
+    lambda weights: {'model': {'state_dict': weights}},
+    lambda weights: {'state_dict': None, 'model': weights},
+], ids=['another name', 'a prefix', 'nested', 'an empty place'])
+def test_files_that_timm_does_not_know_are_refused_with_the_way_on(tmp_path, wrap):
+    model = build()
+    path, target = tmp_path / 'a file.pth', tmp_path / 'mine.safetensors'
+    torch.save(wrap(model.state_dict()), path)
+    with pytest.raises(PSTError, match=r'timm does not find the weights in .*pst-timm convert .*FILE.safetensors') as e:
+        pst_timm.register_weights('test_resnet_pst.mine', file=path)
+    words = shlex.split(re.search('pst-timm (.*safetensors --model [a-z_]*)', str(e.value))[1])
+    assert cli.main([str(target) if word == 'FILE.safetensors' else word for word in words]) == 0
+    pst_timm.register_weights('test_resnet_pst.mine', file=target)
+    assert torch.equal(logits(timm.create_model('test_resnet_pst.mine', pretrained=True)), logits(model))
