@@ -63,13 +63,14 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     """
     check_model_name(name)
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    cache_dir = kwargs.get('cache_dir')
     if kwargs.get('pretrained') and not overlay:
-        check_fetchable(name)
+        check_fetchable(name, cache_dir=cache_dir)
     which = None if kwargs.get('pretrained') else kwargs.pop(PRETRAINED_TRUNK, None)
     try:
         model = _create_from_config(name, **kwargs) if ':' in name else _create_checked(name, name, **kwargs)
         if which:
-            _begin_trunk(model, which)
+            _begin_trunk(model, which, cache_dir)
             if ':' not in name:
                 cfg, plain = kwargs.get('pretrained_cfg'), getattr(model, 'model', model).plain_name
                 given = {**(cfg if isinstance(cfg, dict) else {}), **overlay}
@@ -85,31 +86,33 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         raise PSTError(f'Cannot create {name}: {printable(reason[:500])}') from e
 
 
-def _begin_trunk(model: nn.Module, which: Union[bool, str]) -> None:
-    """Load the weights that timm has for the plain model into the trunk; arguments as in `pretrained_name`."""
+def _begin_trunk(model: nn.Module, which: Union[bool, str], cache_dir: Optional[PathLike]) -> None:
+    """Load the weights that timm has for the plain model into the trunk, see `pretrained_name` and `fetch`."""
     net = getattr(model, 'model', model)
     if not getattr(net, 'plain_name', ''):
         raise TypeError(f'{type(net).__name__} takes no {PRETRAINED_TRUNK}, as it is no model with PST')
-    copy_trunk(model, plain_weights(net, pretrained_name(net.plain_name, which)))
+    copy_trunk(model, plain_weights(net, pretrained_name(net.plain_name, which), cache_dir))
 
 
-def plain_weights(net: nn.Module, name: str) -> Dict[str, torch.Tensor]:
+def plain_weights(net: nn.Module, name: str, cache_dir: Optional[PathLike] = None) -> Dict[str, torch.Tensor]:
     """The published weights of a plain model, by name, in the sizes of a trunk.
 
     Args:
         net: The model with the trunk.
         name: A timm model name, with or without a tag, or what else names weights.
+        cache_dir: See `fetch`.
 
     Raises:
         PSTError: If they cannot be had.
     """
     same = name.split('.')[0] == getattr(net, 'plain_name', '')
-    return create_model(name, pretrained=True, **(getattr(net, 'trunk_kwargs', {}) if same else {})).state_dict()
+    kwargs = getattr(net, 'trunk_kwargs', {}) if same else {}
+    return create_model(name, pretrained=True, cache_dir=cache_dir, **kwargs).state_dict()
 
 
 def _create_from_config(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A model from a folder or repository that the user has named."""
-    arch, told, cfg = look_up(name)
+    arch, told, cfg = look_up(name, cache_dir=kwargs.get('cache_dir'))
     temperature = cfg.pop('temperature', None)  # of which timm knows nothing
     told = {**told, 'pretrained_cfg': cfg, 'pretrained_model_args': told}
     kwargs = {**told, **{k: v for k, v in kwargs.items() if v is not None}}
@@ -346,7 +349,7 @@ def load_model(
             "load_model gives whole models; for feature maps write the model as a folder (pst-timm publish --dry-run) "
             "and use timm.create_model('local-dir:FOLDER', pretrained=True, features_only=True).")
     if is_file(source):
-        model = build_model(open_checkpoint(source, arch, use_ema), **model_kwargs)
+        model = build_model(open_checkpoint(source, arch, use_ema, model_kwargs.get('cache_dir')), **model_kwargs)
         if num_classes == 0:
             model.reset_classifier(0)
         elif num_classes not in (None, model.num_classes):
@@ -361,13 +364,19 @@ def load_model(
         raise PSTError(f'{source} cannot be folded: {e}') from e
 
 
-def open_checkpoint(source: PathLike, arch: Optional[str] = None, use_ema: Optional[bool] = None) -> Checkpoint:
+def open_checkpoint(
+        source: PathLike,
+        arch: Optional[str] = None,
+        use_ema: Optional[bool] = None,
+        cache_dir: Optional[PathLike] = None,
+) -> Checkpoint:
     """Read a checkpoint, as one of another architecture if asked to; a difference is said.
 
     Args:
         source: What `read_checkpoint` reads.
         arch: Architecture, or what names a model; what the file tells if None.
         use_ema: See `read_checkpoint`.
+        cache_dir: See `fetch`.
 
     Raises:
         PSTError: As `read_checkpoint`, or if there is no such architecture.
@@ -377,7 +386,7 @@ def open_checkpoint(source: PathLike, arch: Optional[str] = None, use_ema: Optio
         resolve_origin(checkpoint)
         return checkpoint
     check_model_name(arch)
-    found = look_up(arch)
+    found = look_up(arch, cache_dir=cache_dir)
     if checkpoint.arch == arch:  # a run of timm's script, that began with what the user names
         complete(checkpoint, *found)
         return checkpoint

@@ -1,4 +1,5 @@
 """What a checkpoint knows of itself beside its weights, told when it is written and completed when it is read."""
+import os
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Tuple
 
@@ -91,10 +92,19 @@ def describe(
     return dict(arch=arch, model_args=as_plain(model_args), pretrained_cfg=as_plain(cfg))
 
 
-def look_up(name: str, pretrained: bool = False) -> Tuple[str, Dict[str, Any], Dict[str, Any]]:
+def look_up(
+        name: str,
+        pretrained: bool = False,
+        cache_dir: Optional[os.PathLike] = None,
+) -> Tuple[str, Dict[str, Any], Dict[str, Any]]:
     """Architecture, model arguments and configuration behind a model's name, which a user has typed.
 
     What the config.json of a repository or folder says is a stranger's word, and is checked as such.
+
+    Args:
+        name: Name of a model, 'hf-hub:org/name' or 'local-dir:path'.
+        pretrained: Whether a name without a tag means its published weights.
+        cache_dir: See `fetch`.
 
     Raises:
         PSTError: If they cannot be had, or are not what such a file may say.
@@ -105,7 +115,7 @@ def look_up(name: str, pretrained: bool = False) -> Tuple[str, Dict[str, Any], D
             cfg, arch, model_args = read_model_config(Path(plain))
             return arch, model_args, dict(cfg, source=source, file=plain)
         if source is not None:
-            cfg, arch, model_args = read_model_config(fetch(plain, 'config.json').parent)
+            cfg, arch, model_args = read_model_config(fetch(plain, 'config.json', cache_dir).parent)
             return arch, model_args, dict(cfg, source=source, hf_hub_id=plain)
         named = get_pretrained_cfg(plain) if '.' in plain or pretrained else None
         return split_model_name_tag(plain)[0], {}, named.to_dict() if named is not None else {}

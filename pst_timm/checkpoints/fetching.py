@@ -32,26 +32,32 @@ def is_published(source: str) -> bool:
     return not os.path.exists(source) and (source.startswith(('hf-hub:', 'hf_hub:')) or timm.is_model(source))
 
 
-def check_fetchable(source: str, timeout: float = HF_HUB_ETAG_TIMEOUT) -> None:
+def check_fetchable(
+        source: str,
+        timeout: float = HF_HUB_ETAG_TIMEOUT,
+        cache_dir: Optional[os.PathLike] = None,
+) -> None:
     """Make sure that the weights behind a name of timm are here, or that the Hub answers.
 
     Args:
         source: Name of a model, or what else names weights; only names are looked at.
         timeout: Seconds to wait for the Hub: 10, or what the variable HF_HUB_ETAG_TIMEOUT says.
+        cache_dir: See `fetch`.
 
     Raises:
         Unavailable: If the weights are not in the cache and the Hub cannot be reached.
     """
     if not is_published(source):
         return
-    repo, file = _repository(source)
+    repo, revision, file = _repository(source)
     names = [file] if file else [SAFETENSORS_SINGLE_FILE, PYTORCH_WEIGHTS_NAME]
-    if not repo or any(isinstance(try_to_load_from_cache(repo, name), str) for name in names):
+    place = dict(revision=revision, cache_dir=cache_dir)
+    if not repo or any(isinstance(try_to_load_from_cache(repo, name, **place), str) for name in names):
         return
     reason = 'HF_HUB_OFFLINE is set'
     if not HF_HUB_OFFLINE:
         try:
-            model_info(repo, timeout=timeout)
+            model_info(repo, revision=revision, timeout=timeout)
             return
         except HfHubHTTPError:
             return  # it answers; what it has to say, it says again when the weights are fetched
@@ -139,13 +145,15 @@ def _find_in_folder(folder: Path) -> Path:
     return found[0]
 
 
-def _repository(source: str) -> Tuple[str, str]:
-    """Repository and file of the weights on the Hub, empty where they are elsewhere."""
-    if ':' in source:
-        return source.split(':', 1)[1].split('@')[0], ''
+def _repository(source: str) -> Tuple[str, Optional[str], str]:
+    """Repository, revision and file of the weights on the Hub, empty where they are elsewhere."""
+    nowhere = '', None, ''
     try:
+        if ':' in source:
+            return *hf_split(source.split(':', 1)[1]), ''
         cfg = timm.get_pretrained_cfg(source)
-    except RuntimeError:  # no such tag, which timm will say
-        return '', ''
-    elsewhere = cfg is None or cfg.file or cfg.state_dict
-    return ('', '') if elsewhere else (cfg.hf_hub_id or '', cfg.hf_hub_filename or '')
+        if cfg is None or cfg.file or cfg.state_dict:
+            return nowhere
+        return *hf_split(cfg.hf_hub_id or ''), cfg.hf_hub_filename or ''
+    except (RuntimeError, AssertionError):  # no such tag, or two revisions, which timm will say
+        return nowhere

@@ -14,24 +14,24 @@ def asked(monkeypatch):
     """What the Hub is asked for; the Hub does not answer, the cache is empty."""
     repositories = []
 
-    def model_info(repo, timeout):
-        repositories.append(repo)
+    def model_info(repo, revision, timeout):
+        repositories.append((repo, revision))
         raise ConnectionError('no route')
 
     monkeypatch.setattr(fetching, 'model_info', model_info)
-    monkeypatch.setattr(fetching, 'try_to_load_from_cache', lambda repo, name: None)
+    monkeypatch.setattr(fetching, 'try_to_load_from_cache', lambda repo, name, **place: None)
     monkeypatch.setattr(fetching, 'HF_HUB_OFFLINE', False)
     return repositories
 
 
-@pytest.mark.parametrize('source,repo', [
-    ('resnet18.a1_in1k', 'timm/resnet18.a1_in1k'), ('resnet18', 'timm/resnet18.a1_in1k'),
-    ('hf-hub:org/name', 'org/name'), ('hf_hub:org/name@v2', 'org/name'),
+@pytest.mark.parametrize('source, repo, revision', [
+    ('resnet18.a1_in1k', 'timm/resnet18.a1_in1k', None), ('resnet18', 'timm/resnet18.a1_in1k', None),
+    ('hf-hub:org/name', 'org/name', None), ('hf_hub:org/name@v2', 'org/name', 'v2'),
 ])
-def test_names_are_looked_up_once(asked, source, repo):
+def test_names_are_looked_up_once(asked, source, repo, revision):
     with pytest.raises(Unavailable, match=rf'weights of {source} .* cannot be reached \(no route\)'):
         check_fetchable(source)
-    assert asked == [repo]
+    assert asked == [(repo, revision)]
 
 
 def test_what_is_here_is_not_asked_for(asked, monkeypatch, tmp_path):
@@ -39,7 +39,7 @@ def test_what_is_here_is_not_asked_for(asked, monkeypatch, tmp_path):
     file.touch()
     for source in (str(file), 'nowhere.pth', 'no_such_model', 'resnet18.no_such_tag', 'test_resnet_pst.digits'):
         check_fetchable(source)
-    monkeypatch.setattr(fetching, 'try_to_load_from_cache', lambda repo, name: '/cache/' + name)
+    monkeypatch.setattr(fetching, 'try_to_load_from_cache', lambda repo, name, **place: '/cache/' + name)
     check_fetchable('resnet18.a1_in1k')
     assert asked == []
 
@@ -54,7 +54,7 @@ def test_offline_mode_is_said(asked, monkeypatch):
 def test_a_hub_that_answers_speaks_for_itself(monkeypatch):
     monkeypatch.setattr(fetching, 'HF_HUB_OFFLINE', False)
     for error in (HfHubHTTPError, RepositoryNotFoundError):
-        def refuse(repo, timeout, error=error):
+        def refuse(repo, revision, timeout, error=error):
             raise error.__new__(error)
 
         monkeypatch.setattr(fetching, 'model_info', refuse)

@@ -7,10 +7,10 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load
+from safetensors.torch import load, save
 
 import pst_timm
-from pst_timm.checkpoints import load_model
+from pst_timm.checkpoints import create_model, load_model
 from pst_timm.checkpoints.fetching import fetch
 from pst_timm.engine import parse_validate_args, train, train_args, validate
 from pst_timm.hub.publishing import publish
@@ -204,6 +204,54 @@ def test_a_hub_that_does_not_answer_may_do_so_later(hub, monkeypatch):
     with pytest.raises(Unavailable, match='cannot be reached') as error:
         load_model('hf-hub:acme/tiny')
     assert error.value.exit_code == 75
+
+
+@pytest.fixture
+def offline(hub, monkeypatch):
+    """Takes the network away."""
+    def go():
+        monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+        monkeypatch.setattr('pst_timm.checkpoints.fetching.HF_HUB_OFFLINE', True)
+    return go
+
+
+def test_a_revision_is_the_one_that_is_looked_for(hub, tmp_path, registry, offline):
+    model = build()
+    publish(save_checkpoint(tmp_path / 'last.pth.tar', model), REPO, revision='v2')
+    shutil.rmtree(hub.cache, ignore_errors=True)
+    assert hub.names(REPO) == [] and hub.names(REPO, 'v2')
+    pst_timm.register_weights('test_resnet_pst.v2', hf_hub_id=f'{REPO}@v2')
+    names = f'hf-hub:{REPO}@v2', 'test_resnet_pst.v2'
+    for _ in range(2):
+        for name in names:
+            assert torch.equal(logits(load_model(name)), logits(model))
+        offline()
+    with pytest.raises(Unavailable, match='HF_HUB_OFFLINE is set'):
+        load_model(f'hf-hub:{REPO}')
+    with pytest.raises(PSTError, match=f'hf-hub:{REPO}@v1@v2 cannot be looked up'):
+        load_model(f'hf-hub:{REPO}@v1@v2')
+
+
+def test_another_cache_is_the_one_that_is_used(hub, published, tmp_path, offline):
+    cache = tmp_path / 'elsewhere'
+    hub.create('timm/test_efficientnet.r160_in1k')
+    plain = randomize(timm.create_model('test_efficientnet'))
+    hub.commit('timm/test_efficientnet.r160_in1k', 'main', 'weights', {'model.safetensors': save(plain.state_dict())})
+
+    def load(**kwargs):
+        assert torch.equal(logits(load_model(f'hf-hub:{REPO}', **kwargs)), logits(published))
+        assert torch.equal(logits(load_model('test_efficientnet', **kwargs)), logits(plain))
+        file = tmp_path / 'last.pth.tar'
+        assert torch.equal(logits(load_model(file, arch=f'hf-hub:{REPO}', **kwargs)), logits(published))
+        begun = create_model('backbone_pst', trunk='test_efficientnet', pretrained_trunk=True, **kwargs)
+        assert torch.equal(begun.trunk.conv_stem.weight, plain.conv_stem.weight)
+
+    load(cache_dir=cache)
+    assert not list(hub.cache.rglob('model.safetensors')) and len(list(cache.rglob('model.safetensors'))) == 2
+    offline()
+    load(cache_dir=cache)
+    with pytest.raises(Unavailable, match='not in the cache'):
+        load_model('test_efficientnet')
 
 
 @pytest.mark.parametrize('file', ['config.json', 'model.safetensors'])
