@@ -7,7 +7,7 @@ import torch.nn as nn
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from pst_timm.checkpoints import attention_settings, label_names
+from pst_timm.checkpoints import attention_settings, label_names, temperature_of
 from pst_timm.checkpoints.reading import Checkpoint
 from pst_timm.utils.cost import count_gmacs
 from pst_timm.utils.markdown import fence, plain, prose
@@ -16,7 +16,7 @@ __all__ = ['CITATION', 'Accuracy', 'count_gmacs', 'model_card']
 
 CITATION = """@article{hu2025pyramid,
   title   = {Pyramid Sparse Transformer: Enhancing Multi-Scale Feature Fusion with Dynamic Token Selection},
-  author  = {Hu and Bai and Wu and Peng and Zhang},
+  author  = {Hu, Junyi and Bai, Tian and Wu, Fengyi and Peng, Zhenming and Zhang, Yi},
   journal = {arXiv preprint arXiv:2505.12772},
   year    = {2025}
 }"""
@@ -133,7 +133,7 @@ def _settings(checkpoint: Checkpoint) -> str:
     return settings if len(settings) <= MOST_RECIPE else ''
 
 
-def _usage_section(source: str, channels: int, saved: str, named: bool) -> List[str]:
+def _usage_section(source: str, channels: int, strides: Sequence[int], saved: str, named: bool) -> List[str]:
     mode = 'L' if channels == 1 else 'RGB'
     names = [
         "names = model.pretrained_cfg['label_names']",
@@ -158,7 +158,7 @@ def _usage_section(source: str, channels: int, saved: str, named: bool) -> List[
         *names,
         '```',
         '',
-        'Feature maps at strides 2 to 32, for detection or segmentation:',
+        f'Feature maps at strides {strides[0]} to {strides[-1]}, for detection or segmentation:',
         '',
         '```python',
         f"backbone = timm.create_model('{source}', pretrained=True, features_only=True).eval()",
@@ -215,6 +215,11 @@ def model_card(
     source = source or f'hf-hub:{repo_id}'
     data = f' for {prose(data_set)}' if data_set else ''
     saved = f'; saved with `topk={settings["topk"]}`, `fine_fusion={settings["fine_fusion"]!r}`'
+    strides = [level['reduction'] for level in model.feature_info]
+    temperature = temperature_of(model)
+    calibrated = (
+        f'Probabilities are calibrated (T = {temperature:.4g}, in the weights) for images like those that the '
+        f'temperature was fitted on.' if temperature else 'Probabilities are not calibrated.')
     made_of = f'the `{model.plain_name}`' if checkpoint.arch == 'backbone_pst' else 'a network'
     if checkpoint.arch == 'pruned':
         made_of = f'a `{model.own_args["arch"]}` with fewer channels,'
@@ -235,14 +240,14 @@ def model_card(
         f'| attention | {_attention(settings)} |',
         '',
         *_accuracy_section(source, accuracy, settings, data_set),
-        *_usage_section(source, channels, saved, bool(names)),
+        *_usage_section(source, channels, strides, saved, bool(names)),
         *sections,
         *_recipe_section(checkpoint),
         '## Limits',
         '',
         f'The model knows its {model.num_classes} classes and gives one of them for every image, whatever it shows. '
         f'Its accuracy holds for images like those it was measured on, at the size given above; for others, measure it '
-        'first. Probabilities are not calibrated. A model trained with coarse attention alone need not gain from fine '
+        f'first. {calibrated} A model trained with coarse attention alone need not gain from fine '
         'attention: validate with both. Nothing was done against biases of the data it learned from.',
         '',
         '## Licence',

@@ -8,8 +8,9 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import pst_timm
 from pst_timm.checkpoints.reading import Checkpoint
-from pst_timm.hub.card import Accuracy, model_card
+from pst_timm.hub.card import CITATION, Accuracy, model_card
 from tests.checkpoints.helpers import build
 
 BREAKING = [
@@ -95,3 +96,30 @@ def test_an_endless_recipe_is_left_out(model):
     checkpoint = Checkpoint(Path('x'), {}, 'test_resnet_pst', recipe={'opt': 'a' * 10 ** 6})
     card = model_card('acme/tiny', checkpoint, model)
     assert len(card) < 10 ** 4 and 'How the model was trained did not come with the weights' in card
+
+
+@pytest.mark.parametrize('make, strides', [
+    (build, '2 to 32'), (lambda: build(output_stride=8), '2 to 8'),
+    (lambda: pst_timm.create_pst('convnext_atto', num_classes=3), '4 to 32'),
+], ids=['as it is', 'output_stride', 'a patch stem'])
+def test_the_strides_are_those_of_the_maps(model, make, strides):
+    """`model` is asked for since the multiply-adds are then not counted."""
+    card = model_card('acme/tiny', Checkpoint(Path('x'), {}, 'test_resnet_pst'), make())
+    assert re.findall(r'Feature maps at strides (\d+ to \d+)', card) == [strides]
+
+
+def test_a_calibrated_model_is_called_so(model):
+    checkpoint = Checkpoint(Path('x'), {}, 'test_resnet_pst')
+    model.pretrained_cfg['temperature'] = 1.25
+    card = model_card('acme/tiny', checkpoint, model)
+    assert 'Probabilities are calibrated (T = 1.25' in card and 'not calibrated' not in card
+    del model.pretrained_cfg['temperature']
+    assert 'Probabilities are not calibrated.' in model_card('acme/tiny', checkpoint, model)
+
+
+def test_the_authors_are_those_whom_the_package_cites():
+    root = Path(__file__).resolve().parents[2]
+    cited = yaml.safe_load((root / 'CITATION.cff').read_text(encoding='utf-8'))['preferred-citation']
+    names = ' and '.join(f'{a["family-names"]}, {a["given-names"]}' for a in cited['authors'])
+    assert f'author  = {{{names}}}' in CITATION and cited['title'] in CITATION
+    assert CITATION in (root / 'README.md').read_text(encoding='utf-8')
