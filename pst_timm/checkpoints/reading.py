@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import pickletools
+import threading
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,9 @@ SAFETENSORS = '.safetensors'
 PICKLES = ('.tar', '.pth', '.pt', '.bin', '.ckpt', '.pkl')  # read as data, or refused
 WRAPPER = 'model.'  # what training scripts that keep the network in a module put before every name
 MOST_NESTED, MOST_PARTS = 20, 100_000  # tuples within tuples in a pickle; those of torch are 4 deep, and small
+# with its name, so that timm, which allows it for a while too, does not take this entry away
+NAMESPACE = argparse.Namespace, 'argparse.Namespace'
+_LOCK = threading.Lock()  # what torch allows in a pickle, it allows in the whole process
 PathLike = Union[str, os.PathLike]
 
 
@@ -301,7 +305,7 @@ def find_weights(content: Dict[str, Any], use_ema: Optional[bool] = None) -> Tup
 
 def _read_pickle(path: Path, use_ema: Optional[bool]) -> Checkpoint:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with _LOCK, torch.serialization.safe_globals([NAMESPACE]):
             content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # whatever a damaged or malicious file may raise
         reason = printable(str(e).split('\n')[0][:500])

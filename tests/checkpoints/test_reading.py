@@ -1,5 +1,8 @@
 """Weights are read from every form a run leaves them in, and nothing that is not weights gets through."""
+import argparse
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -231,3 +234,44 @@ def test_the_name_of_a_strange_tensor_does_not_steer_a_terminal():
     own = build().state_dict()
     found = misfits(own, {**own, '\x1b[2J\U0008f6d2\u202e' + 1000 * 'x': torch.zeros(1)})
     assert len(found) == 1 and found[0].isprintable() and len(found[0]) < 300
+
+
+def test_threads_that_read_at_once_do_not_disturb_each_other(tmp_path, monkeypatch):
+    """What a pickle may hold torch allows in the whole process; the first to be done must not take it away."""
+    paths = [save_checkpoint(tmp_path / f'{i}.pth.tar', build()) for i in range(2)]
+    torch_load, meeting, first_done, arrived = torch.load, threading.Barrier(2), threading.Event(), []
+
+    def load(*args, **kwargs):
+        arrived.append(threading.get_ident())
+        try:
+            meeting.wait(timeout=0.3)
+        except threading.BrokenBarrierError:  # the other one is kept out, as it should be
+            pass
+        else:
+            if arrived[0] != threading.get_ident():
+                first_done.wait(timeout=20)
+        return torch_load(*args, **kwargs)
+
+    def read(path):
+        try:
+            return read_checkpoint(path)
+        finally:
+            first_done.set()
+
+    monkeypatch.setattr(torch, 'load', load)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(read, paths))
+    assert [checkpoint.arch for checkpoint in found] == ['test_resnet_pst'] * 2
+    assert not any('Namespace' in str(entry) for entry in torch.serialization.get_safe_globals())
+
+
+def test_timms_reader_in_another_thread_does_not_disturb(tmp_path, monkeypatch):
+    path, torch_load = save_checkpoint(tmp_path / 'last.pth.tar', build()), torch.load
+
+    def load(*args, **kwargs):
+        with torch.serialization.safe_globals([argparse.Namespace]):  # as timm does around its own
+            pass
+        return torch_load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, 'load', load)
+    assert read_checkpoint(path).arch == 'test_resnet_pst'
