@@ -123,7 +123,7 @@ def test_timms_own_weights_by_name(name, monkeypatch):
 
     model, create = timm.create_model(name), timm.create_model
     monkeypatch.setattr(timm, 'create_model', create_model)
-    monkeypatch.setattr(building, 'check_fetchable', lambda name: None)
+    monkeypatch.setattr(building, 'check_fetchable', lambda name, cache_dir: None)
     monkeypatch.setattr(building, 'find_pretrained', lambda cfg, cache_dir: None)
     result = pst_timm.load_trunk(model, tagged)
     assert asked == [(tagged, True)]
