@@ -15,7 +15,7 @@ import torch
 import torch.fx
 import torch.nn as nn
 from timm.layers import LayerType, get_notrace_functions, get_notrace_modules, to_2tuple
-from timm.models import generate_default_cfgs, register_model, split_model_name_tag
+from timm.models import generate_default_cfgs, is_model_pretrained, register_model, split_model_name_tag
 from torch.func import functional_call
 from torchvision.models.feature_extraction import NodePathTracer
 
@@ -477,7 +477,8 @@ def backbone_pst(pretrained: bool = False, **kwargs) -> BackbonePST:
     model_args = dict(trunk='mobilenetv4_conv_small')
     kwargs = dict(model_args, **kwargs)
     _check_name(kwargs['trunk'])
-    if not kwargs.get('pretrained_cfg'):
+    # registered weights know their own preprocessing
+    if not kwargs.get('pretrained_cfg') and not (pretrained and is_model_pretrained('backbone_pst')):
         trunk, which = kwargs['trunk'], kwargs.get(PRETRAINED_TRUNK)
         kwargs['pretrained_cfg_overlay'] = {
             **_cfg_of(pretrained_name(trunk, which) if which else trunk),

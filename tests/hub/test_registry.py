@@ -202,3 +202,13 @@ def test_files_that_timm_does_not_know_are_refused_with_the_way_on(tmp_path, wra
     assert cli.main([str(target) if word == 'FILE.safetensors' else word for word in words]) == 0
     pst_timm.register_weights('test_resnet_pst.mine', file=target)
     assert torch.equal(logits(timm.create_model('test_resnet_pst.mine', pretrained=True)), logits(model))
+
+
+def test_weights_of_any_trunk_keep_their_own_preprocessing(tmp_path):
+    model = timm.create_model('backbone_pst', num_classes=3, pretrained_cfg_overlay=dict(
+        mean=(0.1, 0.2, 0.3), input_size=(3, 96, 96)))
+    save_folder(model, tmp_path / 'folder')
+    pst_timm.register_weights('backbone_pst.mine', file=tmp_path / 'folder')
+    for name in ('backbone_pst', 'backbone_pst.mine'):
+        cfg = timm.create_model(name, pretrained=True).pretrained_cfg
+        assert tuple(cfg['mean']) == (0.1, 0.2, 0.3) and tuple(cfg['input_size']) == (3, 96, 96)
