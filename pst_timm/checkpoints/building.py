@@ -72,9 +72,8 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         if which:
             _begin_trunk(model, which, cache_dir)
             if ':' not in name:
-                cfg, plain = kwargs.get('pretrained_cfg'), getattr(model, 'model', model).plain_name
-                given = {**(cfg if isinstance(cfg, dict) else {}), **overlay}
-                adopt_preprocessing(model, pretrained_name(plain, which), given)
+                plain = getattr(model, 'model', model).plain_name
+                adopt_preprocessing(model, pretrained_name(plain, which), kwargs.get('pretrained_cfg'), overlay)
         return model
     except PSTError as e:
         if str(e).startswith(name):

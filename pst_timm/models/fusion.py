@@ -366,8 +366,7 @@ def build_pst(
         overlay = kwargs.get('pretrained_cfg_overlay') or {}
         if SOURCES & set(overlay):  # the checksum of the default weights says nothing of others
             kwargs['pretrained_cfg_overlay'] = {'notes': (), **overlay}
-    cfg = kwargs.get('pretrained_cfg')
-    given = {**(cfg if isinstance(cfg, dict) else {}), **(kwargs.get('pretrained_cfg_overlay') or {})}
+    given = kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')
     if not pretrained and not kwargs.get('pretrained_cfg'):
         # weights that were not asked for decide neither class count nor input size
         kwargs['pretrained_cfg'] = 'untrained'
@@ -383,7 +382,7 @@ def build_pst(
     getattr(model, 'model', model).plain_name = plain  # features_only wraps the network
     if pretrained_trunk:
         load_pretrained_trunk(model, plain, pretrained_trunk, kwargs.get('cache_dir'))
-        adopt_preprocessing(model, pretrained_name(plain, pretrained_trunk), given)
+        adopt_preprocessing(model, pretrained_name(plain, pretrained_trunk), *given)
     return model
 
 

@@ -1,6 +1,6 @@
 """The weights of a plain timm model in the trunk of the model with PST that is made of it."""
 import re
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple, Union
 
 import timm
 import torch
@@ -164,18 +164,18 @@ def pretrained_name(trunk: str, which: Union[bool, str]) -> str:
     return name
 
 
-def adopt_preprocessing(model: nn.Module, name: str, given: Mapping[str, Any]) -> None:
+def adopt_preprocessing(model: nn.Module, name: str, *given: Any) -> None:
     """Prepare images as the weights in the trunk know them.
 
     Args:
         model: The model, or a feature extractor.
         name: The name that timm has for the weights.
-        given: Pretrained configuration that the caller gave, which stays as it is.
+        given: Pretrained configurations that the caller gave; what they tell stays as it is.
     """
-    told = timm.get_pretrained_cfg(name)
+    told, known = timm.get_pretrained_cfg(name), {key for cfg in given if isinstance(cfg, dict) for key in cfg}
     for part in (model, getattr(model, 'model', model)):
         if getattr(part, 'pretrained_cfg', None):
-            part.pretrained_cfg.update({key: getattr(told, key) for key in PREPROCESSING if key not in given})
+            part.pretrained_cfg.update({key: getattr(told, key) for key in PREPROCESSING if key not in known})
 
 
 def load_pretrained_trunk(
