@@ -5,8 +5,7 @@
 
 Each recipe of `configs/tin200/` that is named is a stage, and goes on from the moving average that the one before left.
 Started again, it goes on where it was stopped; stages that are done are not trained again. The moving average of the
-last epoch is taken, never the best epoch; the validation images choose nothing, and are answered once, at the size of
-the last stage.
+last epoch is taken, never the best epoch: the validation images are looked at on the way, and choose nothing.
 """
 import argparse
 import hashlib
@@ -15,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -25,23 +25,26 @@ import torchvision
 from timm.data import ImageNetInfo
 from timm.utils import setup_default_logging
 
+from pst_timm import __version__
 from pst_timm.checkpoints import create_model, label_names, load_model, read_checkpoint
 from pst_timm.checkpoints.conversion import convert, save_safetensors
+from pst_timm.checkpoints.facts import as_plain
 from pst_timm.checkpoints.reading import Checkpoint
 from pst_timm.commands.common import run
 from pst_timm.data.datasets import create_eval_dataset
 from pst_timm.data.sampling import labels_of
-from pst_timm.engine import parse_train_args, train, validate, validate_args
+from pst_timm.engine import Interrupted, parse_train_args, train, validate, validate_args
 from pst_timm.engine.flags import recipe
+from pst_timm.engine.recovery import find_newest
 from pst_timm.hub.card import Accuracy, model_card
 from pst_timm.metrics.answers import unpack_answers
 from pst_timm.metrics.intervals import paired_difference
 from pst_timm.models import PSTModel
 from pst_timm.models.digest import digest_note
-from pst_timm.models.resnet_pst import WEIGHTS
+from pst_timm.models.resnet_pst import SYNSETS, WEIGHTS
 from pst_timm.utils.devices import check_device, hardware_name
 from pst_timm.utils.errors import PSTError
-from pst_timm.utils.files import read_csv, write_json, write_text
+from pst_timm.utils.files import read_csv, write_json, write_text, write_whole
 from pst_timm.utils.markdown import fence, prose
 from pst_timm.utils.tables import markdown_table
 
@@ -51,7 +54,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / 'results' / 'weights'
 TAG, DATA_SET, SPLIT = 'tin200', 'Tiny ImageNet', 'val'
 CONFIGS = ROOT / 'configs' / TAG
-MODEL, STAGES = 'resnet18_pst', ('cpu64', 'cpu96')
+CLASSES = SYNSETS.read_text(encoding='utf-8').split()
+MODEL, STAGES = 'resnet18_pst', ('cpu64', 'cpu96', 'cpu128')
 TOPK = [0, 2, 8]
 LAST = 'last.pth.tar'
 METRICS = ('topk', 'fine_fusion', 'top1', 'top5', 'loss', 'ece')
@@ -70,7 +74,7 @@ def train_stages(recipes: Sequence[Path], data: Path, output: Path, *flags: str)
         The last checkpoints of the runs.
 
     Raises:
-        PSTError: If one cannot be trained, or was trained by another recipe.
+        PSTError: If one cannot be trained, or was trained by another recipe, with another seed or from other weights.
         Interrupted: If the process was asked to stop; the same call goes on.
     """
     found: List[Path] = []
@@ -80,33 +84,36 @@ def train_stages(recipes: Sequence[Path], data: Path, output: Path, *flags: str)
             words += ['--initial-checkpoint', str(found[-1])]
         args = parse_train_args(words)
         args.experiment = f'{args.model}.{TAG}-{path.stem}'
-        last = output / args.experiment / LAST
-        if not _is_trained(last, args):
-            train(args)
-        found.append(last)
+        folder = output / args.experiment
+        if not _is_trained(folder, args, found):
+            try:
+                train(args)
+            except Interrupted as e:  # which names flags of train.py
+                raise Interrupted('Stopped, as asked: the same command goes on.') from e
+        found.append(folder / LAST)
     return found
 
 
-def _is_trained(last: Path, args: Namespace) -> bool:
-    """Whether a run has come to its end.
+def _is_trained(folder: Path, args: Namespace, before: Sequence[Path]) -> bool:
+    """Whether a run has come to its end; `before` are the last checkpoints of the stages before it.
 
     Raises:
-        PSTError: If it was trained, or begun, with other settings.
+        PSTError: If it was trained, or begun, with other settings, or before the stage before it was.
     """
-    if not last.is_file():
+    newest = find_newest(folder)
+    if newest is None:
         return False
-    checkpoint = read_checkpoint(last)
-    settings, wanted = checkpoint.recipe or {}, recipe(args)
-    other = [key for key in {**settings, **wanted} if _plain(settings.get(key)) != _plain(wanted.get(key))]
-    if other or checkpoint.args.get('seed') != args.seed:
-        raise PSTError(
-            f'{last.parent} was trained with other settings ({", ".join(sorted(other)) or "seed"}): choose another '
-            f'--output, or remove that folder to train it anew.')
-    return checkpoint.epoch + 1 >= args.epochs
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    checkpoint = read_checkpoint(newest)
+    settings, wanted = as_plain(checkpoint.recipe or {}), as_plain(recipe(args))
+    other = [key for key in {**settings, **wanted} if settings.get(key) != wanted.get(key)]
+    if checkpoint.args.get('seed') != args.seed:
+        other.append('seed')
+    mend = 'choose another --output, or remove that folder to train it anew.'
+    if other:
+        raise PSTError(f'{folder} was trained with other settings ({", ".join(sorted(other))}): {mend}')
+    if before and newest.stat().st_mtime < before[-1].stat().st_mtime:
+        raise PSTError(f'{folder} is older than {before[-1]}, from which it has to begin: {mend}')
+    return newest.name == LAST and checkpoint.epoch + 1 >= args.epochs
 
 
 def measure(weights: Path, data: Path, img_size: int, topk: Sequence[int] = ()) -> List[Dict[str, Any]]:
@@ -122,18 +129,21 @@ def by_class(right: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Dic
 
 
 def seconds_of(folder: Path) -> float:
-    """Wall time that a run spent on training steps, beside whatever else its machine did."""
+    """Wall time that a run spent on training steps; of an epoch in which it was stopped, the part after that."""
     return sum(float(row['train_seconds']) for row in read_csv(folder / 'speed.csv'))
 
 
 def half_precision(source: Path, target: Path) -> Checkpoint:
-    """Write the moving average of a checkpoint in half precision.
+    """Write the moving average of a checkpoint in half precision, with what its classes are in words.
 
     Of the run go along what it takes to repeat it, and not its arguments, which tell where things are on its machine.
     """
     convert(source, target, 'float16', use_ema=True)
-    written = read_checkpoint(target)
-    save_safetensors(written.weights, target, {k: v for k, v in written.facts().items() if k != 'args'})
+    written, words = read_checkpoint(target), ImageNetInfo()
+    facts = {k: v for k, v in written.facts().items() if k != 'args'}
+    facts['pretrained_cfg']['label_descriptions'] = {
+        name: words.label_name_to_description(name) for name in written.pretrained_cfg['label_names']}
+    save_safetensors(written.weights, target, facts)
     return written
 
 
@@ -169,8 +179,6 @@ def bundle(
         written = half_precision(stages[-1], weights)
         model = load_model(weights)
         names = label_names(model)
-        if not names:
-            raise PSTError(f'{stages[-1]} does not know its classes: train it on folders of class folders.')
         labels = np.asarray(labels_of(create_eval_dataset(
             validate_args(data_dir=str(data), split=SPLIT), SPLIT, None)))
         img_size = model.pretrained_cfg['input_size'][-1]
@@ -192,12 +200,12 @@ def bundle(
                     for stage, path in zip(runs, stages)],
             hardware=hardware_name(check_device(last.args.get('device') or '')),
             versions=dict(python=platform.python_version(), torch=torch.__version__,
-                          torchvision=torchvision.__version__, timm=timm.__version__),
+                          torchvision=torchvision.__version__, timm=timm.__version__, pst_timm=__version__),
             command=command)
         text = card(record, weights)
         for place in (folder, records):
             place.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(weights, folder / weights.name)
+        write_whole(folder / weights.name, partial(shutil.copyfile, weights))
     told = {**record, **rows[0]}
     keys = ('weights', 'data_set', 'images', 'img_size', 'top1', 'top5', 'loss', 'command')
     write_json(folder / f'{name}.json', {key: told[key] for key in keys})
@@ -214,19 +222,22 @@ def card(record: Dict[str, Any], weights: Path) -> str:
     accuracy = Accuracy(
         first['top1'], first['top5'], record['img_size'], cfg['crop_pct'], cfg['interpolation'],
         f'by validate.py on the {record["images"]:,} validation images')
-    words = ImageNetInfo()
+    words = cfg['label_descriptions']
     attention = markdown_table([{
         'attention': f'k = {row["topk"]}, {row["fine_fusion"]}' if row['topk'] else 'coarse',
         'top-1 (%)': f'{row["top1"]:.2f}', 'top-5 (%)': f'{row["top5"]:.2f}', 'loss': f'{row["loss"]:.3f}',
         'ECE': f'{row["ece"]:.3f}',
     } for row in record['metrics']])
     classes = markdown_table([
-        {'class': name, 'what it is': prose(words.label_name_to_description(name)), 'top-1 (%)': f'{top1:.0f}'}
+        {'class': name, 'what it is': prose(words[name]), 'top-1 (%)': f'{top1:.0f}'}
         for name, top1 in record['top1_by_class'].items()])
     stages = markdown_table([{
         'stage': str(i), 'px': str(stage['recipe']['img_size']), 'epochs': str(stage['epochs']),
         'minutes of training': f'{stage["train_seconds"] / 60:.0f}',
     } for i, stage in enumerate(record['stages'], start=1)])
+    several = len(record['stages']) > 1
+    began = ('Each began with the moving average that the one before left; what follows this section is the last. '
+             if several else '')
     sections = [
         '## Intended use', '',
         'A start for fine-tuning on photographs, and an example of a trained model with PST. It is no classifier of '
@@ -247,10 +258,10 @@ def card(record: Dict[str, Any], weights: Path) -> str:
         '## By class', '', f'Of {record["images"] // record["classes"]} validation images each, coarse attention.', '',
         classes, '',
         '## Stages', '',
-        f'Each began with the moving average that the one before left; seed {record["seed"]}, {record["hardware"]}, '
-        f'torch {record["versions"]["torch"]}, timm {record["versions"]["timm"]}. Minutes are those of the steps, '
-        'beside whatever else the machine did. In a checkout, this makes all of it again:', '',
-        fence(record['command'], 'sh'), '', stages, '', 'What follows is the last stage.', '']
+        f'{began}Seed {record["seed"]}, {record["hardware"]}, torch {record["versions"]["torch"]}, timm '
+        f'{record["versions"]["timm"]}. Minutes are those of the steps, beside whatever else the machine did; of an '
+        'epoch in which the run was stopped, those after that. In a checkout, this makes all of it again:', '',
+        fence(record['command'], 'sh'), '', stages, '']
     return model_card(
         f'pst_timm/{record["weights"]}', checkpoint, model, accuracy, DATA_SET, 'apache-2.0',
         source=record['weights'], sections=sections)
@@ -280,6 +291,11 @@ def _work(args: Namespace) -> None:
     command = 'python -m scripts.bundle_tin200 --data-dir data/tiny-imagenet-200' + (
         '' if args.model == MODEL else f' --model {args.model}') + (
         '' if args.recipes == list(STAGES) else f' --recipes {" ".join(args.recipes)}')
+    found = sorted(path.name for path in (args.data_dir / 'train').glob('*') if path.is_dir())
+    if found != CLASSES:
+        raise PSTError(
+            f'{args.data_dir} is not {DATA_SET}: expected its {len(CLASSES)} class folders in train/, from '
+            f'{CLASSES[0]} to {CLASSES[-1]}, and found {len(found)}.')
     recipes = [CONFIGS / f'{name}.yaml' for name in args.recipes]
     where = recipes, args.data_dir, args.output
     stages = train_stages(*where, '--model', args.model)
@@ -287,9 +303,14 @@ def _work(args: Namespace) -> None:
     record = bundle(stages, twins, args.data_dir, args.folder, args.records, command)
     for row in (*record['metrics'], record['twin']):
         print(row)
-    name, note = record['weights'], record['notes']
-    if name not in timm.list_pretrained() or timm.get_pretrained_cfg(name).notes != (note,):
-        print(f'Now the entry {name!r} in default_cfgs, where {args.model} is, needs notes=({note!r},).')
+    name, size = record['weights'], record['img_size']
+    if name not in timm.list_pretrained() or timm.get_pretrained_cfg(name).notes != (record['notes'],):
+        print(
+            f'Now default_cfgs, where {args.model} is, needs\n'
+            f'    {name!r}: pst_cfg(\n'
+            f"        file=str(WEIGHTS / '{name}.safetensors'), **_{TAG}(),\n"
+            f'        notes=({record["notes"]!r},),\n'
+            f'        input_size=(3, {size}, {size}), pool_size=({size // 32}, {size // 32}), crop_pct=1.0),')
 
 
 if __name__ == '__main__':

@@ -8,10 +8,17 @@ __all__ = ['bundled_weights', 'main', 'model_rows']
 
 
 def bundled_weights() -> List[Dict[str, Any]]:
-    """Records of the weights that come with the package: tag, data set, accuracy in percent, command to make them."""
+    """Records of the weights that come with the package: tag, data set, accuracy in percent, command to make them.
+
+    Weights that have been made and have no entry in `default_cfgs` yet are left out.
+    """
+    import timm
+
     from pst_timm.models.resnet_pst import WEIGHTS
 
-    return [json.loads(path.read_text()) for path in sorted(WEIGHTS.glob('*.json'))]
+    known = timm.list_pretrained()
+    records = [json.loads(path.read_text()) for path in sorted(WEIGHTS.glob('*.json'))]
+    return [record for record in records if record['weights'] in known]
 
 
 def model_rows() -> List[Dict[str, Any]]:

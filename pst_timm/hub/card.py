@@ -133,10 +133,19 @@ def _settings(checkpoint: Checkpoint) -> str:
     return settings if len(settings) <= MOST_RECIPE else ''
 
 
-def _usage_section(source: str, channels: int, strides: Sequence[int], saved: str, named: bool) -> List[str]:
+def _usage_section(
+        source: str,
+        channels: int,
+        strides: Sequence[int],
+        saved: str,
+        named: bool,
+        described: bool,
+) -> List[str]:
     mode = 'L' if channels == 1 else 'RGB'
     names = [
         "names = model.pretrained_cfg['label_names']",
+        *(["words = model.pretrained_cfg['label_descriptions']", 'names = [words[name] for name in names]']
+          if described else []),
         'print([(names[i], p) for i, p in zip(classes[0].tolist(), probabilities[0].tolist())])',
     ] if named else ['print(classes, probabilities)']
     return [
@@ -207,6 +216,7 @@ def model_card(
     channels, *size = cfg['input_size']
     settings = attention_settings(model)
     name, names = repo_id.split('/')[-1], label_names(model)
+    described = set(names) <= set(cfg.get('label_descriptions') or {})
     classes = f'{model.num_classes}'
     if names:
         shown = ', '.join(map(prose, names[:SHOWN_NAMES]))
@@ -240,7 +250,7 @@ def model_card(
         f'| attention | {_attention(settings)} |',
         '',
         *_accuracy_section(source, accuracy, settings, data_set),
-        *_usage_section(source, channels, strides, saved, bool(names)),
+        *_usage_section(source, channels, strides, saved, bool(names), described),
         *sections,
         *_recipe_section(checkpoint),
         '## Limits',

@@ -23,6 +23,7 @@ from .fusion import PSTModel, build_pst, pst_cfg
 __all__ = ['ResNetPST']
 
 WEIGHTS = Path(__file__).resolve().parent / 'weights'
+SYNSETS = WEIGHTS / 'tin200_synsets.txt'  # the classes of Tiny ImageNet
 
 
 class ResNetPST(PSTModel, ResNet):

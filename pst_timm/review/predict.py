@@ -122,8 +122,9 @@ def calibration_note(subject: Subject, temperature: float = 1.) -> str:
 def readable_names(subject: Subject) -> List[str]:
     """Names of a model's classes for people, in the order of its outputs.
 
-    Described classes by their descriptions, ImageNet's ('n02056570') by their words ('king penguin'), and so those of
-    timm's own models of ImageNet, which know no names; of equal ones, with the name. All others as they are.
+    Described classes by their descriptions, ImageNet's ('n02056570') by the first of their words ('king penguin'),
+    and so those of timm's own models of ImageNet, which know no names; of equal ones, with the name. All others as they
+    are.
     """
     def first_word(words: str) -> str:
         return words.split(',')[0]  # of 'king penguin, Aptenodytes patagonica'
@@ -136,7 +137,8 @@ def readable_names(subject: Subject) -> List[str]:
     else:
         if any(map(SYNSET.fullmatch, names)):
             known = ImageNetInfo('imagenet-22k').label_descriptions(as_dict=True)
-            described = {**{name: first_word(words) for name, words in known.items()}, **described}
+            own = {name: text for name, text in described.items() if text != known.get(name)}
+            described = {**{name: first_word(words) for name, words in known.items()}, **own}
         words = [described.get(name) or name for name in names]
     counts = Counter(words)
     return [word if counts[word] == 1 or word == name else f'{word} ({name})' for word, name in zip(words, names)]

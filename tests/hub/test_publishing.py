@@ -193,6 +193,7 @@ def test_class_names_come_from_the_checkpoint(hub, tmp_path):
     config, card = (hub.read(REPO, name).decode() for name in ('config.json', 'README.md'))
     assert config.count('newt') == 1 and json.loads(config)['label_names'] == ['cat', 'dog', 'newt']
     assert numbers_of(card, 'classes') == '3: cat, dog, newt' and "model.pretrained_cfg['label_names']" in card
+    assert 'label_descriptions' not in card
     loaded = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
     assert loaded.pretrained_cfg['label_names'] == ['cat', 'dog', 'newt']
     publish(path, REPO, class_names=['a|b', 'b', 'c'])
@@ -201,6 +202,14 @@ def test_class_names_come_from_the_checkpoint(hub, tmp_path):
     assert numbers_of(card, 'classes') == r'3: a\|b, b, c'
     with pytest.raises(PSTError, match='2 class names for a model of 3 classes'):
         publish(path, REPO, class_names=['a', 'b'])
+
+
+def test_descriptions_of_the_classes_go_along(hub, tmp_path):
+    told, words = facts(), {'cat': 'a cat', 'dog': 'a dog', 'newt': 'an amphibian'}
+    told['pretrained_cfg']['label_descriptions'] = words
+    publish(save_checkpoint(tmp_path / 'last.pth.tar', build(), facts=told), REPO)
+    assert timm.create_model(f'hf-hub:{REPO}', pretrained=True).pretrained_cfg['label_descriptions'] == words
+    assert 'names = [words[name] for name in names]' in hub.read(REPO, 'README.md').decode()
 
 
 def test_many_class_names_are_in_the_config_alone(hub, tmp_path):

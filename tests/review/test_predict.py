@@ -149,6 +149,7 @@ def test_nasty_names_are_exact_for_programs_and_harmless_for_people(name):
 @pytest.mark.parametrize('names, cfg, shown', [
     (['n02056570', 'cat'], {}, ['king penguin', 'cat']),
     (['n02056570', 'cat'], {'label_descriptions': {'cat': 'a cat', 'n02056570': 'mine'}}, ['mine', 'a cat']),
+    (['n02056570'], {'label_descriptions': {'n02056570': 'king penguin, Aptenodytes patagonica'}}, ['king penguin']),
     (['n03126707', 'n02012849'], {}, ['crane (n03126707)', 'crane (n02012849)']),  # for loads, and the bird
     (['n99999999', 'king penguin'], {}, ['n99999999', 'king penguin']),
 ])

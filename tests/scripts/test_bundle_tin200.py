@@ -1,15 +1,19 @@
 """Weights of runs become a file of half the size, with the record and the card that were measured on them."""
 import hashlib
 import json
+import os
+import signal
 
 import pytest
 import torch
 import yaml
 
 from pst_timm.checkpoints import label_names, load_model, read_checkpoint
+from pst_timm.engine import Interrupted, PSTError
+from pst_timm.engine.recovery import AtomicSaver
 from pst_timm.models.digest import digest_note
 from scripts import bundle_tin200
-from scripts.bundle_tin200 import main
+from scripts.bundle_tin200 import main, train_stages
 from tests.engine.helpers import TINY, write_images
 from tests.helpers import relative_error
 
@@ -34,6 +38,7 @@ def place(tmp_path_factory):
     write_recipe(folder, 'long', epochs=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bundle_tin200, 'CONFIGS', folder)
+        patch.setattr(bundle_tin200, 'CLASSES', WNIDS)
         assert main(words(folder)) == 0
         yield folder
 
@@ -76,6 +81,7 @@ def test_weights_record_and_card_agree(place):
     assert 'goldfish' in told and 'hf-hub' not in told and 'config.json' not in told
     assert f"timm.create_model('{NAME}', pretrained=True)" in told
     assert not any(str(place) in text for text in (told, json.dumps(record), str(path.read_bytes())))
+    assert weights.pretrained_cfg['label_descriptions']['n01443537'] == 'goldfish, Carassius auratus'
 
 
 def test_stages_go_on_from_one_another_and_are_trained_once(place, capsys):
@@ -103,6 +109,39 @@ def test_a_run_of_another_recipe_is_refused(place, capsys, changes):
         write_recipe(place, 'long', epochs=2)
     said = capsys.readouterr().err
     assert 'test_resnet_pst.tin200-long was trained with other settings' in said and next(iter(changes)) in said
+
+
+def test_a_run_that_was_stopped_goes_on_by_its_own_recipe_alone(place, tmp_path, monkeypatch, caplog):
+    def start(lr):
+        write_recipe(tmp_path, 'short', epochs=1, recovery_interval=1, lr=lr)
+        return train_stages([tmp_path / 'short.yaml'], place / 'data', tmp_path / 'output', '--model', 'test_resnet')
+
+    def save_and_stop(saver, position, save=AtomicSaver.save_step):
+        save(saver, position)
+        if position.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AtomicSaver, 'save_step', save_and_stop)
+        with pytest.raises(Interrupted, match='the same command goes on'):
+            start(0.01)
+    with pytest.raises(PSTError, match=r'tin200-short was trained with other settings \(lr\)'):
+        start(0.02)
+    with caplog.at_level('INFO'):
+        [last] = start(0.01)
+    assert 'Going on from' in caplog.text and read_checkpoint(last).epoch == 0
+    assert start(0.01) == [last]
+
+
+def test_a_stage_that_is_older_than_the_one_before_is_refused(place, capsys):
+    first = last_of(place, 'short')
+    then = first.stat()
+    os.utime(first)
+    try:
+        assert main(words(place)) == 1
+    finally:
+        os.utime(first, ns=(then.st_atime_ns, then.st_mtime_ns))
+    assert 'test_resnet_pst.tin200-long is older than ' in capsys.readouterr().err
 
 
 def test_data_that_will_not_do_leave_what_is_there(place, tmp_path, capsys):
