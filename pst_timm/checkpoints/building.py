@@ -13,6 +13,7 @@ from timm.models import get_pretrained_cfg, get_pretrained_cfg_value, resolve_pr
 
 from pst_timm.models import PRETRAINED_TRUNK, adopt_preprocessing, copy_trunk, pretrained_name, reparameterize
 from pst_timm.models.digest import check_digest, drop_digest
+from pst_timm.models.fusion import LOCATIONS
 from pst_timm.utils.errors import PSTError, did_you_mean
 
 from .facts import complete, first_line, look_up, resolve_origin
@@ -151,7 +152,9 @@ def _create_checked(
     file = find_pretrained(cfg, kwargs.get('cache_dir')) if cfg is not None else None
     if file is not None:
         weights = read_checkpoint(file).weights
-        kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': str(file), 'source': '', 'state_dict': None}
+        # the checksum among the notes is that of this file, unless the caller has named another
+        notes = {} if LOCATIONS & set(overlay) or not cfg.get('notes') else {'notes': tuple(cfg['notes'])}
+        kwargs['pretrained_cfg_overlay'] = {**notes, **overlay, 'file': str(file), 'source': '', 'state_dict': None}
         if told is not None:
             _check_told(name, arch, told, weights)
             _check_all_there(arch, {**told, 'pretrained_cfg_overlay': kwargs['pretrained_cfg_overlay']})

@@ -4,7 +4,7 @@
 
 A page says what it wants by a mark, alone in its line; what follows, up to the line `<!-- end -->`, is made anew:
 
-    <!-- study NAME BLOCK -->    of results/study/NAME: setting, models, question1 to question7, plots
+    <!-- study NAME BLOCK -->    of results/study/NAME: setting, models, question1 to question8, plots
     <!-- table FOLDER/NAME -->   the table results/FOLDER/NAME.csv
 
 so that no number is typed in. Marks within fenced code are left alone.

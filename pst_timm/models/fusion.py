@@ -26,7 +26,7 @@ from .trunk import adopt_preprocessing, load_pretrained_trunk, pretrained_name
 
 __all__ = ['PSTModel', 'build_pst', 'pst_cfg']
 
-SOURCES = {'url', 'file', 'state_dict', 'hf_hub_id'}  # what tells in a pretrained configuration where weights are
+LOCATIONS = {'url', 'file', 'state_dict', 'hf_hub_id'}  # what tells in a pretrained configuration where weights are
 
 
 class PSTModel(AttentionSettings, nn.Module):
@@ -364,7 +364,7 @@ def build_pst(
     if pretrained:
         _check_weights_exist(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         overlay = kwargs.get('pretrained_cfg_overlay') or {}
-        if SOURCES & set(overlay):  # the checksum of the default weights says nothing of others
+        if LOCATIONS & set(overlay):  # the checksum of the default weights says nothing of others
             kwargs['pretrained_cfg_overlay'] = {'notes': (), **overlay}
     given = kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')
     if not pretrained and not kwargs.get('pretrained_cfg'):

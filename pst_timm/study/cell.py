@@ -15,6 +15,7 @@ from timm.data import resolve_data_config
 from torch.nn.functional import cross_entropy
 
 from pst_timm.checkpoints import load_model
+from pst_timm.checkpoints.reading import has_weights_ending
 from pst_timm.data.datasets import create_eval_dataset
 from pst_timm.data.loaders import create_eval_loader
 from pst_timm.engine import factories, train, train_args, validate, validate_args
@@ -31,7 +32,7 @@ from .config import Cell
 from .draws import write_draw
 from .results import Row
 
-__all__ = ['check_packages', 'read_record', 'run_cell', 'settings_of']
+__all__ = ['check_needs', 'read_record', 'run_cell', 'settings_of']
 
 RECORD = 'cell.json'
 SETTINGS = 'settings.json'
@@ -40,8 +41,13 @@ CHECKPOINT = 'last.pth.tar'
 PROBE_C = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
-def check_packages(cells: Iterable[Cell]) -> None:
-    """Raise a PSTError if cells need what is not installed; after the training it would be late to say so."""
+def check_needs(cells: Iterable[Cell]) -> None:
+    """Raise a PSTError if cells need weights or packages that are not there; later it would be late to say so."""
+    for cell in cells:
+        if has_weights_ending(cell.start):  # the checksum of a file that is there has none
+            raise PSTError(
+                f'There is no checkpoint {cell.start}, which {cell.id} is to begin with: train it first, or mend its '
+                f'path in the study.')
     if any(c.probe for c in cells) and importlib.util.find_spec('sklearn') is None:
         raise PSTError(
             "The linear probe needs scikit-learn: pip install 'pst_timm[demo]', or take probe out of the study.")
@@ -63,7 +69,7 @@ def run_cell(cell: Cell, data_dir: str, output: Path, device: str = '', jobs: in
     Raises:
         PSTError: As `train` and `validate`.
     """
-    check_packages([cell])
+    check_needs([cell])
     folder = output / cell.id
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SETTINGS, cell.settings)
@@ -256,5 +262,6 @@ def describe(cell: Cell, settings: Mapping[str, Any], folder: Path, final: Mappi
         pst_timm=__version__,
         python=platform.python_version(),
         date=datetime.now(timezone.utc).isoformat(timespec='seconds'),
+        start=cell.start,
         settings=json.dumps(cell.train, sort_keys=True),
     )

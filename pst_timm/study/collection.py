@@ -56,8 +56,8 @@ def check_tables(results: Path, study: Study) -> None:
     trained = {cell.name: cell for cell in study.cells}
     for row in _read(results, 'cells'):
         cell = trained.get(row['cell'])
-        if cell is None or not cell.was_trained_with(row.get('settings', '')):
-            how = 'is no cell of this study' if cell is None else 'was trained with other settings'
+        if cell is None or not cell.was_trained_with(row):
+            how = 'is no cell of this study' if cell is None else 'was trained with other settings or weights'
             raise PSTError(
                 f'{results / "cells.csv"} holds results of {row["cell"]!r}, which {how}, and they would be lost: '
                 f'choose another --results, give the study another name, or remove that folder.')

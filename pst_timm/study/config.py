@@ -72,9 +72,11 @@ class Cell:
         """Whether settings on record are those of this cell."""
         return {**settings, 'train': _decisive(settings.get('train', {}))} == self.settings
 
-    def was_trained_with(self, flags: str) -> bool:
-        """Whether flags of a training, as JSON in a table of results, are those of this cell; yes if not known."""
-        return not flags or _decisive(json.loads(flags)) == _decisive(self.train)
+    def was_trained_with(self, row: Mapping[str, str]) -> bool:
+        """Whether flags and start of a training, in a row of the results, are those of this cell; yes if not known."""
+        flags = row.get('settings')
+        same = not flags or _decisive(json.loads(flags)) == _decisive(self.train)
+        return same and row.get('start', self.start) == self.start
 
     def given(self, data_dir: str = '', output: Path = Path(), device: str = '') -> Dict[str, Any]:
         """The flags that the study gives to a cell itself.

@@ -27,7 +27,7 @@ from pst_timm.utils.errors import PSTError, did_you_mean
 from pst_timm.utils.files import write_text
 from pst_timm.utils.locks import Locked, locked
 
-from .cell import RECORD, check_packages, read_record, run_cell, settings_of
+from .cell import RECORD, check_needs, read_record, run_cell, settings_of
 from .collection import check_tables, collect, merge
 from .config import Cell, Study
 from .latency import measure_latency
@@ -252,7 +252,7 @@ def run_cells(
     """
     missing: Deque[Cell] = deque(c for c in study.cells if not finished(c, output))
     done = [c for c in study.cells if c not in missing]
-    check_packages(missing)
+    check_needs(missing)
     check_tables(results, study)
     _logger.info(f'{study.name}: {len(done)} of {len(study.cells)} cells are finished, {len(missing)} to run.')
     collect(study, output, results)

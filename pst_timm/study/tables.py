@@ -314,4 +314,4 @@ QUESTIONS: Dict[str, Callable[[StudyData, Sequence[str]], List[str]]] = dict(
     sweep=_sweep,
     train_fine=_train_fine,
 )
-BLOCKS = ('setting', 'models', *(f'question{i}' for i in range(1, 8)))
+BLOCKS = ('setting', 'models', *(f'question{i}' for i in range(1, 9)))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models import get_pretrained_cfg
 
-from pst_timm.checkpoints.building import load_model
+from pst_timm.checkpoints.building import create_model, load_model
 from pst_timm.cli import main
 from pst_timm.commands.list import bundled_weights
 from pst_timm.models.digest import digest_note
@@ -55,8 +55,10 @@ def test_a_replaced_file_is_noticed_and_a_file_of_ones_own_is_not(tmp_path):
     own = dict(file=str(tmp_path / 'other.safetensors'))
     model = timm.create_model('test_resnet_pst', pretrained=True, pretrained_cfg_overlay=own)
     assert torch.equal(model.fc.bias, tensors['fc.bias'])
-    with pytest.raises(RuntimeError, match='damaged or replaced'):
-        timm.create_model('test_resnet_pst', pretrained=True, pretrained_cfg=dict(cfg.to_dict(), **own))
+    replaced = dict(cfg.to_dict(), **own)
+    for create in (timm.create_model, create_model):
+        with pytest.raises(RuntimeError, match='damaged or replaced'):
+            create('test_resnet_pst', pretrained=True, pretrained_cfg=replaced)
 
 
 def test_the_recorded_accuracy_is_what_is_measured(tmp_path):

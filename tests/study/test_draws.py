@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pst_timm.cli import main
 from pst_timm.study import latency
 from pst_timm.study.cell import run_cell
-from pst_timm.study.collection import collect
+from pst_timm.study.collection import check_tables, collect
 from pst_timm.study.config import read_study
 from pst_timm.study.draws import Draw, write_draw
 from pst_timm.study.plots import draw_plots
@@ -17,7 +18,7 @@ from pst_timm.study.results import load_study
 from pst_timm.study.runner import finished
 from pst_timm.study.tables import study_block
 from pst_timm.utils.errors import PSTError
-from pst_timm.utils.files import read_csv
+from pst_timm.utils.files import read_csv, write_csv
 from pst_timm.utils.timing import time_in_turn
 from tests.engine.helpers import write_images
 from tests.study.study_folder import write_study
@@ -127,7 +128,7 @@ def test_cells_train_on_few_images_and_the_report_says_so(data, tmp_path):
     assert draw_plots(found, folder) == [folder / 'shots.png'] and (folder / 'shots.png').stat().st_size > 10_000
 
 
-def test_other_weights_to_begin_with_make_another_cell(data, tmp_path):
+def test_other_weights_to_begin_with_make_another_cell(data, tmp_path, capsys):
     start = tmp_path / 'start.safetensors'
     cells = dict(given=dict(model='test_resnet_pst', initial_checkpoint=str(start)), fresh=TOY['cells']['pst'],
                  named=dict(model='test_resnet_pst', pretrained=True))
@@ -137,12 +138,26 @@ def test_other_weights_to_begin_with_make_another_cell(data, tmp_path):
     def settings():
         return {cell.name: cell.settings for cell in read_study(config, str(data)).cells}
 
+    for words in ([], ['--cell', 'given-seed0']):
+        assert main(['study', config, '--data-dir', str(data), '--output', str(tmp_path / 'output'), *words]) == 1
+        assert f'There is no checkpoint {start}, which given-seed0 is to begin with' in capsys.readouterr().err
     start.write_bytes(b'one')
     first = settings()
     assert 'start' not in first['fresh'] and 'digits weights sha256 ' in first['named']['start']
     start.write_bytes(b'another')
     second = settings()
     assert {name for name in cells if first[name] != second[name]} == {'given'}
+    # rows of the results tell the start; those of older ones do not
+    study = read_study(config, str(data))
+    rows = [dict(cell=c.name, seed='0', settings=json.dumps(c.train), start=c.start) for c in study.cells]
+    (tmp_path / 'results').mkdir()
+    write_csv(tmp_path / 'results' / 'cells.csv', rows)
+    check_tables(tmp_path / 'results', study)
+    start.write_bytes(b'one')
+    with pytest.raises(PSTError, match="results of 'given', which was trained with other settings or weights"):
+        check_tables(tmp_path / 'results', read_study(config, str(data)))
+    write_csv(tmp_path / 'results' / 'cells.csv', [{k: v for k, v in row.items() if k != 'start'} for row in rows])
+    check_tables(tmp_path / 'results', study)
 
 
 def test_cells_of_one_network_are_timed_as_one(data, tmp_path, monkeypatch):

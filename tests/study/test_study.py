@@ -484,7 +484,7 @@ def test_protocols(path, tmp_path):
         assert len(study.cells[0].classes) == 200 and study.cells[0].train['img_size'] >= 128
         assert study.cells[0].epochs >= 30
     elif path.stem == 'transfer':
-        assert set(study.questions) == {6, 7} and len(study.seeds) == 3
+        assert set(study.questions) == {6, 7, 8} and len(study.seeds) == 3
         assert list(values['shots']) == [10, 50, 'all'] and study.cells[0].train['img_size'] >= 128
         return
     else:
