@@ -9,6 +9,7 @@ last epoch is taken, never the best epoch: the validation images are looked at o
 """
 import argparse
 import hashlib
+import math
 import platform
 import shutil
 import sys
@@ -58,7 +59,7 @@ CLASSES = SYNSETS.read_text(encoding='utf-8').split()
 MODEL, STAGES = 'resnet18_pst', ('cpu64', 'cpu96', 'cpu128')
 TOPK = [0, 2, 8]
 LAST = 'last.pth.tar'
-METRICS = ('topk', 'fine_fusion', 'top1', 'top5', 'loss', 'ece')
+METRICS = ('img_size', 'topk', 'fine_fusion', 'top1', 'top5', 'loss', 'ece')
 
 
 def train_stages(recipes: Sequence[Path], data: Path, output: Path, *flags: str) -> List[Path]:
@@ -133,6 +134,12 @@ def seconds_of(folder: Path) -> float:
     return sum(float(row['train_seconds']) for row in read_csv(folder / 'speed.csv'))
 
 
+def end_of(folder: Path) -> Dict[str, float]:
+    """Loss in training, and top-1 in percent of the moving average on the validation images, of the last epoch."""
+    last = read_csv(folder / 'summary.csv')[-1]
+    return dict(train_loss=round(float(last['train_loss']), 3), top1=float(last['eval_top1']))
+
+
 def half_precision(source: Path, target: Path) -> Checkpoint:
     """Write the moving average of a checkpoint in half precision, with what its classes are in words.
 
@@ -182,7 +189,9 @@ def bundle(
         labels = np.asarray(labels_of(create_eval_dataset(
             validate_args(data_dir=str(data), split=SPLIT), SPLIT, None)))
         img_size = model.pretrained_cfg['input_size'][-1]
-        rows = measure(weights, data, img_size, TOPK)
+        # random crops show things larger than whole images do (https://arxiv.org/abs/1906.06423)
+        larger = 32 * math.ceil(1.25 * img_size / 32)
+        rows = measure(weights, data, img_size, TOPK) + measure(weights, data, larger, TOPK[:1])
         [plain] = measure(twins[-1], data, img_size)
         mine, other = (unpack_answers(row['answers'], len(labels)) for row in (rows[0], plain))
         found = paired_difference({0: rows[0]['top1']}, {0: plain['top1']}, {0: mine}, {0: other})
@@ -196,8 +205,8 @@ def bundle(
             top1_by_class=by_class(mine, labels, names),
             sha256=hashlib.sha256(weights.read_bytes()).hexdigest(), bytes=weights.stat().st_size,
             notes=digest_note(written.weights), seed=last.args['seed'],
-            stages=[dict(recipe=stage.recipe, epochs=stage.epoch + 1, train_seconds=round(seconds_of(path.parent), 1))
-                    for stage, path in zip(runs, stages)],
+            stages=[dict(recipe=stage.recipe, epochs=stage.epoch + 1, **end_of(path.parent),
+                         train_seconds=round(seconds_of(path.parent), 1)) for stage, path in zip(runs, stages)],
             hardware=hardware_name(check_device(last.args.get('device') or '')),
             versions=dict(python=platform.python_version(), torch=torch.__version__,
                           torchvision=torchvision.__version__, timm=timm.__version__, pst_timm=__version__),
@@ -224,6 +233,7 @@ def card(record: Dict[str, Any], weights: Path) -> str:
         f'by validate.py on the {record["images"]:,} validation images')
     words = cfg['label_descriptions']
     attention = markdown_table([{
+        'px': str(row['img_size']),
         'attention': f'k = {row["topk"]}, {row["fine_fusion"]}' if row['topk'] else 'coarse',
         'top-1 (%)': f'{row["top1"]:.2f}', 'top-5 (%)': f'{row["top5"]:.2f}', 'loss': f'{row["loss"]:.3f}',
         'ECE': f'{row["ece"]:.3f}',
@@ -233,11 +243,12 @@ def card(record: Dict[str, Any], weights: Path) -> str:
         for name, top1 in record['top1_by_class'].items()])
     stages = markdown_table([{
         'stage': str(i), 'px': str(stage['recipe']['img_size']), 'epochs': str(stage['epochs']),
+        'loss in training': f'{stage["train_loss"]:.2f}', 'top-1 (%) at its end': f'{stage["top1"]:.2f}',
         'minutes of training': f'{stage["train_seconds"] / 60:.0f}',
     } for i, stage in enumerate(record['stages'], start=1)])
     several = len(record['stages']) > 1
-    began = ('Each began with the moving average that the one before left; what follows this section is the last. '
-             if several else '')
+    began = ('Each began with the moving average that the one before left, and is tested at its own size; what follows '
+             'this section is the last. ' if several else '')
     sections = [
         '## Intended use', '',
         'A start for fine-tuning on photographs, and an example of a trained model with PST. It is no classifier of '
@@ -247,7 +258,7 @@ def card(record: Dict[str, Any], weights: Path) -> str:
         'pixels by its makers, and enlarged again where a stage has more. The images are for non-commercial research '
         "and education under ImageNet's terms: who uses the weights for more should ask whether these reach so far.",
         '',
-        '## With fine attention', '',
+        '## With fine attention, and on larger images', '',
         attention, '',
         'ECE is the expected calibration error, from 0 to 1. Fine attention was never trained.', '',
         '## Beside its plain twin', '',

@@ -60,6 +60,7 @@ def test_weights_record_and_card_agree(place):
     assert record['sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (record['images'], record['classes'], record['img_size'], record['seed']) == (12, 3, 64, 42)
     assert [stage['epochs'] for stage in record['stages']] == [1, 2] and record['stages'][1]['train_seconds'] > 0
+    assert all(stage['train_loss'] > 0 and 0 <= stage['top1'] <= 100 for stage in record['stages'])
     assert record['command'].endswith(' --model test_resnet_pst --recipes short long')
     # the moving average of the last epoch, in half precision
     weights, expected = load_model(path), load_model(last_of(place, 'long'), use_ema=True)
@@ -69,8 +70,9 @@ def test_weights_record_and_card_agree(place):
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert relative_error(weights(x), expected(x)) < 1e-2
-    coarse, *fine = record['metrics']
-    assert coarse['topk'] == 0 and {row['topk'] for row in fine} == {2, 8}
+    coarse, *fine, larger = record['metrics']
+    assert coarse['topk'] == larger['topk'] == 0 and {row['topk'] for row in fine} == {2, 8}
+    assert {row['img_size'] for row in (coarse, *fine)} == {64} and larger['img_size'] == 96
     assert sum(record['top1_by_class'].values()) / 3 == pytest.approx(coarse['top1'], abs=0.01)
     twin = record['twin']
     assert twin['model'] == 'test_resnet'
