@@ -5,7 +5,7 @@
 
 Each recipe of `configs/tin200/` that is named is a stage, and goes on from the moving average that the one before left.
 Started again, it goes on where it was stopped; stages that are done are not trained again. The moving average of the
-last epoch is taken, never the best epoch: the validation images are looked at on the way, and choose nothing.
+last epoch is taken, never the best epoch: the validation images are looked at on the way, and choose none.
 """
 import argparse
 import hashlib
