@@ -2,6 +2,7 @@
 
     python -m scripts.check_wheel                  # needs a Python and pip, nothing else
     python -m scripts.check_wheel dist/NAME.whl    # a wheel that is there
+    python -m scripts.check_wheel --photos data/tiny-imagenet-200/val/n01443537/*_1.JPEG    # photographs as well
 
 The environment is filled from the package index; the check itself runs without a network.
 """
@@ -15,11 +16,12 @@ import tempfile
 import venv
 import zipfile
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import List, Optional, Sequence
 
 __all__ = ['build_wheel', 'check_contents', 'check_installed', 'install_and_check', 'main', 'run']
 
 ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = sorted(path.stem for path in Path(ROOT, 'pst_timm', 'models', 'weights').glob('*.safetensors'))
 # one held-out scan of each digit, 0 to 9, of scikit-learn: rows of pixels from 0 to 16, as digits of that base
 DIGITS = (
     '00aca000 03ggg400 07f38d00 08c00e10 08c00780 05d00480 00e80a80 007cdc40',
@@ -53,6 +55,13 @@ for scan in json.loads(sys.argv[2]):
     images.append(transform(image.convert('RGB')))
 with torch.inference_mode():
     print(*[model.pretrained_cfg['label_names'][i] for i in model(torch.stack(images)).argmax(dim=1)])
+if sys.argv[3:]:
+    model = timm.create_model('resnet18_pst', pretrained=True).eval()
+    cfg, transform = model.pretrained_cfg, timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+for path in sys.argv[3:]:
+    with Image.open(path) as image, torch.inference_mode():
+        name = cfg['label_names'][model(transform(image.convert('RGB'))[None]).argmax().item()]
+    print(name, cfg['label_descriptions'][name], sep='\t')
 from pst_timm.cli import main
 sys.exit(main(['list']))
 """
@@ -92,35 +101,46 @@ def check_contents(wheel: Path) -> None:
     strangers = {top for top in tops if top != 'pst_timm' and not top.endswith('.dist-info')}
     if strangers:
         raise RuntimeError(f'{wheel.name} holds {", ".join(sorted(strangers))} beside the package.')
-    for wanted in ('pst_timm/py.typed', 'pst_timm/models/weights/test_resnet_pst.digits.safetensors'):
+    weights = [f'pst_timm/models/weights/{name}.safetensors' for name in WEIGHTS]
+    for wanted in ('pst_timm/py.typed', *weights):
         if wanted not in names:
             raise RuntimeError(f'{wheel.name} does not hold {wanted}.')
 
 
-def check_installed(python: str, packages: Path) -> None:
+def check_installed(python: str, packages: Path, photos: Sequence[Path] = ()) -> List[str]:
     """Classify ten digits with an installed package, without a network, from a folder that is no checkout.
 
     Args:
         python: The interpreter that has what the package needs.
         packages: Folder that the package is installed in.
+        photos: Photographs of Tiny ImageNet, in folders by the names of their classes, to classify as well.
+
+    Returns:
+        Class and words that were said of each photograph.
 
     Raises:
-        RuntimeError: If it is not there or does not tell the digits apart.
+        RuntimeError: If it is not there, does not tell the digits apart or takes a photograph for another class.
     """
     with tempfile.TemporaryDirectory() as elsewhere:
         # -I: neither the current folder nor PYTHONPATH is looked at
         out = run(
-            python, '-I', '-c', CLASSIFY, str(packages), json.dumps(DIGITS), cwd=elsewhere, HF_HUB_OFFLINE='1',
-            HF_HOME=elsewhere)
-    answer, *listed = out.splitlines()
+            python, '-I', '-c', CLASSIFY, str(packages), json.dumps(DIGITS), *(str(path.resolve()) for path in photos),
+            cwd=elsewhere, HF_HUB_OFFLINE='1', HF_HOME=elsewhere)
+    answer, *lines = out.splitlines()
     if answer != '0 1 2 3 4 5 6 7 8 9':
         raise RuntimeError(f'The digits 0 to 9 were read as {answer}.')
-    if not any('test_resnet_pst.digits, in the package: ' in line for line in listed):
-        raise RuntimeError('pst-timm list does not tell of the weights in the package.')
+    said, listed = lines[:len(photos)], lines[len(photos):]
+    for path, words in zip(photos, said):
+        if words.split('\t')[0] != path.parent.name:
+            raise RuntimeError(f'{path} was taken for {words}.')
+    for name in WEIGHTS:
+        if not any(f'{name}, in the package: ' in line for line in listed):
+            raise RuntimeError(f'pst-timm list does not tell of {name}.')
+    return said
 
 
-def install_and_check(wheel: Path) -> None:
-    """Check a wheel, and what it is once installed into an empty environment.
+def install_and_check(wheel: Path, photos: Sequence[Path] = ()) -> List[str]:
+    """Check a wheel, and what it is once installed into an empty environment; returns what was said of `photos`.
 
     Raises:
         RuntimeError: If anything fails.
@@ -132,7 +152,7 @@ def install_and_check(wheel: Path) -> None:
         constraints = ('--constraint', str(ROOT / 'constraints.txt'))
         run(python, '-m', 'pip', 'install', '--quiet', *constraints, str(wheel.resolve()))
         packages = run(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip()
-        check_installed(python, Path(packages))
+        return check_installed(python, Path(packages), photos)
 
 
 def run(*words: str, cwd: Optional[str] = None, **environment: str) -> str:
@@ -155,13 +175,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         prog='python -m scripts.check_wheel', description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('wheel', type=Path, nargs='?', help='default: it is built first')
+    parser.add_argument(
+        '--photos', type=Path, nargs='+', default=[], metavar='WNID/FILE',
+        help='photographs of Tiny ImageNet that resnet18_pst has to get right')
     args = parser.parse_args(argv)
     if args.wheel is not None and not args.wheel.is_file():
         parser.error(f'there is no wheel {args.wheel}')
     try:
         with tempfile.TemporaryDirectory() as folder:
             wheel = args.wheel or build_wheel(Path(folder))
-            install_and_check(wheel)
+            for path, words in zip(args.photos, install_and_check(wheel, args.photos)):
+                print(path.name, words, sep='\t')
             print(f'{wheel.name} is installed from nothing and tells ten digits apart.')
     except RuntimeError as e:
         print(f'{parser.prog}: error: {e}', file=sys.stderr)

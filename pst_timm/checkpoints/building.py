@@ -244,7 +244,9 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
         cfg.pop('label_names', None)  # nor are their classes
     if checkpoint.ema is not None:
         # a training run measures at its own size, whatever other weights of the architecture are tested at
-        cfg = {k: v for k, v in cfg.items() if not k.startswith('test_')}
+        cfg = {k: v for k, v in cfg.items() if not k.startswith('test_') or k in checkpoint.pretrained_cfg}
+    if cfg.get('test_input_size'):
+        cfg['test_input_size'] = tuple(cfg['test_input_size'])
     model.pretrained_cfg = model.default_cfg = cfg
     size = tuple(cfg['input_size'])
     found = _data_config(checkpoint, model)

@@ -2,23 +2,26 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 import yaml
 
 from pst_timm.checkpoints import label_names, load_model, read_checkpoint
-from pst_timm.engine import Interrupted, PSTError
-from pst_timm.engine.recovery import AtomicSaver
 from pst_timm.models.digest import digest_note
+from pst_timm.utils.errors import PSTError
 from scripts import bundle_tin200
-from scripts.bundle_tin200 import main, train_stages
+from scripts.bundle_tin200 import CLASSES, ROOT, main
 from tests.engine.helpers import TINY, write_images
 from tests.helpers import relative_error
 
 WNIDS = ['n01443537', 'n01629819', 'n01641577']
-NAME = 'test_resnet_pst.tin200'
+NAME = 'mobilenetv4_conv_small_pst.tin200'
 
 
 def write_recipe(folder, name, **changes):
@@ -28,40 +31,44 @@ def write_recipe(folder, name, **changes):
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-    """A folder with images, two recipes, and what the script made of them."""
+    """A folder with images, a recipe of the trunk and one of both, and what the script made of them."""
     folder = tmp_path_factory.mktemp('tin200')
     write_images(folder / 'data', {'train': 12, 'val': 4}, classes=3)
     for split in ('train', 'val'):
         for i, name in enumerate(WNIDS):
             (folder / 'data' / split / f'class{i}').rename(folder / 'data' / split / name)
-    write_recipe(folder, 'short', epochs=1)
+    write_recipe(folder, 'short', epochs=1, model='resnet18')
     write_recipe(folder, 'long', epochs=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bundle_tin200, 'CONFIGS', folder)
-        patch.setattr(bundle_tin200, 'CLASSES', WNIDS)
+        patch.setattr(bundle_tin200, 'CLASSES', {name: CLASSES[name] for name in WNIDS})
         assert main(words(folder)) == 0
         yield folder
 
 
 def words(folder, *more):
     return ['--data-dir', str(folder / 'data'), '--output', str(folder / 'output'), '--folder', str(folder / 'package'),
-            '--records', str(folder / 'records'), '--recipes', 'short', 'long', '--model', 'test_resnet_pst', *more]
+            '--records', str(folder / 'records'), '--recipes', 'short', 'long', '--model', 'mobilenetv4_conv_small_pst',
+            '--processes', '1', *more]
 
 
-def last_of(folder, recipe, model='test_resnet_pst'):
+def last_of(folder, recipe, model='mobilenetv4_conv_small_pst'):
     return folder / 'output' / f'{model}.tin200-{recipe}' / 'last.pth.tar'
 
 
 def test_weights_record_and_card_agree(place):
     short, path = sorted((place / 'package').iterdir())
+    plain = place / 'records' / 'mobilenetv4_conv_small.tin200.safetensors'
     record = json.loads((place / 'records' / f'{NAME}.json').read_text())
     assert (path.name, record['weights']) == (f'{NAME}.safetensors', NAME)
     assert json.loads(short.read_text()).items() <= {**record, **record['metrics'][0]}.items()
     assert record['sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (record['images'], record['classes'], record['img_size'], record['seed']) == (12, 3, 64, 42)
-    assert [stage['epochs'] for stage in record['stages']] == [1, 2] and record['stages'][1]['train_seconds'] > 0
+    assert [(stage['recipe']['model'], stage['epochs'], stage['processes']) for stage in record['stages']] == [
+        ('mobilenetv4_conv_small', 1, 1), ('mobilenetv4_conv_small_pst', 2, 1)]
+    assert all(end['train_seconds'] > 0 for end in (*record['stages'], record['twin']['end']))
     assert all(stage['train_loss'] > 0 and 0 <= stage['top1'] <= 100 for stage in record['stages'])
-    assert record['command'].endswith(' --model test_resnet_pst --recipes short long')
+    assert record['command'].endswith(' --model mobilenetv4_conv_small_pst --recipes short long --processes 1')
     # the moving average of the last epoch, in half precision
     weights, expected = load_model(path), load_model(last_of(place, 'long'), use_ema=True)
     stored = read_checkpoint(path).weights
@@ -70,12 +77,17 @@ def test_weights_record_and_card_agree(place):
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert relative_error(weights(x), expected(x)) < 1e-2
-    coarse, *fine, larger = record['metrics']
-    assert coarse['topk'] == larger['topk'] == 0 and {row['topk'] for row in fine} == {2, 8}
-    assert {row['img_size'] for row in (coarse, *fine)} == {64} and larger['img_size'] == 96
+    coarse, *fine, smaller = record['metrics']
+    assert coarse['topk'] == smaller['topk'] == 0 and {row['topk'] for row in fine} == {2, 8}
+    assert {row['img_size'] for row in (coarse, *fine, record['twin'])} == {record['test_size']} == {96}
+    assert smaller['img_size'] == 64 and weights.pretrained_cfg['test_input_size'] == (3, 96, 96)
     assert sum(record['top1_by_class'].values()) / 3 == pytest.approx(coarse['top1'], abs=0.01)
     twin = record['twin']
-    assert twin['model'] == 'test_resnet'
+    assert twin['weights'] == plain.stem
+    assert twin['sha256'] == hashlib.sha256(plain.read_bytes()).hexdigest()
+    stored, expected = load_model(plain), load_model(last_of(place, 'long', 'mobilenetv4_conv_small'), use_ema=True)
+    with torch.no_grad():
+        assert relative_error(stored(x), expected(x)) < 1e-2
     assert twin['difference'] == pytest.approx(coarse['top1'] - twin['top1'], abs=0.01)
     assert twin['over_images'][0] <= twin['difference'] <= twin['over_images'][1]
     told = (place / 'records' / f'{NAME}.md').read_text()
@@ -87,17 +99,18 @@ def test_weights_record_and_card_agree(place):
 
 
 def test_stages_go_on_from_one_another_and_are_trained_once(place, capsys):
-    runs = []
-    for model in ('test_resnet_pst', 'test_resnet'):
-        first, second = (last_of(place, recipe, model) for recipe in ('short', 'long'))
-        assert str(first) in (second.parent / 'args.yaml').read_text()
-        runs += first, second
+    trunk = last_of(place, 'short', 'mobilenetv4_conv_small')
+    ends = {flag: last_of(place, 'long', model) for flag, model in (
+        ('trunk_checkpoint', 'mobilenetv4_conv_small_pst'), ('initial_checkpoint', 'mobilenetv4_conv_small'))}
+    for flag, path in ends.items():
+        assert f'{flag}: {trunk}' in (path.parent / 'args.yaml').read_text()
+    assert not last_of(place, 'short').exists()
+    runs = [trunk, *ends.values()]
     times = [path.stat().st_mtime_ns for path in runs]
-    record = json.loads((place / 'records' / f'{NAME}.json').read_text())
+    made = {path: path.read_bytes() for name in ('package', 'records') for path in (place / name).iterdir()}
     assert main(words(place)) == 0 and times == [path.stat().st_mtime_ns for path in runs]
-    again = json.loads((place / 'records' / f'{NAME}.json').read_text())
-    # the same weights, in a file whose header has no order
-    assert {**record, 'sha256': again['sha256']} == again
+    assert made == {path: path.read_bytes() for path in made}
+    record = json.loads((place / 'records' / f'{NAME}.json').read_text())
     # what an entry of default_cfgs needs
     assert record['notes'] in capsys.readouterr().out
 
@@ -110,40 +123,70 @@ def test_a_run_of_another_recipe_is_refused(place, capsys, changes):
     finally:
         write_recipe(place, 'long', epochs=2)
     said = capsys.readouterr().err
-    assert 'test_resnet_pst.tin200-long was trained with other settings' in said and next(iter(changes)) in said
+    assert 'conv_small_pst.tin200-long was trained with other settings' in said and next(iter(changes)) in said
 
 
-def test_a_run_that_was_stopped_goes_on_by_its_own_recipe_alone(place, tmp_path, monkeypatch, caplog):
-    def start(lr):
-        write_recipe(tmp_path, 'short', epochs=1, recovery_interval=1, lr=lr)
-        return train_stages([tmp_path / 'short.yaml'], place / 'data', tmp_path / 'output', '--model', 'test_resnet')
+@pytest.mark.slow
+def test_what_was_stopped_goes_on_by_its_own_recipe_alone(place, tmp_path, capfd):
+    def start(lr, *more):
+        write_recipe(tmp_path, 'short', epochs=6, recovery_interval=1, lr=lr, model='resnet18')
+        write_recipe(tmp_path, 'long', epochs=1)
+        classes = {name: CLASSES[name] for name in WNIDS}
+        code = (f'import pathlib, sys; from scripts import bundle_tin200 as b; b.CLASSES = {classes}; '
+                f'b.CONFIGS = pathlib.Path({str(tmp_path)!r}); sys.exit(b.main())')
+        said = words(place, '--output', str(tmp_path / 'output'), '--folder', str(tmp_path), '--records', str(tmp_path))
+        return subprocess.Popen(
+            [sys.executable, '-c', code, *said, *more], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE,
+            text=True)
 
-    def save_and_stop(saver, position, save=AtomicSaver.save_step):
-        save(saver, position)
-        if position.step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+    process, folder = start(0.01, '--processes', '2'), tmp_path / 'output' / 'mobilenetv4_conv_small.tin200-short'
+    deadline = time.monotonic() + 180
+    while process.poll() is None and time.monotonic() < deadline and not list(folder.glob('recovery-*')):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 75 and 'the same command goes on' in said
+    said = start(0.02, '--processes', '2').communicate(timeout=120)[1]
+    assert 'tin200-short was trained with other settings (lr)' in said
+    said = start(0.01, '--processes', '1').communicate(timeout=120)[1]
+    assert 'tin200-short was trained with other settings (number of processes)' in said
+    said = start(0.01, '--processes', '2').communicate(timeout=240)[1]
+    assert 'Going on from' in said
+    assert json.loads((tmp_path / f'{NAME}.json').read_text())['stages'][0]['processes'] == 2
 
-    with monkeypatch.context() as patch:
-        patch.setattr(AtomicSaver, 'save_step', save_and_stop)
-        with pytest.raises(Interrupted, match='the same command goes on'):
-            start(0.01)
-    with pytest.raises(PSTError, match=r'tin200-short was trained with other settings \(lr\)'):
-        start(0.02)
-    with caplog.at_level('INFO'):
-        [last] = start(0.01)
-    assert 'Going on from' in caplog.text and read_checkpoint(last).epoch == 0
-    assert start(0.01) == [last]
+
+def test_weights_do_not_wait_for_their_twin(place, tmp_path, monkeypatch, capfd):
+    def no_twin(stage, *args):
+        raise PSTError(f'no {stage.name}')
+
+    monkeypatch.setattr(bundle_tin200, '_train', no_twin)
+    for name in ('mobilenetv4_conv_small.tin200-short', 'mobilenetv4_conv_small_pst.tin200-long'):
+        shutil.copytree(place / 'output' / name, tmp_path / 'output' / name)
+    there = words(place, '--output', str(tmp_path / 'output'), '--folder', str(tmp_path), '--records', str(tmp_path))
+    assert main(there) == 1 and 'no mobilenetv4_conv_small.tin200-long' in capfd.readouterr().err
+    record = json.loads((tmp_path / f'{NAME}.json').read_text())
+    whole = json.loads((place / 'records' / f'{NAME}.json').read_text())
+    assert {**record, 'sha256': whole['sha256'], 'twin': whole['twin']} == whole
+    assert 'Beside its plain twin' not in (tmp_path / f'{NAME}.md').read_text()
+    assert [path.name for path in tmp_path.glob('*.safetensors')] == [f'{NAME}.safetensors']
+
+
+def test_what_fails_says_so_and_how_to_go_on(place, capfd):
+    write_recipe(place, 'wrong', epochs=1, val_split='none_such')
+    assert main(words(place, '--recipes', 'wrong')) == 1
+    said = capfd.readouterr().err
+    assert 'none_such' in said and 'conv_small_pst.tin200-wrong ended before its time, with exit code 1' in said
 
 
 def test_a_stage_that_is_older_than_the_one_before_is_refused(place, capsys):
-    first = last_of(place, 'short')
+    first = last_of(place, 'short', 'mobilenetv4_conv_small')
     then = first.stat()
     os.utime(first)
     try:
         assert main(words(place)) == 1
     finally:
         os.utime(first, ns=(then.st_atime_ns, then.st_mtime_ns))
-    assert 'test_resnet_pst.tin200-long is older than ' in capsys.readouterr().err
+    assert 'mobilenetv4_conv_small_pst.tin200-long is older than ' in capsys.readouterr().err
 
 
 def test_data_that_will_not_do_leave_what_is_there(place, tmp_path, capsys):
