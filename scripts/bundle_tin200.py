@@ -6,8 +6,7 @@
 Each recipe of `configs/tin200/` that is named is a stage, and goes on from the moving average that the one before left.
 Those that name a model without PST train the plain twin, and are for both; in the first of the others the model with
 PST begins with the trunk that the twin left. Started again, it goes on where it was stopped; stages that are done are
-not trained again. The moving average of the last epoch is taken, never the best epoch: the validation images are looked
-at on the way, and choose none.
+not trained again. The moving average of the last epoch is taken, never the best epoch.
 """
 import argparse
 import hashlib
@@ -118,6 +117,11 @@ def plain_of(name: str) -> Optional[str]:
     return model.plain_name if isinstance(model, PSTModel) else None
 
 
+def model_in(path: Path) -> str:
+    """The model that a recipe names."""
+    return parse_train_args(['--config', str(path), '--data-dir', '.']).model
+
+
 def train_stages(recipes: Sequence[Path], data: Path, output: Path, model: str, processes: int = 1) -> List[Stage]:
     """Train one stage after the other, as far as they are not trained yet.
 
@@ -137,8 +141,7 @@ def train_stages(recipes: Sequence[Path], data: Path, output: Path, model: str, 
     """
     stages: List[Stage] = []
     for path in recipes:
-        named = parse_train_args(['--config', str(path), '--data-dir', str(data)]).model
-        of = model if plain_of(named) else plain_of(model) or model
+        of = model if plain_of(model_in(path)) else plain_of(model) or model
         start = []
         if stages:
             start = ['--trunk-checkpoint' if stages[-1].model != of else '--initial-checkpoint', str(stages[-1].last)]
@@ -151,9 +154,9 @@ def train_stages(recipes: Sequence[Path], data: Path, output: Path, model: str, 
 def _train(stage: Stage, data: Path) -> None:
     several = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(stage.processes)]
     words = [sys.executable, *(several if stage.processes > 1 else []), str(ROOT / 'train.py'), *stage.words(data)]
-    threads = str(max(1, available_cores() // stage.processes))
+    threads = {'OMP_NUM_THREADS': str(max(1, available_cores() // stage.processes))} if stage.processes > 1 else {}
     print(f'{stage.name} is trained.', flush=True)
-    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, env={'OMP_NUM_THREADS': threads, **os.environ})
+    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, env={**threads, **os.environ})
     try:
         code = process.wait()
     except KeyboardInterrupt as e:  # it has reached the other too, which saves its state
@@ -185,21 +188,15 @@ def end_of(folder: Path) -> Dict[str, float]:
                 train_seconds=round(seconds, 1))
 
 
-def half_precision(source: Path, target: Path, folder: Path) -> Path:
+def half_precision(source: Path, target: Path) -> Path:
     """Write the moving average of a checkpoint in half precision, with the words of its classes and a test size.
 
     The test size is 1.25 times that of training, in multiples of 32: random crops show things larger than whole images
     do (https://arxiv.org/abs/1906.06423). Of the run go along what it takes to repeat it, and not its arguments, which
-    tell where things are on its machine.
-
-    Returns:
-        The file, or that of the same name in `folder` if it holds the same weights: no two files of them are alike.
+    tell where things are on its machine. Returns the file.
     """
     convert(source, target, 'float16', use_ema=True)
     written = read_checkpoint(target)
-    there = folder / target.name
-    if there.exists() and digest_note(read_checkpoint(there).weights) == digest_note(written.weights):
-        return there
     facts = {k: v for k, v in written.facts().items() if k != 'args'}
     cfg = facts['pretrained_cfg']
     cfg['label_descriptions'] = {name: CLASSES[name] for name in cfg['label_names']}
@@ -225,11 +222,9 @@ def bundle(
 ) -> Dict[str, Any]:
     """Write the weights, measure what was written, and write record and card; nothing if anything goes wrong.
 
-    A file that holds these very weights already stays as it is.
-
     Args:
         stages: Last checkpoints of the stages, in order.
-        twins: Those of the plain twin, none if it is not trained yet.
+        twins: Those of the plain twin.
         data: Tiny ImageNet, `train/WNID/*` and `val/WNID/*`.
         folder: Where to write NAME.safetensors, and NAME.json for `pst-timm list`.
         records: Where to write NAME.json and NAME.md, and the twin's weights, which studies begin with.
@@ -245,41 +240,36 @@ def bundle(
     last = runs[-1]
     name = f'{last.arch}.{TAG}'
     with tempfile.TemporaryDirectory() as temporary:
-        weights = half_precision(stages[-1], Path(temporary, f'{name}.safetensors'), folder)
+        weights = half_precision(stages[-1], Path(temporary, f'{name}.safetensors'))
         model = load_model(weights)
+        plain = half_precision(twins[-1], Path(temporary, f'{model.plain_name}.{TAG}.safetensors'))
         names = label_names(model)
         labels = np.asarray(labels_of(create_eval_dataset(
             validate_args(data_dir=str(data), split=SPLIT), SPLIT, None)))
         img_size, test_size = (model.pretrained_cfg[key][-1] for key in ('input_size', 'test_input_size'))
         rows = measure(weights, data, test_size, TOPK) + measure(weights, data, img_size, TOPK[:1])
-        mine = unpack_answers(rows[0]['answers'], len(labels))
+        [row] = measure(plain, data, test_size)
+        mine, other = (unpack_answers(found['answers'], len(labels)) for found in (rows[0], row))
+        difference = paired_difference({0: rows[0]['top1']}, {0: row['top1']}, {0: mine}, {0: other})
         record = dict(
             weights=name, data_set=DATA_SET, classes=len(names), images=len(labels), img_size=img_size,
             test_size=test_size, metrics=[{key: row[key] for key in METRICS if key in row} for row in rows],
+            twin=dict(
+                weights=plain.stem, **{key: row[key] for key in METRICS if key in row},
+                difference=round(difference.mean, 4), over_images=[round(bound, 4) for bound in difference.images],
+                **checksums(plain), end=end_of(twins[-1].parent)),
             top1_by_class=by_class(mine, labels, names), **checksums(weights), seed=last.args['seed'],
             stages=[dict(recipe=stage.recipe, processes=stage.args['world_size'], epochs=stage.epoch + 1,
                          **end_of(path.parent)) for stage, path in zip(runs, stages)],
-            hardware=hardware_name(check_device(last.args.get('device') or '')),
+            hardware=hardware_name(check_device('')),
             versions=dict(python=platform.python_version(), torch=torch.__version__,
                           torchvision=torchvision.__version__, timm=timm.__version__, pst_timm=__version__),
             command=command)
-        written = {folder: weights}
-        if twins:
-            plain = half_precision(twins[-1], Path(temporary, f'{model.plain_name}.{TAG}.safetensors'), records)
-            [row] = measure(plain, data, test_size)
-            found = paired_difference(
-                {0: rows[0]['top1']}, {0: row['top1']}, {0: mine}, {0: unpack_answers(row['answers'], len(labels))})
-            record['twin'] = dict(
-                weights=plain.stem, **{key: row[key] for key in METRICS if key in row},
-                difference=round(found.mean, 4), over_images=[round(bound, 4) for bound in found.images],
-                **checksums(plain), end=end_of(twins[-1].parent))
-            written[records] = plain
         text = card(record, weights)
         for place in (folder, records):
             place.mkdir(parents=True, exist_ok=True)
-        for place, path in written.items():
-            if path.parent != place:
-                write_whole(place / path.name, partial(shutil.copyfile, path))
+        for place, path in ((folder, weights), (records, plain)):
+            write_whole(place / path.name, partial(shutil.copyfile, path))
     told = {**record, **rows[0]}
     keys = ('weights', 'data_set', 'images', 'img_size', 'top1', 'top5', 'loss', 'command')
     write_json(folder / f'{name}.json', {key: told[key] for key in keys})
@@ -291,7 +281,7 @@ def bundle(
 def card(record: Dict[str, Any], weights: Path) -> str:
     """The card of bundled weights: that of a published model, and what its record tells beside it."""
     checkpoint, model = read_checkpoint(weights), load_model(weights)
-    first, twin = record['metrics'][0], record.get('twin')
+    first, twin = record['metrics'][0], record['twin']
     cfg = model.pretrained_cfg
     accuracy = Accuracy(
         first['top1'], first['top5'], first['img_size'], cfg['crop_pct'], cfg['interpolation'],
@@ -313,17 +303,14 @@ def card(record: Dict[str, Any], weights: Path) -> str:
         'minutes of training': f'{stage["train_seconds"] / 60:.0f}',
     } for i, stage in enumerate(record['stages'], start=1)])
     several = len(record['stages']) > 1
-    began = ('Each began with the moving average that the one before left, or its trunk, and is tested at its own '
-             'size; the settings that follow this section are those of the last. ' if several else '')
-    shared = [stage for stage in record['stages'] if stage['recipe']['model'] != model.default_cfg['architecture']]
-    beside = [
-        '## Beside its plain twin', '',
-        f'`{twin["weights"]}`, {"from the same trunk, " if shared else ""}trained by the same recipe with the same '
-        f'seed: {twin["top1"]:.2f}% top-1, {twin["top5"]:.2f}% top-5, loss {twin["loss"]:.3f}, ECE {twin["ece"]:.3f}. '
-        f'The difference in top-1 is {twin["difference"]:+.2f} points, 95% over images [{twin["over_images"][0]:+.2f}, '
-        f'{twin["over_images"][1]:+.2f}]; one run of each says nothing of what another seed would give. Its '
-        f'last stage took {twin["end"]["train_seconds"] / 60:.0f} minutes, and ended with a loss in training of '
-        f'{twin["end"]["train_loss"]:.2f}.', ''] if twin else []
+    began = (
+        'Each after the first began with the moving average that the one before left, or its trunk, and is tested at '
+        'its own size. How many there are, and how long, was settled with the accuracy of those before in sight; no '
+        'epoch was chosen by it. The settings that follow this section are those of the last. ' if several else '')
+    shared = [stage for stage in record['stages'] if stage['recipe']['model'] != checkpoint.arch]
+    start = (
+        'It went on from the trunk that this model began with, and with the classifier that it had there; the rest of '
+        'this model was new then. ' if shared else '')
     sections = [
         '## Intended use', '',
         'A start for fine-tuning on photographs, and an example of a trained model with PST. It is no classifier of '
@@ -336,13 +323,20 @@ def card(record: Dict[str, Any], weights: Path) -> str:
         '## With fine attention, and at the size of training', '',
         attention, '',
         'ECE is the expected calibration error, from 0 to 1. Fine attention was never trained.', '',
-        *beside,
+        '## Beside its plain twin', '',
+        f'`{twin["weights"]}`, trained by the same recipe with the same seed: {twin["top1"]:.2f}% top-1, '
+        f'{twin["top5"]:.2f}% top-5, loss {twin["loss"]:.3f}, ECE {twin["ece"]:.3f}. The difference in top-1 is '
+        f'{twin["difference"]:+.2f} points, 95% over images [{twin["over_images"][0]:+.2f}, '
+        f'{twin["over_images"][1]:+.2f}]; one run of each says nothing of what another seed would give. {start}Its '
+        f'last stage took {twin["end"]["train_seconds"] / 60:.0f} minutes, and ended with a loss in training of '
+        f'{twin["end"]["train_loss"]:.2f}.', '',
         '## By class', '', f'Of {record["images"] // record["classes"]} validation images each, coarse attention.', '',
         classes, '',
         '## Stages', '',
-        f'{began}Seed {record["seed"]}, {record["hardware"]}, torch {record["versions"]["torch"]}, timm '
-        f'{record["versions"]["timm"]}. Minutes are those of the steps, beside whatever else the machine did; of an '
-        'epoch in which the run was stopped, those after that. In a checkout, this makes all of it again:', '',
+        f'{began}Batch sizes are those of each process. Seed {record["seed"]}, {record["hardware"]}, torch '
+        f'{record["versions"]["torch"]}, timm {record["versions"]["timm"]}. Minutes are those of the steps, beside '
+        'whatever else the machine did; of an epoch in which the run was stopped, those after that. In a checkout, '
+        'this makes all of it again:', '',
         fence(record['command'], 'sh'), '', stages, '']
     return model_card(
         f'pst_timm/{record["weights"]}', checkpoint, model, accuracy, DATA_SET, 'apache-2.0',
@@ -376,32 +370,36 @@ def _work(args: Namespace) -> None:
     plain = plain_of(args.model)
     if not plain:
         raise PSTError(f'{args.model} has no PST: choose a model of this package, such as {MODEL}.')
+    processes = args.processes or (PROCESSES if check_device('').type == 'cpu' else 1)
     command = 'python -m scripts.bundle_tin200 --data-dir data/tiny-imagenet-200' + (
         '' if args.model == MODEL else f' --model {args.model}') + (
         '' if args.recipes == list(STAGES) else f' --recipes {" ".join(args.recipes)}') + (
-        f' --processes {args.processes}' if args.processes else '')
-    processes = args.processes or (PROCESSES if check_device('').type == 'cpu' else 1)
+        f' --processes {processes}')
     found = sorted(path.name for path in (args.data_dir / 'train').glob('*') if path.is_dir())
     if found != list(CLASSES):
         raise PSTError(
             f'{args.data_dir} is not {DATA_SET}: expected its {len(CLASSES)} class folders in train/, from '
             f'{min(CLASSES)} to {max(CLASSES)}, and found {len(found)}.')
-    where = [CONFIGS / f'{name}.yaml' for name in args.recipes], args.data_dir, args.output
-    ends: List[List[Path]] = []
-    for name in (args.model, plain):  # the weights need not wait for their twin
-        ends.append([stage.last for stage in train_stages(*where, name, processes)])
-        record = bundle(ends[0], ends[1] if ends[1:] else (), args.data_dir, args.folder, args.records, command)
+    recipes = [CONFIGS / f'{name}.yaml' for name in args.recipes]
+    if not plain_of(model_in(recipes[-1])):
+        raise PSTError(f'{recipes[-1]} trains no model with PST: a recipe that does has to be the last.')
+    if args.folder.resolve() == args.records.resolve():
+        raise PSTError(f'--folder and --records are both {args.folder}: name two folders.')
+    stages, twins = ([stage.last for stage in train_stages(recipes, args.data_dir, args.output, name, processes)]
+                     for name in (args.model, plain))
+    record = bundle(stages, twins, args.data_dir, args.folder, args.records, command)
     for row in (*record['metrics'], record['twin']):
         print(row)
     name, size, test = (record[key] for key in ('weights', 'img_size', 'test_size'))
+    crop_pct = read_checkpoint(args.folder / f'{name}.safetensors').pretrained_cfg['crop_pct']
     if name not in timm.list_pretrained() or timm.get_pretrained_cfg(name).notes != (record['notes'],):
         print(
-            f'Now default_cfgs, where {args.model} is, needs\n'
+            f'Now default_cfgs, where {args.model} is, needs (WEIGHTS, {TAG}_cfg: pst_timm.models.resnet_pst)\n'
             f'    {name!r}: pst_cfg(\n'
             f"        file=str(WEIGHTS / '{name}.safetensors'), **{TAG}_cfg(),\n"
             f'        notes=({record["notes"]!r},),\n'
             f'        input_size=(3, {size}, {size}), test_input_size=(3, {test}, {test}), '
-            f'pool_size=({size // 32}, {size // 32}),\n        crop_pct=1.0),')
+            f'pool_size=({size // 32}, {size // 32}),\n        crop_pct={crop_pct}),')
 
 
 if __name__ == '__main__':

@@ -2,7 +2,7 @@
 
     python -m scripts.check_wheel                  # needs a Python and pip, nothing else
     python -m scripts.check_wheel dist/NAME.whl    # a wheel that is there
-    python -m scripts.check_wheel --photos data/tiny-imagenet-200/val/n01443537/*_1.JPEG    # photographs as well
+    python -m scripts.check_wheel --photos data/tiny-imagenet-200/val/n01443537/val_1230.JPEG    # photographs as well
 
 The environment is filled from the package index; the check itself runs without a network.
 """
@@ -181,6 +181,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser.parse_args(argv)
     if args.wheel is not None and not args.wheel.is_file():
         parser.error(f'there is no wheel {args.wheel}')
+    missing = [path for path in args.photos if not path.is_file()]
+    if missing:
+        parser.error(f'there is no photograph {missing[0]}')
     try:
         with tempfile.TemporaryDirectory() as folder:
             wheel = args.wheel or build_wheel(Path(folder))

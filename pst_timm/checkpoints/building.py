@@ -1,6 +1,7 @@
 """The one door from a source (model name, hf-hub: name, folder, file) to a model with weights and preprocessing."""
 import dataclasses
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Union
@@ -238,6 +239,7 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
     except PSTError as e:
         raise PSTError(f'{checkpoint.path}: {e}') from e
     load_weights(model, weights, source, hint)
+    size = tuple(model.pretrained_cfg['input_size'])
     cfg = {**model.pretrained_cfg, **checkpoint.pretrained_cfg}
     cfg.pop('tag', None)  # these are not the weights of that name
     if 'label_names' not in checkpoint.pretrained_cfg:
@@ -248,13 +250,13 @@ def build_model(checkpoint: Checkpoint, **model_kwargs: Any) -> nn.Module:
     if cfg.get('test_input_size'):
         cfg['test_input_size'] = tuple(cfg['test_input_size'])
     model.pretrained_cfg = model.default_cfg = cfg
-    size = tuple(cfg['input_size'])
     found = _data_config(checkpoint, model)
     model.checkpoint_cfg = found if checkpoint.pretrained_cfg or checkpoint.args else {}
     model.checkpoint_ema = checkpoint.ema
     cfg.update(found, num_classes=model.num_classes)
-    if tuple(cfg['input_size']) != size:
-        cfg['pool_size'] = None
+    if cfg.get('pool_size') and 'pool_size' not in checkpoint.pretrained_cfg:  # of the last map, at the model's size
+        cfg['pool_size'] = tuple(
+            math.ceil(p * new / old) for p, new, old in zip(cfg['pool_size'], cfg['input_size'][1:], size[1:]))
     try:
         check_digest(weights, model)
     except RuntimeError as e:

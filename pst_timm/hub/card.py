@@ -140,7 +140,9 @@ def _usage_section(
         saved: str,
         named: bool,
         described: bool,
+        otherwise: bool,
 ) -> List[str]:
+    size = ', use_test_size=True' if otherwise else ''  # tested at another size or crop than trained
     mode = 'L' if channels == 1 else 'RGB'
     names = [
         "names = model.pretrained_cfg['label_names']",
@@ -159,7 +161,7 @@ def _usage_section(
         'from PIL import Image',
         '',
         f"model = timm.create_model('{source}', pretrained=True).eval()",
-        'transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))',
+        f'transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model{size}))',
         '',
         f"image = transform(Image.open('image.jpg').convert('{mode}')).unsqueeze(0)",
         'with torch.inference_mode():',
@@ -250,7 +252,9 @@ def model_card(
         f'| attention | {_attention(settings)} |',
         '',
         *_accuracy_section(source, accuracy, settings, data_set),
-        *_usage_section(source, channels, strides, saved, bool(names), described),
+        *_usage_section(
+            source, channels, strides, saved, bool(names), described,
+            bool(accuracy and (accuracy.img_size, accuracy.crop_pct) != (size[0], cfg['crop_pct']))),
         *sections,
         *_recipe_section(checkpoint),
         '## Limits',

@@ -14,7 +14,6 @@ from typing import Any, Dict, List, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
-from timm.data import ImageNetInfo
 from timm.layers import LayerType
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -24,7 +23,6 @@ from .fusion import PSTModel, build_pst, pst_cfg
 __all__ = ['ResNetPST']
 
 WEIGHTS = Path(__file__).resolve().parent / 'weights'
-SYNSETS = WEIGHTS / 'tin200_synsets.txt'  # WordNet ids of the classes of Tiny ImageNet
 
 
 class ResNetPST(PSTModel, ResNet):
@@ -174,10 +172,9 @@ def _create_resnet_pst(variant: str, pretrained: bool = False, **kwargs) -> ResN
 
 def tin200_cfg() -> Dict[str, Any]:
     """What configurations of weights of Tiny ImageNet share: its 200 classes, by WordNet id and in words."""
-    names, words = SYNSETS.read_text(encoding='utf-8').split(), ImageNetInfo()
-    return dict(
-        num_classes=len(names), label_names=tuple(names),
-        label_descriptions={name: words.label_name_to_description(name) for name in names})
+    lines = Path(WEIGHTS, 'tin200_classes.tsv').read_text(encoding='utf-8').splitlines()
+    words = dict(line.split('\t') for line in lines)
+    return dict(num_classes=len(words), label_names=tuple(words), label_descriptions=words)
 
 
 default_cfgs = generate_default_cfgs({

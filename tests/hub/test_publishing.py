@@ -260,6 +260,7 @@ def test_the_card_takes_the_results_of_validate(hub, checkpoint, tmp_path):
     assert numbers_of(card, 'acme/Tiny-scans') == '96 | 0.875 | coarse alone (`topk=0`) | 80.50 | 99.25'
     assert yaml.safe_load(card.split('---')[1])['datasets'] == ['acme/Tiny-scans']
     assert '71.5' not in card and f'--model hf-hub:{REPO} --pretrained --img-size 96 --crop-pct 0.875' in card
+    assert 'resolve_data_config(model=model, use_test_size=True)' in card
     cfg = config['pretrained_cfg']
     assert (cfg['input_size'], cfg['test_input_size'], cfg['test_crop_pct']) == ([3, 64, 64], [3, 96, 96], 0.875)
 
