@@ -155,7 +155,7 @@ def _train(stage: Stage, data: Path) -> None:
     several = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(stage.processes)]
     words = [sys.executable, *(several if stage.processes > 1 else []), str(ROOT / 'train.py'), *stage.words(data)]
     threads = {'OMP_NUM_THREADS': str(max(1, available_cores() // stage.processes))} if stage.processes > 1 else {}
-    print(f'{stage.name} is trained.', flush=True)
+    print(f'Training {stage.name}.', flush=True)
     process = subprocess.Popen(words, stdin=subprocess.DEVNULL, env={**threads, **os.environ})
     try:
         code = process.wait()
