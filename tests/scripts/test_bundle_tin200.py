@@ -137,7 +137,8 @@ def test_what_was_stopped_goes_on_by_its_own_recipe_alone(place, tmp_path, capfd
         classes = {name: CLASSES[name] for name in WNIDS}
         code = (f'import pathlib, sys; from scripts import bundle_tin200 as b; b.CLASSES = {classes}; '
                 f'b.CONFIGS = pathlib.Path({str(tmp_path)!r}); sys.exit(b.main())')
-        said = words(place, '--output', str(tmp_path / 'output'), '--folder', str(tmp_path), '--records', str(tmp_path))
+        folders = {flag: str(tmp_path / flag) for flag in ('output', 'folder', 'records')}
+        said = words(place, *(word for flag, path in folders.items() for word in (f'--{flag}', path)))
         return subprocess.Popen(
             [sys.executable, '-c', code, *said, *more], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE,
             text=True)
@@ -146,6 +147,7 @@ def test_what_was_stopped_goes_on_by_its_own_recipe_alone(place, tmp_path, capfd
     deadline = time.monotonic() + 180
     while process.poll() is None and time.monotonic() < deadline and not list(folder.glob('recovery-*')):
         time.sleep(0.05)
+    assert process.poll() is None, process.communicate()[1]
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 75 and 'the same command goes on' in said
@@ -155,7 +157,7 @@ def test_what_was_stopped_goes_on_by_its_own_recipe_alone(place, tmp_path, capfd
     assert 'tin200-short was trained with other settings (number of processes)' in said
     said = start(0.01, '--processes', '2').communicate(timeout=240)[1]
     assert 'Going on from' in said
-    assert json.loads((tmp_path / f'{NAME}.json').read_text())['stages'][0]['processes'] == 2
+    assert json.loads((tmp_path / 'records' / f'{NAME}.json').read_text())['stages'][0]['processes'] == 2
 
 
 def test_what_fails_says_so_and_how_to_go_on(place, capfd):
