@@ -126,11 +126,11 @@ def test_the_first_lines_of_use_run():
     blocks = re.findall(r'^```python\n(.*?)^```', (ROOT / 'README.md').read_text(), re.M | re.S)
     names = {}
     exec(blocks[0], names)
-    assert names['probabilities'].shape == (1, 10) and names['model'].pst.blocks[0].attn.topk == 2
+    assert names['probabilities'].shape == (1, 200) and names['model'].pst.blocks[0].attn.topk == 2
     names['images'] = torch.randn(2, 3, 96, 96)
     [inspection] = [block for block in blocks if 'inspect_tokens' in block]
     exec(inspection, names)
-    assert names['tokens'].selected.shape == (2, 2, 8)
+    assert names['tokens'].selected.shape == (2, 4, 8)
 
 
 def test_all_pages_are_listed():

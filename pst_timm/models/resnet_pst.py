@@ -179,6 +179,10 @@ def tin200_cfg() -> Dict[str, Any]:
 
 default_cfgs = generate_default_cfgs({
     'resnet18_pst.untrained': pst_cfg(),
+    'resnet18_pst.tin200': pst_cfg(
+        file=str(WEIGHTS / 'resnet18_pst.tin200.safetensors'), **tin200_cfg(),
+        notes=('weights sha256 5a21f6ab8d397edd912605d31a7c1cf04afe3c5a403295a6048d67a58ede75b1',),
+        input_size=(3, 128, 128), test_input_size=(3, 160, 160), pool_size=(4, 4), crop_pct=1.0),
     'resnet26_pst.untrained': pst_cfg(),
     'resnet34_pst.untrained': pst_cfg(),
     'resnet50_pst.untrained': pst_cfg(),

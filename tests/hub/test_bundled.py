@@ -1,4 +1,4 @@
-"""The weights that come with the package, and what is said of them."""
+"""The weights of digits that come with the package, and what is said of them."""
 import json
 import re
 from pathlib import Path
@@ -18,15 +18,17 @@ from scripts.bundle_weights import bundle, measure
 from scripts.demo import write_digits
 
 README = Path(__file__).parents[2] / 'README.md'
-[RECORD] = bundled_weights()
+RECORD = {record['weights']: record for record in bundled_weights()}['test_resnet_pst.digits']
 
 
 def test_they_are_small_and_the_default():
-    [path] = WEIGHTS.glob('*.safetensors')
+    path = WEIGHTS / 'test_resnet_pst.digits.safetensors'
     assert path.stat().st_size < 3 * 2 ** 20 and not list(WEIGHTS.glob('*.pt*'))
     cfg = get_pretrained_cfg('test_resnet_pst')
     assert (cfg.tag, Path(cfg.file)) == ('digits', path)
-    assert timm.list_pretrained('*pst*') == ['test_resnet_pst.digits']
+    names = ['resnet18_pst.tin200', 'test_resnet_pst.digits']
+    assert timm.list_pretrained('*pst*') == [record['weights'] for record in bundled_weights()] == names
+    assert timm.list_models('*pst*', pretrained=True) == names
 
 
 def test_without_being_asked_for_they_change_nothing():

@@ -168,7 +168,7 @@ def test_a_tag_is_refused_where_it_could_not_load(hub, tmp_path, registry):
         pst_timm.register_weights('resnet18_pst.deep', hf_hub_id=REPO)
     with pytest.raises(PSTError, match='neither from the Hub nor from the cache'):
         pst_timm.register_weights('test_resnet_pst.none', hf_hub_id='acme/none')
-    assert timm.list_pretrained('*pst*') == ['test_resnet_pst.digits']
+    assert timm.list_pretrained('*pst*') == ['resnet18_pst.tin200', 'test_resnet_pst.digits']
 
 
 def test_arguments_that_change_no_shape_are_not_dropped(hub, tmp_path, registry):

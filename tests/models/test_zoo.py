@@ -13,7 +13,7 @@ from pst_timm.utils.cost import count_gmacs
 from tests.models.helpers import BACKBONES, MODELS, SOME, TINY, build, images
 
 # parameters, GMACs at 224, channels of C4 and C5, fusion width, heads, channels of the head
-BUNDLED = {TINY: f'{TINY}.digits'}
+BUNDLED = {'resnet18_pst': 'resnet18_pst.tin200', TINY: f'{TINY}.digits'}
 TABLE = {
     'resnet18_pst': (14_471_368, 1.950, 256, 512, 256, 4, 1280),
     'resnet26_pst': (19_698_632, 2.621, 1024, 2048, 256, 4, 1280),

@@ -10,6 +10,12 @@ from scripts import check_wheel
 from scripts.check_wheel import DIGITS, build_wheel, check_contents, check_installed, main, run
 
 
+def write_gradient(path):
+    path.parent.mkdir()
+    Image.linear_gradient('L').save(path)
+    return path
+
+
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
     return build_wheel(tmp_path_factory.mktemp('wheel'), '--no-build-isolation')
@@ -29,7 +35,7 @@ def test_the_wheel_holds_the_package_and_nothing_that_needs_a_checkout(wheel, tm
     check_contents(wheel)
     for name, extra, message in (
             ('more.whl', 'scripts/demo.py', 'holds scripts beside the package'),
-            ('less.whl', 'pst_timm/py.typed', 'does not hold pst_timm/models/weights/test_resnet_pst.digits')):
+            ('less.whl', 'pst_timm/py.typed', 'does not hold pst_timm/models/weights/resnet18_pst.tin200')):
         with zipfile.ZipFile(tmp_path / name, 'w') as archive:
             archive.writestr(extra, '')
         with pytest.raises(RuntimeError, match=message):
@@ -38,6 +44,15 @@ def test_the_wheel_holds_the_package_and_nothing_that_needs_a_checkout(wheel, tm
 
 def test_the_wheel_classifies_digits_away_from_the_checkout(installed):
     check_installed(sys.executable, installed)
+
+
+def test_photographs_have_to_be_taken_for_what_their_folders_say(installed, tmp_path):
+    picture = write_gradient(tmp_path / 'n01443537' / 'picture.png')
+    with pytest.raises(RuntimeError, match=r'n01443537.picture\.png was taken for n\d{8}\t\w') as raised:
+        check_installed(sys.executable, installed, [picture])
+    name = str(raised.value).split('was taken for ')[1][:9]
+    [said] = check_installed(sys.executable, installed, [write_gradient(tmp_path / name / 'picture.png')])
+    assert said.startswith(f'{name}\t')
 
 
 @pytest.mark.slow
