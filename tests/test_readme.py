@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from pst_timm.cli import COMMANDS
 from pst_timm.commands import report
@@ -122,11 +123,15 @@ def test_commands_named_in_sentences_are_there(page):
     assert 'pst_timm.tools' not in text or page.name == 'CHANGELOG.md', f'{page.name} names a room that is gone'
 
 
-def test_the_first_lines_of_use_run():
+def test_the_first_lines_of_use_run(tmp_path, monkeypatch):
+    Image.new('RGB', (80, 60), 'orange').save(tmp_path / 'photo.jpg')
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r'^```python\n(.*?)^```', (ROOT / 'README.md').read_text(), re.M | re.S)
     names = {}
     exec(blocks[0], names)
-    assert names['probabilities'].shape == (1, 200) and names['model'].pst.blocks[0].attn.topk == 2
+    assert names['image'].shape == (1, 3, 160, 160) and names['probabilities'].shape == (1, 200)
+    assert names['words'] == names['model'].pretrained_cfg['label_descriptions'][names['name']]
+    assert names['model'].pst.blocks[0].attn.topk == 2
     names['images'] = torch.randn(2, 3, 96, 96)
     [inspection] = [block for block in blocks if 'inspect_tokens' in block]
     exec(inspection, names)

@@ -14,18 +14,18 @@ from timm.models import get_pretrained_cfg, get_pretrained_cfg_value, resolve_pr
 
 from pst_timm.models import PRETRAINED_TRUNK, adopt_preprocessing, copy_trunk, pretrained_name, reparameterize
 from pst_timm.models.digest import check_digest, drop_digest
-from pst_timm.models.fusion import LOCATIONS
-from pst_timm.utils.errors import PSTError, did_you_mean
+from pst_timm.models.fusion import own_location
+from pst_timm.utils.errors import PSTError, did_you_mean, unknown_tag
+from pst_timm.utils.fitting import check_fit, load_weights
 
 from .facts import complete, first_line, look_up, resolve_origin
 from .fetching import check_fetchable, find_pretrained
-from .fitting import check_fit, load_weights
 from .reading import WRAPPER, Checkpoint, PathLike, check_finite, check_folder, is_file, read_checkpoint
 from .rules import printable
 from .trust import check_model_args, check_size, is_local_arch
 
 __all__ = [
-    'build_model', 'check_model_name', 'create_model', 'label_names', 'load_model', 'open_checkpoint', 'plain_weights',
+    'build_model', 'check_model_name', 'create_model', 'load_model', 'open_checkpoint', 'plain_weights',
     'preprocessing', 'temperature_of', 'told_args',
 ]
 
@@ -45,8 +45,7 @@ def check_model_name(name: str) -> None:
     if timm.is_model(name.split('.')[0]):
         tags = timm.models.get_arch_pretrained_cfgs(name)
         if '.' in name and name not in tags:
-            known = ', '.join(tag for tag in tags if '.' in tag) or 'none'
-            raise PSTError(f'There are no weights {name!r}.{did_you_mean(name, tags)} The tags of the model: {known}.')
+            raise PSTError(unknown_tag(name, tags))
         return
     raise PSTError(
         f'Unknown model {name!r}.{did_you_mean(name.split(".")[0], timm.list_models())} '
@@ -146,15 +145,15 @@ def _create_checked(
     """
     if not pretrained:
         return timm.create_model(arch, **kwargs)
-    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    overlay = own_location(kwargs.get('pretrained_cfg_overlay') or {})
     cfg = None
     if isinstance(kwargs.get('pretrained_cfg'), (dict, type(None))):
         cfg = resolve_pretrained_cfg(arch, kwargs.get('pretrained_cfg'), overlay).to_dict()
     file = find_pretrained(cfg, kwargs.get('cache_dir')) if cfg is not None else None
     if file is not None:
         weights = read_checkpoint(file).weights
-        # the checksum among the notes is that of this file, unless the caller has named another
-        notes = {} if LOCATIONS & set(overlay) or not cfg.get('notes') else {'notes': tuple(cfg['notes'])}
+        # the checksum among the notes is that of this file
+        notes = {'notes': tuple(cfg['notes'])} if cfg.get('notes') else {}
         kwargs['pretrained_cfg_overlay'] = {**notes, **overlay, 'file': str(file), 'source': '', 'state_dict': None}
         if told is not None:
             _check_told(name, arch, told, weights)
@@ -437,13 +436,6 @@ def _from_name(
     if pretrained and published and num_classes not in (None, 0, cfg.num_classes):
         raise PSTError(f'The weights of {name} know {cfg.num_classes} classes, not {num_classes}.')
     return create_model(name, pretrained=pretrained, **kwargs).eval()
-
-
-def label_names(model: nn.Module) -> list:
-    """Names of a classifier's classes in the order of its outputs; empty where they are not known."""
-    known = list(model.pretrained_cfg.get('label_names') or ())
-    # a classifier that was replaced has other classes
-    return known if len(known) == model.num_classes else []
 
 
 def temperature_of(model: nn.Module) -> Optional[float]:

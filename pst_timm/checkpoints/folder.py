@@ -20,8 +20,9 @@ from pst_timm.models.digest import digest_note
 from pst_timm.utils.errors import PSTError
 from pst_timm.utils.files import check_output, write_whole
 
-from .building import label_names, temperature_of
+from .building import temperature_of
 from .facts import inference_settings
+from .labels import label_names
 
 __all__ = ['CARD', 'CONFIG', 'FILES', 'WEIGHTS', 'check_target', 'save_folder']
 

@@ -63,8 +63,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _predict(args: argparse.Namespace) -> None:
     from timm.utils import setup_default_logging
 
+    from pst_timm.checkpoints import readable_names
     from pst_timm.review.answers import open_loose
-    from pst_timm.review.predict import EIGHTHS, calibration_note, heading, predict, readable_names, render
+    from pst_timm.review.predict import EIGHTHS, calibration_note, heading, predict, render
     from pst_timm.utils.files import check_output
     from pst_timm.utils.markdown import plain
 
@@ -78,7 +79,9 @@ def _predict(args: argparse.Namespace) -> None:
     count = f'{len(samples):,} image{"s" if len(samples) > 1 else ""}'
     print(f'{plain(subject.name)}: {len(subject.class_names)} classes, {count} at {size} px, '
           f'{calibration_note(subject, args.temperature)}.', file=sys.stderr)
-    names = readable_names(subject) if args.format == 'table' else subject.class_names
+    names = subject.class_names
+    if args.format == 'table':
+        names = readable_names(names, subject.model.pretrained_cfg, subject.knows_names)
     top = min(args.top, len(subject.class_names))
     with _opened(args.output, args.format) as file:
         bars = EIGHTHS if (file.encoding or '').lower().startswith('utf') else '#'

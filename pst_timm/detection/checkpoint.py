@@ -12,7 +12,6 @@ import torch.nn as nn
 
 from pst_timm.checkpoints import Checkpoint, create_model, load_trunk, load_weights, read_checkpoint
 from pst_timm.checkpoints.facts import as_plain, set_attention
-from pst_timm.checkpoints.fitting import COUNTER, check_fit
 from pst_timm.checkpoints.reading import PathLike, is_file
 from pst_timm.checkpoints.rules import Unfit, each, either, flag, mapping, printable, real, short, text, whole
 from pst_timm.checkpoints.trust import check_origin
@@ -21,6 +20,7 @@ from pst_timm.layers.module import PyramidSparseBlock
 from pst_timm.models import PSTModel
 from pst_timm.utils.devices import check_device
 from pst_timm.utils.errors import PSTError
+from pst_timm.utils.fitting import COUNTER, check_fit
 
 from .models import Detector, create_detector
 

@@ -10,7 +10,8 @@ import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.task import TrainingTask
 
-from pst_timm.checkpoints.building import check_model_name, label_names
+from pst_timm.checkpoints import label_names
+from pst_timm.checkpoints.building import check_model_name
 from pst_timm.checkpoints.facts import as_plain, describe
 from pst_timm.checkpoints.reading import is_file
 from pst_timm.data.datasets import check_class_names, check_classes, class_names

@@ -11,7 +11,6 @@ import torch
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
 
-from pst_timm.checkpoints.fitting import misfits
 from pst_timm.checkpoints.reading import (
     FACTS_KEY,
     Damaged,
@@ -24,6 +23,7 @@ from pst_timm.checkpoints.reading import (
 from pst_timm.checkpoints.rules import Unfit, short
 from pst_timm.checkpoints.schema import check_budget
 from pst_timm.utils.errors import PSTError
+from pst_timm.utils.fitting import misfits
 from pst_timm.utils.markdown import plain
 
 __all__ = [

@@ -23,11 +23,11 @@ from timm.models import (
 
 from pst_timm.checkpoints.building import build_model, told_args
 from pst_timm.checkpoints.facts import look_up, resolve_origin
-from pst_timm.checkpoints.fitting import misfits
 from pst_timm.checkpoints.reading import read_checkpoint
 from pst_timm.checkpoints.rules import printable
 from pst_timm.checkpoints.trust import check_size, is_local_arch
 from pst_timm.utils.errors import PSTError, did_you_mean
+from pst_timm.utils.fitting import misfits
 
 __all__ = ['register_weights']
 

@@ -7,6 +7,7 @@ With C4 and C5 the last two levels of the trunk, at strides 16 and 32, the rest 
     F = SiLU(bn(conv1x1([D ; C5])))   stride 32, w channels: the output of `forward_features`
     logits = fc(dropout(pool(SiLU(bn(conv1x1(F))))))
 """
+from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import timm
@@ -19,14 +20,17 @@ from timm.models import build_model_with_cfg, checkpoint, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices  # timm exports it from here alone
 
 from pst_timm.layers import Concat, ConvNorm, PyramidSparseAttention, PyramidSparseTransformer
+from pst_timm.utils.errors import unknown_tag
+from pst_timm.utils.fitting import misfits
 
 from .digest import check_digest, drop_digest
 from .settings import AttentionSettings
 from .trunk import adopt_preprocessing, load_pretrained_trunk, pretrained_name
 
-__all__ = ['PSTModel', 'build_pst', 'pst_cfg']
+__all__ = ['PSTModel', 'build_pst', 'own_location', 'pst_cfg']
 
-LOCATIONS = {'url', 'file', 'state_dict', 'hf_hub_id'}  # what tells in a pretrained configuration where weights are
+# what tells in a pretrained configuration where weights are; timm takes the first that is there
+LOCATIONS = ('state_dict', 'file', 'hf_hub_id', 'url')
 
 
 class PSTModel(AttentionSettings, nn.Module):
@@ -359,13 +363,15 @@ def build_pst(
         raise ValueError(
             f"feature_cls='{feature_cls}' runs a model as a chain of modules, which {variant} is not: "
             f"use 'getter' (the default), 'hook' or 'fx'.")
+    tag = kwargs.get('pretrained_cfg')
+    tags = timm.models.get_arch_pretrained_cfgs(variant)
+    if isinstance(tag, str) and tag and f'{variant}.{tag}' not in tags:
+        raise RuntimeError(unknown_tag(f'{variant}.{tag}', tags))
     if pretrained and pretrained_trunk:
         raise ValueError('pretrained=True brings weights of the whole model: leave pretrained_trunk out.')
     if pretrained:
-        _check_weights_exist(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-        overlay = kwargs.get('pretrained_cfg_overlay') or {}
-        if LOCATIONS & set(overlay):  # the checksum of the default weights says nothing of others
-            kwargs['pretrained_cfg_overlay'] = {'notes': (), **overlay}
+        kwargs['pretrained_cfg_overlay'] = own_location(kwargs.get('pretrained_cfg_overlay') or {})
+        _check_weights_exist(variant, kwargs.get('pretrained_cfg'), kwargs['pretrained_cfg_overlay'])
     given = kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')
     if not pretrained and not kwargs.get('pretrained_cfg'):
         # weights that were not asked for decide neither class count nor input size
@@ -374,7 +380,9 @@ def build_pst(
         model_cls,
         variant,
         pretrained,
-        pretrained_filter_fn=check_digest,
+        pretrained_filter_fn=partial(
+            _check_weights, features_only=kwargs.get('features_only', False),
+            strict=kwargs.get('pretrained_strict', True)),
         feature_cfg=dict(out_indices=tuple(range(levels)), feature_cls='getter'),
         **kwargs,
     )
@@ -384,6 +392,39 @@ def build_pst(
         load_pretrained_trunk(model, plain, pretrained_trunk, kwargs.get('cache_dir'))
         adopt_preprocessing(model, pretrained_name(plain, pretrained_trunk), *given)
     return model
+
+
+def own_location(overlay: Dict[str, Any]) -> Dict[str, Any]:
+    """An overlay of a pretrained configuration; one that names weights hides the default ones and their checksum."""
+    named = [key for key in LOCATIONS if overlay.get(key)]
+    if not named:
+        return overlay
+    return {'notes': (), 'source': '', **dict.fromkeys(LOCATIONS[:LOCATIONS.index(named[0])]), **overlay}
+
+
+def _check_weights(
+        weights: Dict[str, torch.Tensor],
+        model: PSTModel,
+        features_only: bool,
+        strict: bool,
+) -> Dict[str, torch.Tensor]:
+    """Raise a RuntimeError unless weights are those that were published, and fit but for what timm adapts."""
+    check_digest(weights, model)
+    cfg = model.pretrained_cfg
+    new_classifier = features_only or model.num_classes != cfg['num_classes']
+    adapted = {f'{cfg["classifier"]}.{kind}' for kind in ('weight', 'bias')} if new_classifier else set()
+    own = {k: v for k, v in model.state_dict().items() if k not in adapted}
+    given = {k: v for k, v in weights.items() if k not in adapted}
+    for name in own.keys() & given.keys():  # the channels of an image
+        if own[name].dim() == 4 == given[name].dim() and own[name][:, 0].shape == given[name][:, 0].shape:
+            given[name] = own[name]
+    if strict and (found := misfits(own, given)):
+        name = '.'.join(filter(None, (cfg['architecture'], cfg.get('tag'))))
+        raise RuntimeError(
+            f'The weights {name} do not fit the arguments that the model was given: {"; ".join(found)}. Leave out what '
+            f'changes its layers, or pretrained=True: pst_timm.load_trunk brings the trunk of such weights into any '
+            f'model with that trunk.')
+    return weights
 
 
 def _check_weights_exist(variant: str, pretrained_cfg: Any, pretrained_cfg_overlay: Optional[Dict[str, Any]]) -> None:

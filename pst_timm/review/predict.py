@@ -3,14 +3,11 @@ import csv
 import io
 import json
 import os
-import re
 import shlex
-from collections import Counter
 from typing import BinaryIO, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from pst_timm.checkpoints import temperature_of
 from pst_timm.data.samples import Samples
@@ -21,13 +18,12 @@ from .answers import Outputs, Subject, answers
 
 __all__ = [
     'EIGHTHS', 'Prediction', 'calibration_note', 'heading', 'listed_paths', 'most_probable', 'predict',
-    'readable_names', 'render']
+    'render']
 
 LONGEST_PATH = 1 << 16  # bytes of a line; no system has longer ones
 MOST_NAME = 300  # characters of a path for people
 BAR = 20  # characters
 WIDEST = 30  # characters of a class in the line of its image
-SYNSET = re.compile(r'n\d{8}')
 EIGHTHS = '▏▎▍▌▋▊▉█'
 
 
@@ -117,31 +113,6 @@ def calibration_note(subject: Subject, temperature: float = 1.) -> str:
         return f'calibrated probabilities (T = {own:.4g})'
     source = shlex.quote(plain(subject.source, MOST_NAME))
     return f'probabilities not calibrated (to mend that: pst-timm monitor recalibrate {source} --data-dir ...)'
-
-
-def readable_names(subject: Subject) -> List[str]:
-    """Names of a model's classes for people, in the order of its outputs.
-
-    Described classes by their descriptions, ImageNet's ('n02056570') by the first of their words ('king penguin'),
-    and so those of timm's own models of ImageNet, which know no names; of equal ones, with the name. All others as they
-    are.
-    """
-    def first_word(words: str) -> str:
-        return words.split(',')[0]  # of 'king penguin, Aptenodytes patagonica'
-
-    names, cfg = subject.class_names, subject.model.pretrained_cfg
-    described = dict(cfg.get('label_descriptions') or {})
-    subset = infer_imagenet_subset(cfg)
-    if subset and not subject.knows_names and (cfg.get('hf_hub_id') or '').startswith('timm/'):
-        words = [first_word(words) for words in ImageNetInfo(subset).label_descriptions()]
-    else:
-        if any(map(SYNSET.fullmatch, names)):
-            known = ImageNetInfo('imagenet-22k').label_descriptions(as_dict=True)
-            own = {name: text for name, text in described.items() if text != known.get(name)}
-            described = {**{name: first_word(words) for name, words in known.items()}, **own}
-        words = [described.get(name) or name for name in names]
-    counts = Counter(words)
-    return [word if counts[word] == 1 or word == name else f'{word} ({name})' for word, name in zip(words, names)]
 
 
 def listed_paths(file: BinaryIO, source: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any, Iterable, List, Optional, Sequence, Tuple
 import torch
 from timm.data import create_transform, resolve_input_data_config
 
-from pst_timm.checkpoints import label_names
+from pst_timm.checkpoints import label_names, readable_names
 from pst_timm.data.images import find_images, open_image
 from pst_timm.layers import PyramidSparseAttention
 from pst_timm.models import PSTModel, inspect_tokens
@@ -43,7 +43,7 @@ def look(
         topk: Coarse tokens to select per head, as the model is set if None.
         fusion: 'gate' or 'joint', as the model is set if None.
         img_size: Height and width of the input, the model's own if None.
-        class_names: Names of the classes in order, those of the model if None, or else numbers.
+        class_names: Names of the classes in order, those of the model for people if None, or else numbers.
         block: The PST block to look at.
 
     Raises:
@@ -55,7 +55,9 @@ def look(
         raise PSTError('The model has no classifier, whose prediction could be drawn.')
     names = class_names
     if names is None:
-        names = label_names(model) or [f'class {i}' for i in range(model.num_classes)]
+        names = readable_names(
+            label_names(model) or [f'class {i}' for i in range(model.num_classes)], model.pretrained_cfg,
+            known=bool(label_names(model)))
     if len(names) != model.num_classes:
         raise PSTError(f'{len(names)} class names for a model of {model.num_classes} classes.')
     config = resolve_input_data_config(model, {'img_size': img_size} if img_size else {})

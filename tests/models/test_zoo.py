@@ -156,6 +156,48 @@ def test_weights_that_are_given_are_loaded(tmp_path, key, source, features_only)
     assert torch.equal(getattr(model, 'model', model).pst.conv_in.conv.weight, given.pst.conv_in.conv.weight)
 
 
+def test_weights_elsewhere_take_the_place_of_those_in_the_package(tmp_path):
+    given = build()
+    torch.save(given.state_dict(), tmp_path / 'model.pth')
+    overlay = dict(url=(tmp_path / 'model.pth').as_uri(), num_classes=1000)
+    model = timm.create_model(TINY, pretrained=True, cache_dir=str(tmp_path / 'cache'), pretrained_cfg_overlay=overlay)
+    assert torch.equal(model.fc.weight, given.fc.weight)
+    # without one, and where the place is the empty text, those of the package
+    model = timm.create_model(TINY, pretrained=True, pretrained_cfg_overlay=dict(url='', mean=(0, 0, 0)))
+    assert model.num_classes == 10
+
+
+@pytest.mark.parametrize('kwargs, found', [
+    (dict(pst_depth=0), 'are unknown to it (the first: pst.blocks.0'),
+    (dict(pst_width=128), 'have another shape (the first: pst.conv_in.conv.weight'),
+    (dict(head_skip=True), 'have another shape (the first: fc.weight'),
+    (dict(num_classes=5, pst_pos_enc=False), 'are unknown to it'),
+    (dict(features_only=True, layers=(1, 1, 1, 2)), 'tensors are missing (the first: layer4.1'),
+    (dict(stem_type=''), 'tensors are missing (the first: conv1.weight)'),
+], ids=str)
+def test_arguments_that_weights_do_not_fit_are_an_error_for_people(kwargs, found):
+    with pytest.raises(RuntimeError) as error:
+        timm.create_model(TINY, pretrained=True, **kwargs)
+    message = str(error.value)
+    assert message.startswith(f'The weights {BUNDLED[TINY]} do not fit the arguments') and found in message
+    assert 'load_trunk' in message and len(message) < 600
+
+
+def test_arguments_that_weights_do_not_fit_may_be_had_as_with_any_model():
+    model = timm.create_model(TINY, pretrained=True, pst_pos_enc=False, pretrained_strict=False)
+    assert torch.equal(model.fc.bias, timm.create_model(TINY, pretrained=True).fc.bias)
+
+
+@pytest.mark.parametrize('pretrained', [True, False])
+@pytest.mark.parametrize('name', [f'{TINY}.digit', 'resnet50_pst.a1_in1k'])
+def test_a_wrong_tag_is_told_those_there_are(name, pretrained):
+    with pytest.raises(RuntimeError) as error:
+        timm.create_model(name, pretrained=pretrained)
+    assert str(error.value).startswith(f"There are no weights '{name}'. Did you mean")
+    with pytest.raises(RuntimeError, match='The tags of the model: '):
+        timm.create_model(name.split('.')[0], pretrained=pretrained, pretrained_cfg='wrong')
+
+
 @models
 def test_registry(name):
     model = build_meta(name)

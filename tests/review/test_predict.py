@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from pst_timm.checkpoints import load_model
+from pst_timm.checkpoints import load_model, readable_names
 from pst_timm.cli import main
 from pst_timm.data.samples import Samples
 from pst_timm.review.answers import open_loose, open_subject
@@ -26,7 +26,6 @@ from pst_timm.review.predict import (
     listed_paths,
     most_probable,
     predict,
-    readable_names,
     render,
 )
 from pst_timm.utils.errors import PSTError
@@ -154,19 +153,17 @@ def test_nasty_names_are_exact_for_programs_and_harmless_for_people(name):
     (['n99999999', 'king penguin'], {}, ['n99999999', 'king penguin']),
 ])
 def test_people_read_words(place, names, cfg, shown):
-    subject = open_subject(str(place[0]), device='cpu')._replace(class_names=names)
-    subject.model.pretrained_cfg.update(cfg)
-    assert readable_names(subject) == shown
+    model_cfg = open_subject(str(place[0]), device='cpu').model.pretrained_cfg
+    assert readable_names(names, {**model_cfg, **cfg}) == shown
 
 
 def test_timms_own_models_of_imagenet_are_readable(place):
-    subject = open_subject(str(place[0]), device='cpu')
-    subject = subject._replace(class_names=[f'class {i}' for i in range(1000)], knows_names=False)
-    subject.model.pretrained_cfg.update(num_classes=1000, hf_hub_id='timm/resnet18.a1_in1k')
-    names = readable_names(subject)
+    cfg = open_subject(str(place[0]), device='cpu').model.pretrained_cfg
+    made_up = [f'class {i}' for i in range(1000)]
+    names = readable_names(made_up, {**cfg, 'num_classes': 1000, 'hf_hub_id': 'timm/resnet18.a1_in1k'}, known=False)
     assert names[145] == 'king penguin' and len(set(names)) == 1000
-    subject.model.pretrained_cfg.update(hf_hub_id='acme/mine')  # a thousand classes of somebody's own
-    assert readable_names(subject) == subject.class_names
+    # a thousand classes of somebody's own
+    assert readable_names(made_up, {**cfg, 'num_classes': 1000, 'hf_hub_id': 'acme/mine'}, known=False) == made_up
 
 
 def test_what_probabilities_are_is_said(place):

@@ -123,6 +123,13 @@ def to_rgb(color):
     return to_rgb(color)
 
 
+def test_people_read_words(photo):
+    model = timm.create_model('resnet18_pst', pretrained=True, topk=2).eval()
+    assert look(model, photo, img_size=64).class_names[0] == 'goldfish'
+    model.reset_classifier(3)
+    assert look(model, photo, img_size=64).class_names == ['class 0', 'class 1', 'class 2']
+
+
 def test_predictions_are_named_and_in_order(photo):
     view = look(build(), photo, 3, img_size=64, class_names=NAMES)
     for figure, most in ((draw_view(view), 5), (draw_sheet([view]), 3)):
