@@ -32,6 +32,8 @@ CLASSES = 20
 KINDS = ('same file', 'half the size', '1.4 times the size', 'JPEG, quality 40', 'smaller and JPEG, quality 60')
 
 DIGITS = dict(
+    # as all of this was started when it was measured
+    model_kwargs=dict(pst_zero_init=False),
     model='test_resnet_pst', img_size=32, batch_size=32, workers=0, opt='adamw', lr=0.003, weight_decay=0.05,
     sched='cosine', sched_on_updates=True, epochs=15, warmup_epochs=2, smoothing=0.0, hflip=0.0, color_jitter=0.0,
     scale=[0.8, 1.0], ratio=[0.9, 1.1111], crop_pct=1.0, train_interpolation='bilinear', data_on_device=True,

@@ -46,6 +46,8 @@ CELLS: Dict[str, Dict[str, Any]] = {
     'rare-aa': dict(rare_aa='rand-m7-mstd0.5-inc1', rare_below=60, data_on_device=False),
 }
 RECIPE = dict(
+    # as all of this was started when it was measured
+    model_kwargs=dict(pst_zero_init=False),
     model='test_resnet_pst', device_modules=['pst_timm'], img_size=64, crop_pct=1., interpolation='bilinear',
     val_split='validation', batch_size=64, epochs=30, opt='adamw', lr=2e-3, weight_decay=0.05, warmup_epochs=2,
     sched_on_updates=True, smoothing=0.1, scale=[0.35, 1.], color_jitter=0., train_interpolation='bilinear', amp=True,

@@ -53,8 +53,9 @@ def train_one(data: Path, work: Path, weight: float, seed: int) -> Path:
     """The last checkpoint of a run with a weight of the penalty, 0 for none; trained unless that has been done."""
     name = f'train-{weight:g}-{seed}'
     args = train_args(
-        **RECIPE, model=MODEL, data_dir=str(data), epochs=EPOCHS, lr=0.1, warmup_epochs=1, seed=seed,
-        sparsity_weight=weight, output=str(work), experiment=name, resume='auto')
+        # started as when it was measured
+        **RECIPE, model=MODEL, model_kwargs=dict(pst_zero_init=False), data_dir=str(data), epochs=EPOCHS, lr=0.1,
+        warmup_epochs=1, seed=seed, sparsity_weight=weight, output=str(work), experiment=name, resume='auto')
     train(args)
     return work / name / 'last.pth.tar'
 

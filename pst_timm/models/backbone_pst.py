@@ -53,7 +53,7 @@ class BackbonePST(PSTModel):
             pst_head_dim: int = 32,
             pst_mlp_ratio: float = 2.,
             pst_pos_enc: bool = True,
-            pst_zero_init: bool = False,
+            pst_zero_init: bool = True,
             pst_act_layer: LayerType = nn.SiLU,
             pst_norm_layer: LayerType = nn.BatchNorm2d,
             topk: int = 0,
@@ -80,7 +80,7 @@ class BackbonePST(PSTModel):
             pst_head_dim: Channels per attention head.
             pst_mlp_ratio: Hidden channels of the blocks' MLP over their width.
             pst_pos_enc: Whether the attention has its position encoding; without it for ablations.
-            pst_zero_init: Start the residual branches of the PST blocks at zero.
+            pst_zero_init: Start the residual branches of the PST blocks at zero; False: as published.
             pst_act_layer: Activation of the PST, the fusion and the head.
             pst_norm_layer: Norm of the PST, the fusion and the head.
             topk: See `PyramidSparseAttention`, as for the next three.

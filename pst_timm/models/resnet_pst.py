@@ -7,7 +7,8 @@ The trunk is timm's own ResNet, so that timm's ResNet weights load into it uncha
 layer3 and C5 is layer4, and what follows them is in `fusion.py`.
 
 Where this departs from the published code: its trunk puts SiLU inside the bottlenecks, and what it calls ResNet-18 is
-the Bottleneck 2,2,2,2 trunk, named `resnet26_pst` here beside the true `resnet18_pst`.
+the Bottleneck 2,2,2,2 trunk, named `resnet26_pst` here beside the true `resnet18_pst`; and the residual branches of the
+PST blocks start at zero.
 """
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple, Type, Union
@@ -44,7 +45,7 @@ class ResNetPST(PSTModel, ResNet):
             pst_head_dim: int = 32,
             pst_mlp_ratio: float = 2.,
             pst_pos_enc: bool = True,
-            pst_zero_init: bool = False,
+            pst_zero_init: bool = True,
             pst_act_layer: LayerType = nn.SiLU,
             topk: int = 0,
             fine_fusion: str = 'gate',
@@ -73,7 +74,8 @@ class ResNetPST(PSTModel, ResNet):
             pst_head_dim: Channels per attention head.
             pst_mlp_ratio: Hidden channels of the blocks' MLP over their width.
             pst_pos_enc: Whether the attention has its position encoding; without it for ablations.
-            pst_zero_init: Start the residual branches of the PST blocks at zero, as `zero_init_last` does the trunk's.
+            pst_zero_init: Start the residual branches of the PST blocks at zero, as `zero_init_last` does the trunk's;
+                False: as published.
             pst_act_layer: Activation of the PST, the fusion and the head.
             topk: See `PyramidSparseAttention`, as for the next three.
             fine_fusion: How coarse and fine attention are combined, 'gate' or 'joint'.

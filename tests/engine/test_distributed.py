@@ -17,7 +17,7 @@ from .helpers import ROOT, assert_same_weights, load_weights, script_env, tiny_t
 
 # torch has no SyncBatchNorm for the CPU: the statistics are those of each image alone, or frozen
 ALONE = dict(norm_layer='groupnorm1')
-FROZEN = dict(zero_init_last=False)  # a frozen zero would cut the residual branches off
+FROZEN = dict(zero_init_last=False, pst_zero_init=False)  # a frozen zero would cut the residual branches off
 
 
 def batch_norms():

@@ -239,13 +239,15 @@ class TestInitialisation:
                 if m.weight.numel() > 2000:
                     assert m.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05), name
 
-    @pytest.mark.parametrize('zero_init_last', [True, False])
-    def test_zero_init_last_is_for_the_trunk_alone(self, zero_init_last):
-        model = timm.create_model(TINY, zero_init_last=zero_init_last)
-        zero = {n for n, m in model.named_modules()
+    @pytest.mark.parametrize('kwargs', [
+        dict(), dict(zero_init_last=False), dict(pst_zero_init=False), dict(zero_init_last=False, pst_zero_init=False),
+    ], ids=str)
+    def test_residual_branches_start_at_zero(self, kwargs):
+        model = timm.create_model(TINY, **kwargs)
+        zero = {n.split('.')[0].rstrip('1234') for n, m in model.named_modules()
                 if isinstance(m, torch.nn.BatchNorm2d) and torch.count_nonzero(m.weight) == 0}
-        assert bool(zero) == zero_init_last
-        assert all(n.startswith('layer') for n in zero)
+        wanted = {'layer': 'zero_init_last', 'pst': 'pst_zero_init'}
+        assert zero == {part for part, key in wanted.items() if kwargs.get(key, True)}
 
     def test_init_weights_can_be_called_again(self):
         model = build()
