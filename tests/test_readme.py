@@ -6,6 +6,7 @@ import re
 import shlex
 from importlib import import_module
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -43,6 +44,24 @@ def test_configs_named_exist(page):
 @pytest.mark.parametrize('page', report.pages(ROOT), ids=lambda p: str(p.relative_to(ROOT)))
 def test_tables_are_those_of_the_measurements(page):
     assert report.fill_page(page, ROOT, report.load_studies(ROOT)) == page.read_text()
+
+
+def test_what_the_reading_rounds_is_so():
+    study = report.load_studies(ROOT)['transfer']
+    top1 = {cell: fmean(row['top1'] for row in study.runs_of(cell)) for cell in study.cells}
+
+    def gains(*against):
+        """Points of the model with all of its weights, all of it trained, over others, the smallest first."""
+        return sorted(
+            round(top1[f'pst_tin200-{shots}'] - top1[f'{other}-{shots}']) for other in against
+            for shots in (10, 50, 'all'))
+
+    readme, evidence = (' '.join((ROOT / page).read_text().split()) for page in ('README.md', 'docs/evidence.md'))
+    scratch, probes = gains('pst_scratch'), gains('pst_tin200_probe', 'plain_tin200_probe')
+    for text in (readme, evidence):
+        assert f'`resnet18_pst` {scratch[0]} to {scratch[-1]} points of top-1 over a start from nothing' in text
+        assert 'about 4 points over a frozen trunk' in text and set(gains('pst_tin200_frozen')) == {4}
+    assert f'{probes[0]} to {probes[-1]} over the classifier alone' in evidence
 
 
 def test_pages_ask_for_what_was_measured():

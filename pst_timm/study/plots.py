@@ -154,7 +154,7 @@ def draw_shots(study: StudyData) -> Optional['Figure']:
 
     A line joins what was tested on the same images.
     """
-    from matplotlib.ticker import NullLocator, ScalarFormatter
+    from matplotlib.ticker import NullLocator
 
     figure, ((axes,),) = _figure(1, 1, 4.2)
     ends, places, styles = {}, set(), {}
@@ -175,8 +175,7 @@ def draw_shots(study: StudyData) -> Optional['Figure']:
             places |= set(xs)
         ends[start] = max(points)[1]
     axes.set(xscale='log', xlabel='training images of each class', ylabel=METRICS['top1'])
-    axes.set_xticks(sorted(places))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xticks(sorted(places), [f'{place:.0f}' for place in sorted(places)])
     axes.xaxis.set_minor_locator(NullLocator())
     _label_lines(axes, ends, styles)
     return figure
