@@ -19,6 +19,8 @@ from scripts.bundle_tin200 import CLASSES, ROOT, main
 from tests.engine.helpers import TINY, write_images
 from tests.helpers import relative_error
 
+pytestmark = pytest.mark.slow  # trains stages of seconds
+
 WNIDS = ['n01443537', 'n01629819', 'n01641577']
 NAME = 'mobilenetv4_conv_small_pst.tin200'
 
@@ -129,7 +131,6 @@ def test_a_run_of_another_recipe_is_refused(place, capsys, changes):
     assert 'conv_small_pst.tin200-long was trained with other settings' in said and next(iter(changes)) in said
 
 
-@pytest.mark.slow
 def test_what_was_stopped_goes_on_by_its_own_recipe_alone(place, tmp_path, capfd):
     def start(lr, *more):
         write_recipe(tmp_path, 'short', epochs=6, recovery_interval=1, lr=lr, model='resnet18')
