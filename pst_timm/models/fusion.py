@@ -412,7 +412,7 @@ def _check_weights(
     check_digest(weights, model)
     cfg = model.pretrained_cfg
     new_classifier = features_only or model.num_classes != cfg['num_classes']
-    adapted = {f'{cfg["classifier"]}.{kind}' for kind in ('weight', 'bias')} if new_classifier else set()
+    adapted = {f'{cfg.get("classifier")}.{kind}' for kind in ('weight', 'bias')} if new_classifier else set()
     own = {k: v for k, v in model.state_dict().items() if k not in adapted}
     given = {k: v for k, v in weights.items() if k not in adapted}
     for name in own.keys() & given.keys():  # the channels of an image

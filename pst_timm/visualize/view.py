@@ -55,9 +55,9 @@ def look(
         raise PSTError('The model has no classifier, whose prediction could be drawn.')
     names = class_names
     if names is None:
+        known = label_names(model)
         names = readable_names(
-            label_names(model) or [f'class {i}' for i in range(model.num_classes)], model.pretrained_cfg,
-            known=bool(label_names(model)))
+            known or [f'class {i}' for i in range(model.num_classes)], model.pretrained_cfg, known=bool(known))
     if len(names) != model.num_classes:
         raise PSTError(f'{len(names)} class names for a model of {model.num_classes} classes.')
     config = resolve_input_data_config(model, {'img_size': img_size} if img_size else {})
